@@ -1,0 +1,61 @@
+# gconv: build, test, demonstrate. `make help` lists the verbs.
+#
+# PYTHON (default python3) is used as it is when it imports torch >= 2.11; otherwise .venv is made with pinned
+# versions (.ci/environment.py). gconv itself is installed into build/site, so neither needs to be writable.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+ARGS ?=
+BUILD := $(CURDIR)/build
+# Found once, on first use: the interpreter's path, with the packages of the test suite or of the demo alone.
+PY = $(eval PY := $(shell $(PYTHON) .ci/environment.py $(if $(filter demo bench,$(MAKECMDGOALS)),demo,test)))$(or $(PY),$(error no usable Python, see the line above))
+# Two makes in one checkout take turns; flock is part of util-linux and absent elsewhere.
+LOCK := $(if $(shell command -v flock),flock $(BUILD)/.lock)
+# Run from build/: started in the checkout, Python would import ./gconv instead of the installed package.
+INSTALLED = cd $(BUILD) && PYTHONPATH=$(BUILD)/site:$(BUILD)/deps
+PYTEST = $(PY) -m pytest --rootdir=$(CURDIR) -c $(CURDIR)/pyproject.toml
+
+.PHONY: help build develop demo test bench sanitize aarch64-check lint format clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build the extension and install gconv into build/site
+	@mkdir -p $(BUILD)
+	@echo "gconv: building with $(PY)"
+	@$(LOCK) .ci/install $(PY) $(BUILD)/site
+
+develop: ## install gconv in editable form into the Python in use
+	@mkdir -p $(BUILD)
+	@$(LOCK) $(PY) -m pip install --no-build-isolation --no-deps -e .
+
+demo: build ## train on real digits beside stock PyTorch, time the layers of ResNeXt-50, write one HTML page
+	@$(INSTALLED) $(PY) -m gconv.bench demo $(ARGS)
+
+test: build ## run the whole test suite
+	@$(INSTALLED) $(PYTEST) $(ARGS) $(CURDIR)/tests
+
+bench: build ## time the layers (ARGS passes options on)
+	@$(INSTALLED) $(PY) -m gconv.bench layers $(ARGS)
+
+sanitize: ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p $(BUILD)
+	@$(PY) tests/build_numpy_binding.py --sanitize --run $(ARGS)
+
+aarch64-check: ## cross-compile the kernels for aarch64 and run their self-check under qemu
+	@$(PYTHON) tests/aarch64_check.py
+
+lint: ## check style with ruff and clang-format
+	@ruff check . && ruff format --check .
+	@clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp')
+
+format: ## rewrite the sources in the house style
+	@ruff check --fix . && ruff format .
+	@clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp')
+
+clean: ## remove what was built (.venv stays)
+	@rm -rf build dist *.egg-info gconv/*.so
