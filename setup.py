@@ -1,7 +1,8 @@
 """Builds the C++ extension gconv._C and maps the folders kernels/, models/ and bench/ to gconv.<folder>.
 
-The extension needs torch and a C++ compiler. Where either is missing the package installs without it, says so in
-one line, and runs on its torch backend; GCONV_CPU=1 turns that notice into an error. CXX names the compiler.
+The extension needs torch and a C++ compiler. Where either is missing the package installs without it, says
+so in one line, and runs on its torch backend; GCONV_CPU=1 turns that notice into an error. CXX names the
+compiler.
 """
 
 import os
@@ -20,7 +21,7 @@ PACKAGES = [
     for inner in ["", *find_packages(folder)]
 ]
 COMPILERS = ("c++", "g++", "clang++")
-MIN_TORCH = "0x020b000000000000"  # the LibTorch stable ABI of torch 2.11: one build serves that torch and later
+MIN_TORCH = "0x020b000000000000"  # LibTorch stable ABI of torch 2.11: one build serves it and later ones
 MIN_PYTHON = "0x030a0000"  # CPython's limited API of 3.10
 
 COMPILE_ARGS = [
@@ -37,7 +38,7 @@ COMPILE_ARGS = [
 
 
 def parallel_compile(build_ext):
-    """Makes torch's BuildExtension compile on every core where ninja is absent, as it does where ninja is there."""
+    """torch's BuildExtension, compiling on every core also where ninja is absent."""
 
     class ParallelBuild(build_ext):
         def build_extensions(self):
@@ -94,7 +95,8 @@ def extension_options():
     # One C++ compiler does everything; distutils would otherwise compile with CC and link with CXX.
     os.environ.setdefault("CXX", next(filter(shutil.which, COMPILERS)))
     os.environ.setdefault("CC", os.environ["CXX"])
-    os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("MAX_JOBS", str(cores))
     extension = CppExtension(
         "gconv._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),

@@ -1,8 +1,8 @@
-"""Chooses the Python that make uses, fills in what it lacks, and prints its path. Usage: environment.py demo|test
+"""Chooses the Python that make uses, fills in what it lacks, and prints its path: environment.py demo|test
 
-The Python that runs this file is used as it is when it imports a torch that gconv supports; modules it lacks go to
-build/deps (torch is never among them), and where the network is down the run goes on without them. Any other
-Python gets .venv with the pinned versions of the requirements files beside this one.
+The Python that runs this file is used as it is when it imports a torch that gconv supports; modules it lacks
+go to build/deps (torch is never among them), and where the network is down the run goes on without them. Any
+other Python gets .venv with the pinned versions of the requirements files beside this one.
 """
 
 import json
@@ -31,11 +31,13 @@ def say(text):
 
 def run(python, *args, **options):
     # From build/, so that the checkout's own folders are not importable by accident.
-    return subprocess.run([str(python), *args], cwd=ROOT / "build", text=True, **options)
+    return subprocess.run([str(python), *map(str, args)], cwd=ROOT / "build", text=True, **options)
 
 
-def pip(python, *args, **options):
-    return run(python, "-m", "pip", "--disable-pip-version-check", *args, **options)
+def pip_install(python, *args, stdout=sys.stderr):
+    """The finished pip process; stdout stays free for the path this program prints."""
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    return run(python, "-m", "pip", "install", *quiet, *args, stdout=stdout)
 
 
 def has_torch(python):
@@ -43,7 +45,8 @@ def has_torch(python):
 
 
 def requirement_files(goal):
-    return [ROOT / ".ci" / f"requirements-{name}.txt" for name in (["demo", "test"] if goal == "test" else ["demo"])]
+    names = ["demo", "test"] if goal == "test" else ["demo"]
+    return [ROOT / ".ci" / f"requirements-{name}.txt" for name in names]
 
 
 def pins(goal):
@@ -51,62 +54,62 @@ def pins(goal):
     lines = {}
     for file in requirement_files(goal):
         for line in file.read_text().splitlines():
-            if match := re.match(r"[\w-]+(?===)", line):
+            match = re.match(r"[\w-]+(?===)", line)
+            if match:
                 lines.setdefault(match[0], []).append(line)
     return lines
 
 
 def lacking(python, names):
-    answer = run(python, "-c", CHECK_PACKAGES, *names, capture_output=True, check=True)
-    return answer.stdout.split()
+    return run(python, "-c", CHECK_PACKAGES, *names, stdout=subprocess.PIPE, check=True).stdout.split()
 
 
 def make_venv(goal):
     say(f"{sys.executable} does not import torch >= 2.11; making .venv with the pinned versions")
-    made = run(sys.executable, "-m", "venv", VENV_PYTHON.parent.parent, capture_output=True)
-    if made.returncode != 0:
+    if run(sys.executable, "-m", "venv", ROOT / ".venv", capture_output=True).returncode != 0:
         raise SystemExit(
             f"gconv: {sys.executable} cannot make a virtual environment (on Debian and Ubuntu: apt install "
             "python3-venv); or name a Python that imports torch: make PYTHON=/path/to/python"
         )
-    files = [arg for file in requirement_files(goal) for arg in ("-r", str(file))]
-    if pip(VENV_PYTHON, "install", "--quiet", *files, stdout=sys.stderr).returncode != 0:
-        raise SystemExit("gconv: pip could not fill .venv (its message stands above); run the same command again")
+    files = [arg for file in requirement_files(goal) for arg in ("-r", file)]
+    if pip_install(VENV_PYTHON, *files).returncode != 0:
+        raise SystemExit("gconv: pip could not fill .venv (message above); the same command tries again")
     if not has_torch(VENV_PYTHON):
-        raise SystemExit("gconv: .venv is complete but its torch does not import: .venv/bin/python -c 'import torch'")
+        raise SystemExit("gconv: .venv is filled but fails at: .venv/bin/python -c 'import torch'")
 
 
 def fill_venv(goal):
     wanted = pins(goal)
     missing = [line for name in lacking(VENV_PYTHON, wanted) for line in wanted[name]]
-    if missing and pip(VENV_PYTHON, "install", "--quiet", *missing, stdout=sys.stderr).returncode != 0:
+    if missing and pip_install(VENV_PYTHON, *missing).returncode != 0:
         raise SystemExit(f"gconv: pip could not add to .venv: {', '.join(missing)}")
-    if goal == "test" and lacking(VENV_PYTHON, ["torchvision"]):
-        # Only compared with, never depended on; its own dependency on torch would replace the CPU build.
-        if pip(VENV_PYTHON, "install", "--quiet", "--no-deps", "torchvision==0.28.0", stdout=sys.stderr).returncode:
-            say("torchvision did not install; the tests compare with the committed list of names and shapes alone")
+    if goal != "test" or not lacking(VENV_PYTHON, ["torchvision"]):
+        return
+    # Only compared with, never depended on. Its own dependency on torch would replace the CPU build.
+    if pip_install(VENV_PYTHON, "--no-deps", "torchvision==0.28.0").returncode != 0:
+        say("torchvision did not install; models are compared with the committed list of names alone")
 
 
 def fill_deps(goal):
-    names = [name for name in pins(goal) if name not in NOT_NEEDED]
     os.environ["PYTHONPATH"] = str(DEPS)
-    missing = lacking(sys.executable, names)
+    missing = lacking(sys.executable, [name for name in pins(goal) if name not in NOT_NEEDED])
     if not missing:
         return
     say(f"{sys.executable} lacks {', '.join(missing)}; adding them in build/deps")
-    quick = ["--quiet", "--retries", "1", "--timeout", "10"]
-    plan = pip(sys.executable, "install", *quick, "--dry-run", "--report", "-", *missing, stdout=subprocess.PIPE)
+    quick = ["--retries", "1", "--timeout", "10"]
+    # The plan holds what is missing and nothing that is there, so the Python at hand keeps its own numpy.
+    plan = pip_install(sys.executable, *quick, "--dry-run", "--report", "-", *missing, stdout=subprocess.PIPE)
     if plan.returncode == 0:
         found = [item["metadata"] for item in json.loads(plan.stdout)["install"]]
         exact = [f"{item['name']}=={item['version']}" for item in found if item["name"] != "torch"]
-        if pip(sys.executable, "install", *quick, "--no-deps", "--target", DEPS, *exact, stdout=sys.stderr).returncode == 0:
+        if pip_install(sys.executable, *quick, "--no-deps", "--target", DEPS, *exact).returncode == 0:
             return
     say(f"going on without {', '.join(missing)}: install them beside torch for the whole {goal}")
 
 
 def main():
     goal = sys.argv[1]
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  a clear line instead of a SyntaxError further on
         raise SystemExit(f"gconv: want Python >= 3.10, got {sys.version.split()[0]} ({sys.executable})")
     DEPS.mkdir(parents=True, exist_ok=True)
     if has_torch(sys.executable):
