@@ -1,0 +1,98 @@
+// The contract of batch_norm: statistics, the affine that they fold into, and both passes of the backward.
+//
+//   stats       mean, var over n*h*w of each channel, var biased
+//   fold        rstd = 1/sqrt(var + eps); a = gamma*rstd; b = beta - mean*a
+//   apply       y = relu?(a*x + b [+ residual])
+//   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the coefficients of
+//   bwd_apply   dx = A*g + B*(x - mean) + C
+//
+// mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1; so a
+// NaN passes. Rows (pixels) are cut into slabs by shape alone and their partial results merged in a fixed order in
+// double: every result is bit-identical from run to run and for any number of threads.
+#pragma once
+#include "cpu/isa.h"
+#include "tensor.h"
+
+namespace gconv {
+
+struct BatchNormShape {
+  int64_t n, h, w, c;  // all activations of one op have this shape; n, h and w may be 0
+};
+
+struct BatchNormStatsParams {
+  BatchNormShape shape;
+  DType dtype;       // of x
+  Isa isa;           // which set of kernels runs
+  Nhwc x;            // incoming
+  float* mean;       // outgoing [C]; NaN where there are no rows
+  float* var;        // outgoing [C], biased; NaN where there are no rows
+  float* workspace;  // batch_norm_stats_workspace() floats
+};
+
+struct BatchNormFoldParams {
+  int64_t c;
+  const float* mean;   // incoming [C]
+  const float* var;    // incoming [C]
+  const float* gamma;  // incoming [C]; null: 1
+  const float* beta;   // incoming [C]; null: 0
+  double eps;          // added to var
+  float* rstd;         // outgoing [C]
+  float* affine;       // outgoing [2, C]: a, b
+};
+
+struct BatchNormApplyParams {
+  BatchNormShape shape;
+  DType dtype;          // of x, residual and y
+  Isa isa;
+  Nhwc x;               // incoming
+  const float* affine;  // incoming [2, C]: a, b
+  Nhwc residual;        // incoming, added after the affine; data null: none
+  bool relu;            // ReLU last
+  Nhwc y;               // outgoing
+};
+
+struct BatchNormBwdReduceParams {
+  BatchNormShape shape;
+  DType dtype;          // of dz, x and z
+  Isa isa;
+  Nhwc dz;              // incoming
+  Nhwc x;               // incoming: the input of the forward
+  const float* mean;    // incoming [C]
+  const float* rstd;    // incoming [C]
+  const float* gamma;   // incoming [C]; null: 1
+  const float* affine;  // incoming [2, C]: a, b of the mask; null, or unused beside z: no mask from x
+  Nhwc z;               // incoming: the output of the forward, for the mask; data null: none
+  float* dgamma;        // outgoing [C]
+  float* dbeta;         // outgoing [C]
+  float* coef;          // outgoing [4, C]: A, B, C, mean
+  float* workspace;     // batch_norm_bwd_reduce_workspace() floats
+};
+
+struct BatchNormBwdApplyParams {
+  BatchNormShape shape;
+  DType dtype;          // of dz, x, z, dx and g
+  Isa isa;
+  Nhwc dz;              // incoming
+  Nhwc x;               // incoming
+  const float* coef;    // incoming [4, C]: A, B, C, mean
+  const float* affine;  // incoming [2, C], as in BatchNormBwdReduceParams
+  Nhwc z;               // incoming, as in BatchNormBwdReduceParams
+  Nhwc dx;              // outgoing
+  Nhwc g;               // outgoing: masked dz, the gradient of the residual; data null: not wanted
+};
+
+// A stage does the share `ith` of `nth` of its work; all shares of a stage must be done before the next begins.
+int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p);
+void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth);
+void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth);
+
+void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth);
+void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nth);
+
+int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p);
+void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth);
+void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth);
+
+void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth);
+
+}  // namespace gconv

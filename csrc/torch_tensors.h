@@ -1,0 +1,144 @@
+// Between torch's tensors and the kernels' views: checks, layout, allocation, threads. The only place, with the
+// binding files that include it, that knows torch (by its stable ABI).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "tensor.h"
+
+namespace gconv {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// One line naming the op, the argument, what it wants and what it got.
+template <typename... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream line;
+  (line << ... << parts);
+  throw std::runtime_error(line.str());
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+struct Shape {
+  int64_t size[4];
+  int64_t rank;
+  Shape(std::initializer_list<int64_t> sizes) : rank(0) {
+    for (int64_t s : sizes) size[rank++] = s;
+  }
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (int64_t i = 0; i < shape.rank; ++i) out << (i ? ", " : "") << shape.size[i];
+  return out << ']';
+}
+
+// "float32 [8, 64, 56, 56]"
+struct Described {
+  const Tensor& tensor;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Described& d) {
+  out << dtype_name(d.tensor.scalar_type()) << " [";
+  for (int64_t i = 0; i < d.tensor.dim(); ++i) out << (i ? ", " : "") << d.tensor.size(i);
+  return out << ']' << (d.tensor.is_cpu() ? "" : " not on the CPU");
+}
+
+inline bool has_shape(const Tensor& t, const Shape& shape) {
+  if (t.dim() != shape.rank) return false;
+  for (int64_t i = 0; i < shape.rank; ++i)
+    if (t.size(i) != shape.size[i]) return false;
+  return true;
+}
+
+// The storage type of an op, taken from its first activation of rank 4.
+inline DType activation_dtype(const char* op, const char* name, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  check(x.dim() == 4 && x.is_cpu(), op, ": ", name, ": want a CPU tensor [N, C, H, W], got ", Described{x});
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
+        ": want float32, bfloat16 or float16, got ", Described{x});
+  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+}
+
+inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType type, const Shape& shape) {
+  check(t.scalar_type() == type && has_shape(t, shape) && t.is_cpu(), op, ": ", name, ": want ", dtype_name(type),
+        " ", shape, ", got ", Described{t});
+}
+
+// A float32 vector or table of vectors, one entry per channel.
+inline const float* channel_floats(const char* op, const char* name, const Tensor& t, const Shape& shape) {
+  check_tensor(op, name, t, ScalarType::Float, shape);
+  check(t.is_contiguous(), op, ": ", name, ": want a contiguous tensor, got strides of a view");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+inline const float* channel_floats(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+  return t.has_value() ? channel_floats(op, name, *t, shape) : nullptr;
+}
+
+// x itself where its channels lie side by side (any other strides, 0 included), else a channels_last copy.
+inline Tensor channels_adjacent(const Tensor& x) {
+  if (x.size(1) == 1 || x.stride(1) == 1) return x;
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+inline Nhwc view_of(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(2), x.stride(3)};
+}
+
+inline Nhwc writable_view_of(const Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
+}
+
+inline Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
+  return torch::stable::empty({shape.size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty_floats(const Shape& shape, const Tensor& like) {
+  return torch::stable::empty({shape.size, static_cast<size_t>(shape.rank)}, ScalarType::Float, std::nullopt,
+                              like.device());
+}
+
+inline float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// Runs one stage on torch's own threads, with no more of them than `work` elements are worth.
+template <typename Params>
+void run_stage(void (*stage)(const Params&, int64_t, int64_t), const Params& params, int64_t work) {
+  constexpr int64_t GRAIN = 16384;  // elements: about the time that waking a thread costs
+  int64_t nth = torch::stable::get_num_threads();
+  nth = std::max<int64_t>(1, std::min(nth, work / GRAIN));
+  if (nth == 1) return stage(params, 0, 1);
+  torch::stable::parallel_for(0, nth, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t ith = begin; ith < end; ++ith) stage(params, ith, nth);
+  });
+}
+
+}  // namespace gconv
