@@ -67,6 +67,11 @@ def extension_loaded() -> bool:
     return _missing_extension is None
 
 
+def missing_extension() -> str | None:
+    """None, or one line saying why the C++ kernels are not there and what to do."""
+    return _missing_extension
+
+
 def notify_missing_extension() -> None:
     """The one notice of an import without the C++ kernels; silent with GCONV_FALLBACK=silent."""
     if _missing_extension is not None and _policy != "silent":

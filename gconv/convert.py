@@ -1,0 +1,508 @@
+"""convert(model): gconv's kernels inside an existing model, in place and exactly undone by revert(model).
+
+Nothing is replaced: a module changes its class to a subclass of its own, so names, parameters, state_dict keys,
+hooks, mode and every reference to the module stay. Two kinds of module change:
+
+- a plain nn.Conv2d with a 3x3 kernel becomes gconv.Conv2d;
+- an nn.Sequential, or a residual block whose forward we know, runs its convolution + batch norm (+ residual) (+ ReLU)
+  as one fused call. A block is known by the code of its forward, not by its name: torchvision's and timm's ResNet
+  blocks and every copy of them.
+"""
+
+import dataclasses
+import dis
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from gconv import backend
+from gconv.conv_bn_relu import fuse_modules_forward
+from gconv.layers import Conv2d, ConvBNReLU
+
+# --------------------------------------------------------------------------------------------- the blocks we know
+
+
+class Step(NamedTuple):
+    """Child names of one convolution + batch norm + activation: `between` sits before the activation, `after` behind
+    it; either may be absent, None or Identity."""
+
+    conv: str
+    bn: str
+    act: str
+    between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+class Block(NamedTuple):
+    """A residual block: the forward that identifies it and its steps; the last step takes the shortcut."""
+
+    forward: Callable
+    steps: tuple[Step, ...]
+
+
+def _torchvision_basic_block(self, x):
+    identity = x
+
+    out = self.conv1(x)
+    out = self.bn1(out)
+    out = self.relu(out)
+
+    out = self.conv2(out)
+    out = self.bn2(out)
+
+    if self.downsample is not None:
+        identity = self.downsample(x)
+
+    out += identity
+    out = self.relu(out)
+
+    return out
+
+
+def _torchvision_bottleneck(self, x):
+    identity = x
+
+    out = self.conv1(x)
+    out = self.bn1(out)
+    out = self.relu(out)
+
+    out = self.conv2(out)
+    out = self.bn2(out)
+    out = self.relu(out)
+
+    out = self.conv3(out)
+    out = self.bn3(out)
+
+    if self.downsample is not None:
+        identity = self.downsample(x)
+
+    out += identity
+    out = self.relu(out)
+
+    return out
+
+
+def _timm_basic_block(self, x):
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.drop_block(x)
+    x = self.act1(x)
+    x = self.aa(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act2(x)
+
+    return x
+
+
+def _timm_bottleneck(self, x):
+    shortcut = x
+
+    x = self.conv1(x)
+    x = self.bn1(x)
+    x = self.act1(x)
+
+    x = self.conv2(x)
+    x = self.bn2(x)
+    x = self.drop_block(x)
+    x = self.act2(x)
+    x = self.aa(x)
+
+    x = self.conv3(x)
+    x = self.bn3(x)
+
+    if self.se is not None:
+        x = self.se(x)
+
+    if self.drop_path is not None:
+        x = self.drop_path(x)
+
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
+    x += shortcut
+    x = self.act3(x)
+
+    return x
+
+
+BLOCKS = (
+    Block(_torchvision_basic_block, (Step("conv1", "bn1", "relu"), Step("conv2", "bn2", "relu"))),
+    Block(
+        _torchvision_bottleneck,
+        (Step("conv1", "bn1", "relu"), Step("conv2", "bn2", "relu"), Step("conv3", "bn3", "relu")),
+    ),
+    Block(
+        _timm_basic_block,
+        (
+            Step("conv1", "bn1", "act1", between=("drop_block",), after=("aa",)),
+            Step("conv2", "bn2", "act2", between=("se", "drop_path")),
+        ),
+    ),
+    Block(
+        _timm_bottleneck,
+        (
+            Step("conv1", "bn1", "act1"),
+            Step("conv2", "bn2", "act2", between=("drop_block",), after=("aa",)),
+            Step("conv3", "bn3", "act3", between=("se", "drop_path")),
+        ),
+    ),
+)
+
+
+def _fingerprint(function: Callable) -> tuple | None:
+    """What a function does: its instructions. Line numbers, comments, annotations, the docstring and the names of
+    local variables are no part of it."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_freevars:
+        return None
+    instructions = tuple(
+        (i.opname, i.arg if "_FAST" in i.opname else i.argval) for i in dis.get_instructions(code)
+    )
+    return instructions, code.co_argcount, code.co_kwonlyargcount, code.co_flags, function.__defaults__
+
+
+def _block_of(cls: type) -> Block | None:
+    """The block whose forward `cls` has, or None."""
+    fingerprint = _fingerprint(cls.forward)
+    return next((b for b in BLOCKS if fingerprint is not None and _fingerprint(b.forward) == fingerprint), None)
+
+
+# --------------------------------------------------------------------------------------------- fused forwards
+
+
+def _is_plain_relu(module) -> bool:
+    """True for an nn.ReLU that nobody watches: a hook on it must fire."""
+    if type(module) is not nn.ReLU:
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked
+
+
+def _present(owner: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The children of these names that do something."""
+    children = [getattr(owner, name, None) for name in names]
+    return [child for child in children if child is not None and type(child) is not nn.Identity]
+
+
+def _run_step(owner: nn.Module, step: Step, x, shortcut=None):
+    conv, bn, act = getattr(owner, step.conv), getattr(owner, step.bn), getattr(owner, step.act)
+    between = _present(owner, step.between)
+    if step.conv not in owner._gconv_fused:
+        y = bn(conv(x))
+        fused_relu = False
+    elif between:
+        y = fuse_modules_forward(x, conv, bn, relu=False)
+        fused_relu = False
+    else:
+        fused_relu = _is_plain_relu(act)
+        y = fuse_modules_forward(x, conv, bn, shortcut, fused_relu)
+        shortcut = None
+    for module in between:
+        y = module(y)
+    if shortcut is not None:
+        y = y + shortcut
+    if not fused_relu:
+        y = act(y)
+    for module in _present(owner, step.after):
+        y = module(y)
+    return y
+
+
+class _Fused:
+    """Mixin of the classes that convert gives to blocks. `_gconv_base` is the class before, `_gconv_fused` (on the
+    instance) the names of the convolutions that run fused. The classes are made on demand, so pickle and deepcopy
+    rebuild them from the class before."""
+
+    _gconv_fused: tuple[str, ...] = ()  # a slice of a Sequential is made without it
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new_fused, (self._gconv_base,), *state)
+
+
+class _FusedBlock(_Fused):
+    def forward(self, x):
+        if isinstance(x, torch.fx.Proxy):  # the graph keeps the block's own nodes
+            return self._gconv_base.forward(self, x)
+        out = x
+        *steps, last = self._gconv_block.steps
+        for step in steps:
+            out = _run_step(self, step, out)
+        return _run_step(self, last, out, x if self.downsample is None else self.downsample(x))
+
+
+class _FusedSequential(_Fused):
+    def forward(self, input):
+        if isinstance(input, torch.fx.Proxy):
+            return self._gconv_base.forward(self, input)
+        children = list(self._modules.items())
+        i = 0
+        while i < len(children):
+            name, module = children[i]
+            if name in self._gconv_fused and i + 1 < len(children) and _norm_reason(children[i + 1][1]) is None:
+                relu = i + 2 < len(children) and _is_plain_relu(children[i + 2][1])
+                input = fuse_modules_forward(input, module, children[i + 1][1], None, relu)
+                i += 3 if relu else 2
+            else:
+                input = module(input)
+                i += 1
+        return input
+
+
+@functools.cache
+def _fused_class(base: type) -> type:
+    """The subclass of `base` (a known block or a Sequential) that runs fused."""
+    block = _block_of(base)
+    mixin = _FusedSequential if block is None else _FusedBlock
+    attributes = {"_gconv_base": base, "_gconv_block": block, "__doc__": base.__doc__}
+    return type(f"Fused{base.__name__}", (mixin, base), attributes)
+
+
+def _new_fused(base: type) -> nn.Module:
+    cls = _fused_class(base)
+    return cls.__new__(cls)
+
+
+# --------------------------------------------------------------------------------------------- the report
+
+
+@dataclasses.dataclass
+class Entry:
+    """What became of one convolution: `name` (with the batch norm and ReLU that run with it), `result` "fused",
+    "gconv.Conv2d", "reverted" or "kept"; `reason` is why it was kept, or a remark."""
+
+    name: str
+    result: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.result == "kept":
+            return f"{self.name} kept: {self.reason}"
+        return f"{self.name} → {self.result}" + (f" ({self.reason})" if self.reason else "")
+
+
+class Report:
+    """One `Entry` per convolution, in the model's order: print it, iterate it, or read `fused`, `swapped`, `kept`."""
+
+    def __init__(self, entries: list[Entry]):
+        self.entries = entries
+
+    def _names(self, *results: str) -> list[str]:
+        return [entry.name for entry in self.entries if entry.result in results]
+
+    @property
+    def fused(self) -> list[str]:
+        return self._names("fused")
+
+    @property
+    def swapped(self) -> list[str]:
+        return self._names("gconv.Conv2d")
+
+    @property
+    def kept(self) -> list[str]:
+        return self._names("kept")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def to_dict(self) -> dict:
+        return {"entries": [dataclasses.asdict(entry) for entry in self.entries]}
+
+    def __str__(self) -> str:
+        lines = [str(entry) for entry in self.entries]
+        results = list(dict.fromkeys(entry.result for entry in self.entries))
+        summary = ", ".join(f"{len(self._names(result))} {result}" for result in results)
+        return "\n".join([*lines, summary or "no convolution found"])
+
+    __repr__ = __str__
+
+
+# --------------------------------------------------------------------------------------------- convert and revert
+
+
+def _norm_reason(bn) -> str | None:
+    """Why the batch norm cannot be fused, or None. FrozenBatchNorm2d is torchvision's or a copy of it."""
+    if type(bn) is nn.BatchNorm2d:
+        return None
+    if type(bn).__name__ == "FrozenBatchNorm2d" and {"weight", "bias", "running_mean", "running_var"} <= set(bn._buffers):
+        return None
+    return "no batch norm after it" if not isinstance(bn, nn.Module) else type(bn).__name__
+
+
+def _conv_reason(conv: nn.Conv2d) -> str | None:
+    """Why this convolution cannot run fused or on our kernels, whatever its kernel size; or None."""
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "parametrized"
+    if type(conv) is not nn.Conv2d and type(conv) is not Conv2d:
+        return f"{type(conv).__name__} is not torch.nn.Conv2d"
+    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
+        return "its forward was replaced"
+    if conv.kernel_size == (3, 3):
+        return backend.geometry_reason(conv.stride, conv.padding, conv.dilation)
+    return None
+
+
+def _swap_reason(conv: nn.Conv2d) -> str | None:
+    """Why this convolution does not become a gconv.Conv2d, or None."""
+    reason = _conv_reason(conv) or backend.kernel_size_reason(conv.kernel_size)
+    if reason is None and backend.dense_to_torch(conv.groups, conv.in_channels):
+        reason = "dense: torch runs it faster"
+    return reason
+
+
+def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
+    """(conv, bn, relu or "") of everything in `module` that could run fused; [] if its forward is not one we know."""
+    cls = getattr(type(module), "_gconv_base", type(module))
+    if "forward" in module.__dict__:
+        return []
+    if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
+        children = [*module._modules.items(), ("", None), ("", None)]
+        return [
+            (name, bn_name, relu_name if _is_plain_relu(relu) else "")
+            for (name, conv), (bn_name, bn), (relu_name, relu) in zip(children, children[1:], children[2:])
+            if isinstance(conv, nn.Conv2d) and "norm" in type(bn).__name__.lower()
+        ]
+    block = _block_of(cls)
+    if block is None:
+        return []
+    return [
+        (s.conv, s.bn, s.act if not _present(module, s.between) and _is_plain_relu(getattr(module, s.act)) else "")
+        for s in block.steps
+        if isinstance(getattr(module, s.conv, None), nn.Conv2d)
+    ]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _convert_runs(prefix: str, module: nn.Module, filter_fn, entries: dict[int, Entry]) -> None:
+    """Fuses what can be fused inside one block or Sequential and notes it under the id of each convolution."""
+    fused = set(module.__dict__.get("_gconv_fused", ()))
+    for conv_name, bn_name, relu_name in _runs(module):
+        conv, bn = getattr(module, conv_name), getattr(module, bn_name)
+        name = _join(prefix, conv_name)
+        reason = _conv_reason(conv) or _norm_reason(bn)
+        if reason is None and conv_name not in fused and not filter_fn(name, conv):
+            reason = "filter_fn"
+        if reason is not None:
+            entries[id(conv)] = Entry(name, "kept", reason)
+            continue
+        fused.add(conv_name)
+        label = "+".join(filter(None, (name, bn_name, relu_name)))
+        ours = backend.kernel_size_reason(conv.kernel_size) is None and not backend.dense_to_torch(
+            conv.groups, conv.in_channels
+        )
+        kernel = f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"
+        entries[id(conv)] = Entry(label, "fused", "" if ours else f"torch's {kernel} convolution")
+    if fused:
+        if not isinstance(module, _Fused):
+            module.__class__ = _fused_class(type(module))
+        module._gconv_fused = tuple(sorted(fused))
+
+
+def _convert_conv(name: str, conv: nn.Conv2d, filter_fn, entry: Entry | None) -> Entry:
+    """Makes one convolution a gconv.Conv2d where that helps; returns its line of the report."""
+    if entry is not None and (entry.result == "kept" and entry.reason == "filter_fn"):
+        return entry
+    reason = _swap_reason(conv)
+    if type(conv) is Conv2d:
+        return entry if entry is not None and entry.result == "fused" else Entry(name, "gconv.Conv2d", "already")
+    if reason is None and (entry is None or entry.result == "kept") and not filter_fn(name, conv):
+        reason = "filter_fn"
+    if reason is None:
+        conv.__class__ = Conv2d
+        conv._gconv_converted = True
+        if entry is None:
+            return Entry(name, "gconv.Conv2d")
+        return entry if entry.result == "fused" else Entry(name, "gconv.Conv2d", f"its batch norm kept: {entry.reason}")
+    return entry or Entry(name, "kept", reason)
+
+
+def _check_model(function: str, model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model: want a torch.nn.Module, got {type(model).__name__}")
+
+
+def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
+    """Puts gconv's kernels into `model`, in place; names, parameters, state_dict keys, hooks and mode stay.
+
+    Args:
+        model: any module; also a single convolution. Converting twice changes nothing more.
+        filter_fn: `filter_fn(name, conv) -> bool`, asked for each convolution that would change; False keeps it.
+
+    Returns:
+        a report, one line per convolution: print it.
+
+    Raises:
+        TypeError: `model` is no module, or `filter_fn` cannot be called.
+    """
+    _check_model("convert", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"convert: filter_fn: want a function (name, module) -> bool, got {type(filter_fn).__name__}")
+    answers: dict[int, bool] = {}
+
+    def ask(name: str, conv: nn.Module) -> bool:
+        if id(conv) not in answers:
+            answers[id(conv)] = filter_fn is None or bool(filter_fn(name, conv))
+        return answers[id(conv)]
+
+    modules = list(model.named_modules())
+    inside = {id(child) for _, module in modules if isinstance(module, ConvBNReLU) for child in module.modules()}
+    entries: dict[int, Entry] = {}
+    for name, module in modules:
+        if id(module) not in inside:
+            _convert_runs(name, module, ask, entries)
+    report = []
+    for name, module in modules:
+        if isinstance(module, ConvBNReLU):
+            report.append(Entry(name or type(module).__name__, "fused", "already"))
+        elif isinstance(module, nn.Conv2d) and id(module) not in inside:
+            report.append(_convert_conv(name or type(module).__name__, module, ask, entries.get(id(module))))
+    return Report(report)
+
+
+def revert(model: nn.Module) -> Report:
+    """Undoes `convert` exactly, in place, also in a copy or an unpickled model. Layers made as gconv's stay.
+
+    Returns:
+        a report, one line per module that got its class back.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_model("revert", model)
+    report = []
+    for name, module in model.named_modules():
+        if isinstance(module, _Fused):
+            module.__class__ = module._gconv_base
+            module.__dict__.pop("_gconv_fused", None)
+        elif "_gconv_converted" in module.__dict__:
+            if type(module) is not Conv2d:
+                report.append(Entry(name, "kept", f"it became {type(module).__name__} after convert"))
+                continue
+            module.__class__ = nn.Conv2d
+            del module._gconv_converted
+        else:
+            continue
+        report.append(Entry(name or type(module).__name__, "reverted", type(module).__name__))
+    return Report(report)

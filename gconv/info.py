@@ -1,0 +1,166 @@
+"""`python -m gconv.info`: what a bug report needs to know about a machine and what gconv runs on there."""
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import torch
+
+from gconv import backend
+
+VARIABLES = {
+    "GCONV_BACKEND": "auto | cpu | torch: the backend at import (gconv.use_backend)",
+    "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
+    "GCONV_ISA": "portable | avx2 | avx512: the instruction set of the CPU kernels",
+    "GCONV_CPU": "1: a build without the C++ kernels is an error",
+    "CXX": "the C++ compiler of the build",
+    "OMP_NUM_THREADS": "threads of torch, which are the threads of gconv's kernels",
+}
+
+
+def version() -> str:
+    """The version of the package: as installed, or as its pyproject.toml says in a checkout."""
+    try:
+        return importlib.metadata.version("gconv")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pyproject.toml")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition("=")
+                if key.strip() == "version":
+                    return ast.literal_eval(value.strip())
+    return "unknown"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """The first line of `$CXX --version` (or c++'s), or None."""
+    command = (os.environ.get("CXX") or "c++").split()
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith(("model name", "Hardware", "cpu model")):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _isa() -> tuple[str | None, list[str]]:
+    """The instruction set the CPU kernels use and those they could use here; (an error's text, []) on a bad
+    GCONV_ISA, (None, []) without the extension."""
+    if not backend.extension_loaded():
+        return None, []
+    try:
+        in_use = torch.ops.gconv.cpu_isa()
+    except RuntimeError as error:
+        return f"error: {str(error).splitlines()[0]}", []
+    available = []
+    try:
+        for isa in ("avx512", "avx2", "portable"):
+            try:
+                torch.ops.gconv.set_cpu_isa(isa)
+                available.append(isa)
+            except RuntimeError:
+                continue
+    finally:
+        torch.ops.gconv.set_cpu_isa(in_use)
+    return in_use, available
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def collect() -> dict:
+    """Everything the command prints, as plain data."""
+    isa, isa_available = _isa()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "versions": {
+            "gconv": version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+            "torchvision": _installed("torchvision"),
+            "numpy": _installed("numpy"),
+            "python": platform.python_version(),
+            "compiler": _compiler(),
+            "system": platform.platform(),
+        },
+        "cpu": {
+            "model": _cpu_model(),
+            "cores usable": cores,
+            "threads": torch.get_num_threads(),
+            "torch capability": torch.backends.cpu.get_cpu_capability(),
+            "isa in use": isa,
+            "isa available": isa_available,
+        },
+        "gpus": _gpus(),
+        "backends": {
+            "cpu": backend.missing_extension() or "available",
+            "torch": "available",
+            "mode": backend.backend_mode(),
+            "fallback policy": backend.policy(),
+        },
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _text(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "-" if value is None else str(value)
+
+
+def format_info(info: dict) -> str:
+    """The report as aligned lines under a heading per section."""
+    width = max(len(key) for section in info.values() if isinstance(section, dict) for key in section)
+    lines = []
+    for title, section in info.items():
+        lines.append(title)
+        rows = section.items() if isinstance(section, dict) else [(str(i), gpu) for i, gpu in enumerate(section)]
+        lines += [f"  {key:<{width}}  {_text(value)}" for key, value in rows] or ["  none"]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    meanings = "\n".join(f"  {name:<16} {meaning}" for name, meaning in VARIABLES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m gconv.info",
+        description="Shows versions, CPU, GPUs, backends and settings; put it into a bug report.",
+        epilog=f"environment variables:\n{meanings}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    info = collect()
+    print(json.dumps(info, indent=2) if options.json else format_info(info))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

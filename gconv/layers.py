@@ -1,0 +1,141 @@
+"""Layers that take the place of torch.nn's: the same signature, initialisation and state_dict."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gconv.conv_bn_relu import fuse_modules_forward
+from gconv.grouped_conv import grouped_conv
+
+
+def fx_leaf(module: nn.Module, *args):
+    """While torch.fx traces a model: `module` as one node of the graph, as torch.nn's own layers are.
+
+    Returns None where nothing is traced or where `module` is itself the traced root.
+    """
+    proxy = next((arg for arg in args if isinstance(arg, torch.fx.Proxy)), None)
+    if proxy is None:
+        return None
+    path = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy("call_module", path, args, {}) if path else None
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d on gconv's kernels: [N, C, H, W] or [C, H, W] -> [N, K, OH, OW] or [K, OH, OW].
+
+    Arguments, initialisation (also the use of the random generator), state_dict keys and `padding_mode`s are
+    nn.Conv2d's. What the kernels do not cover goes to torch and is reported by `gconv.set_policy`'s policy and by
+    `gconv.trace`: they cover 3x3, stride 1 or 2, padding 0 to 2, any dilation and groups, in float32, bfloat16 and
+    float16 on the CPU. Bit-identical from run to run and for any number of threads. The output is channels_last if
+    the input or the weight is, as in torch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and isinstance(input, torch.fx.Proxy):
+            leaf = fx_leaf(self, input)
+            return nn.Conv2d._conv_forward(self, input, self.weight, self.bias) if leaf is None else leaf
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return grouped_conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    @classmethod
+    def from_torch(cls, conv: nn.Conv2d) -> "Conv2d":
+        """A gconv layer that shares the parameters, hooks and mode of `conv`, which stays as it is.
+
+        Raises ValueError if `conv` is anything but a plain nn.Conv2d: a subclass may compute something else, and a
+        parametrization lives in the subclass it makes.
+        """
+        if type(conv) is not nn.Conv2d and type(conv) is not cls:
+            raise ValueError(f"Conv2d.from_torch: conv: want a plain torch.nn.Conv2d, got {_described(conv)}")
+        layer = cls.__new__(cls)
+        for name, value in conv.__dict__.items():
+            # Shallow copies of the registries: the same tensors and hooks, in dictionaries of the new layer's own.
+            layer.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+        return layer
+
+
+def _described(module) -> str:
+    if isinstance(module, nn.Module) and nn.utils.parametrize.is_parametrized(module):
+        return f"a parametrized {type(module).__mro__[1].__name__}"
+    return type(module).__name__
+
+
+class ConvBNReLU(nn.Module):
+    """relu(bn(conv(x)) [+ residual]) in one pass: [N, C, H, W] -> [N, K, OH, OW].
+
+    Children are `conv` (gconv.Conv2d) and `bn` (nn.BatchNorm2d), so the state_dict keys are `conv.weight`,
+    `bn.weight`, ..., `bn.num_batches_tracked`. Training stores the convolution's raw output and the batch statistics
+    taken from it (Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1), never the normalised activation; evaluation
+    applies the running statistics inside the convolution. A `bn` replaced by another module (SyncBatchNorm, Identity),
+    or a child with hooks, is called as a module: `gconv.trace` says so.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as nn.Conv2d;
+            `bias` is False by default because the batch norm removes it.
+        relu: False ends with the batch norm and the residual.
+        eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, RuntimeError: as nn.Conv2d and nn.BatchNorm2d, and for a residual that has not the output's shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = False,
+        relu: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+        self.relu = relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            args = (x,) if residual is None else (x, residual)
+            leaf = fx_leaf(self, *args)
+            return self._forward_children(x, residual) if leaf is None else leaf
+        return fuse_modules_forward(x, self.conv, self.bn, residual, self.relu)
+
+    def _forward_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = self.bn(self.conv(x))
+        y = y if residual is None else y + residual
+        return F.relu(y) if self.relu else y
+
+    @classmethod
+    def from_torch(cls, conv: nn.Conv2d, bn: nn.Module, relu: bool = True) -> "ConvBNReLU":
+        """The fused layer over an existing convolution, whose parameters it shares, and `bn` itself.
+
+        Raises ValueError if `conv` is not a plain nn.Conv2d.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.conv = Conv2d.from_torch(conv)
+        layer.bn = bn
+        layer.relu = relu
+        layer.training = bn.training
+        return layer
+
+    def extra_repr(self) -> str:
+        return "" if self.relu else "relu=False"
