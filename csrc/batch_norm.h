@@ -6,9 +6,9 @@
 //   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the coefficients of
 //   bwd_apply   dx = A*g + B*(x - mean) + C
 //
-// mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1; so a
-// NaN passes. Rows (pixels) are cut into slabs by shape alone and their partial results merged in a fixed order in
-// double: every result is bit-identical from run to run and for any number of threads.
+// mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1;
+// so a NaN passes. Rows (pixels) are cut into slabs by shape alone and their partial results merged in a
+// fixed order in double: every result is bit-identical from run to run and for any number of threads.
 #pragma once
 #include "cpu/isa.h"
 #include "tensor.h"
@@ -42,7 +42,7 @@ struct BatchNormFoldParams {
 
 struct BatchNormApplyParams {
   BatchNormShape shape;
-  DType dtype;          // of x, residual and y
+  DType dtype;  // of x, residual and y
   Isa isa;
   Nhwc x;               // incoming
   const float* affine;  // incoming [2, C]: a, b
@@ -53,7 +53,7 @@ struct BatchNormApplyParams {
 
 struct BatchNormBwdReduceParams {
   BatchNormShape shape;
-  DType dtype;          // of dz, x and z
+  DType dtype;  // of dz, x and z
   Isa isa;
   Nhwc dz;              // incoming
   Nhwc x;               // incoming: the input of the forward
@@ -70,7 +70,7 @@ struct BatchNormBwdReduceParams {
 
 struct BatchNormBwdApplyParams {
   BatchNormShape shape;
-  DType dtype;          // of dz, x, z, dx and g
+  DType dtype;  // of dz, x, z, dx and g
   Isa isa;
   Nhwc dz;              // incoming
   Nhwc x;               // incoming
@@ -81,7 +81,8 @@ struct BatchNormBwdApplyParams {
   Nhwc g;               // outgoing: masked dz, the gradient of the residual; data null: not wanted
 };
 
-// A stage does the share `ith` of `nth` of its work; all shares of a stage must be done before the next begins.
+// A stage does the share `ith` of `nth` of its work; all shares of a stage must be done before the next
+// begins.
 int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p);
 void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth);
 void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth);

@@ -1,5 +1,5 @@
-// Between torch's tensors and the kernels' views: checks, layout, allocation, threads. The only place, with the
-// binding files that include it, that knows torch (by its stable ABI).
+// Between torch's tensors and the kernels' views: checks, layout, allocation, threads. The only place, with
+// the binding files that include it, that knows torch (by its stable ABI).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -87,9 +87,10 @@ inline DType activation_dtype(const char* op, const char* name, const Tensor& x)
   return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
 
-inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType type, const Shape& shape) {
-  check(t.scalar_type() == type && has_shape(t, shape) && t.is_cpu(), op, ": ", name, ": want ", dtype_name(type),
-        " ", shape, ", got ", Described{t});
+inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType type,
+                         const Shape& shape) {
+  check(t.scalar_type() == type && has_shape(t, shape) && t.is_cpu(), op, ": ", name, ": want ",
+        dtype_name(type), " ", shape, ", got ", Described{t});
 }
 
 // A float32 vector or table of vectors, one entry per channel.
@@ -99,7 +100,8 @@ inline const float* channel_floats(const char* op, const char* name, const Tenso
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-inline const float* channel_floats(const char* op, const char* name, const OptionalTensor& t, const Shape& shape) {
+inline const float* channel_floats(const char* op, const char* name, const OptionalTensor& t,
+                                   const Shape& shape) {
   return t.has_value() ? channel_floats(op, name, *t, shape) : nullptr;
 }
 

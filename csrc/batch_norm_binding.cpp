@@ -1,0 +1,168 @@
+// torch.ops.gconv.batch_norm_*: schemas, checks, allocation and threads around batch_norm.h.
+#include <tuple>
+
+#include "batch_norm.h"
+#include "torch_tensors.h"
+
+namespace gconv {
+
+namespace {
+
+// The activations of one call: the first gives shape and dtype, the others must agree with it.
+struct Activations {
+  const char* op;
+  DType dtype;
+  ScalarType scalar_type;
+  BatchNormShape shape;
+
+  Activations(const char* op_name, const char* name, const Tensor& x)
+      : op(op_name),
+        dtype(activation_dtype(op_name, name, x)),
+        scalar_type(x.scalar_type()),
+        shape{x.size(0), x.size(2), x.size(3), x.size(1)} {}
+  Shape sizes() const { return {shape.n, shape.c, shape.h, shape.w}; }
+  Shape vector() const { return {shape.c}; }
+  Shape table(int64_t rows) const { return {rows, shape.c}; }
+  int64_t elements() const { return shape.n * shape.h * shape.w * shape.c; }
+
+  // The argument in a readable layout; whoever holds the result keeps a copy alive.
+  OptionalTensor readable(const char* name, const OptionalTensor& t) const {
+    if (!t.has_value()) return std::nullopt;
+    check_tensor(op, name, *t, scalar_type, sizes());
+    return channels_adjacent(*t);
+  }
+  Tensor readable(const char* name, const Tensor& t) const {
+    check_tensor(op, name, t, scalar_type, sizes());
+    return channels_adjacent(t);
+  }
+};
+
+Nhwc view_of(const OptionalTensor& t) { return t.has_value() ? gconv::view_of(*t) : Nhwc{}; }
+
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x) {
+  const Activations a("batch_norm_stats", "x", x);
+  const Tensor input = channels_adjacent(x);
+  Tensor mean = empty_floats(a.vector(), x), var = empty_floats(a.vector(), x);
+  BatchNormStatsParams p{a.shape,         a.dtype,        isa_current(), gconv::view_of(input),
+                         floats_of(mean), floats_of(var), nullptr};
+  const Tensor workspace = empty_floats({batch_norm_stats_workspace(p)}, x);
+  p.workspace = floats_of(workspace);
+  run_stage(batch_norm_stats_cpu, p, a.elements());
+  run_stage(batch_norm_stats_merge_cpu, p, workspace.numel());
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                                           const OptionalTensor& beta, double eps) {
+  const char* op = "batch_norm_fold";
+  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+  const int64_t c = mean.size(0);
+  const BatchNormFoldParams in{c,
+                               channel_floats(op, "mean", mean, {c}),
+                               channel_floats(op, "var", var, {c}),
+                               channel_floats(op, "gamma", gamma, {c}),
+                               channel_floats(op, "beta", beta, {c}),
+                               eps,
+                               nullptr,
+                               nullptr};
+  Tensor rstd = empty_floats({c}, mean), affine = empty_floats({2, c}, mean);
+  BatchNormFoldParams p = in;
+  p.rstd = floats_of(rstd);
+  p.affine = floats_of(affine);
+  run_stage(batch_norm_fold_cpu, p, c);
+  return {rstd, affine};
+}
+
+Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual, bool relu) {
+  const Activations a("batch_norm_apply", "x", x);
+  const Tensor input = channels_adjacent(x);
+  const OptionalTensor more = a.readable("residual", residual);
+  const float* coefficients = channel_floats(a.op, "affine", affine, a.table(2));
+  Tensor y = empty_channels_last(a.sizes(), x);
+  const BatchNormApplyParams p{a.shape,      a.dtype,       isa_current(), gconv::view_of(input),
+                               coefficients, view_of(more), relu,          writable_view_of(y)};
+  run_stage(batch_norm_apply_cpu, p, a.elements());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,
+                                                         const Tensor& mean, const Tensor& rstd,
+                                                         const OptionalTensor& gamma,
+                                                         const OptionalTensor& affine,
+                                                         const OptionalTensor& z) {
+  const Activations a("batch_norm_bwd_reduce", "x", x);
+  const Tensor input = channels_adjacent(x), gradient = a.readable("dz", dz);
+  const OptionalTensor output = a.readable("z", z);
+  BatchNormBwdReduceParams p{};
+  p.shape = a.shape;
+  p.dtype = a.dtype;
+  p.isa = isa_current();
+  p.dz = gconv::view_of(gradient);
+  p.x = gconv::view_of(input);
+  p.mean = channel_floats(a.op, "mean", mean, a.vector());
+  p.rstd = channel_floats(a.op, "rstd", rstd, a.vector());
+  p.gamma = channel_floats(a.op, "gamma", gamma, a.vector());
+  p.affine = channel_floats(a.op, "affine", affine, a.table(2));
+  p.z = view_of(output);
+  Tensor dgamma = empty_floats(a.vector(), x), dbeta = empty_floats(a.vector(), x);
+  Tensor coef = empty_floats(a.table(4), x);
+  p.dgamma = floats_of(dgamma);
+  p.dbeta = floats_of(dbeta);
+  p.coef = floats_of(coef);
+  const Tensor workspace = empty_floats({batch_norm_bwd_reduce_workspace(p)}, x);
+  p.workspace = floats_of(workspace);
+  run_stage(batch_norm_bwd_reduce_cpu, p, a.elements());
+  run_stage(batch_norm_bwd_reduce_merge_cpu, p, workspace.numel());
+  return {dgamma, dbeta, coef};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& x, const Tensor& coef,
+                                                const OptionalTensor& affine, const OptionalTensor& z,
+                                                bool want_g) {
+  const Activations a("batch_norm_bwd_apply", "x", x);
+  const Tensor input = channels_adjacent(x), gradient = a.readable("dz", dz);
+  const OptionalTensor output = a.readable("z", z);
+  BatchNormBwdApplyParams p{};
+  p.shape = a.shape;
+  p.dtype = a.dtype;
+  p.isa = isa_current();
+  p.dz = gconv::view_of(gradient);
+  p.x = gconv::view_of(input);
+  p.coef = channel_floats(a.op, "coef", coef, a.table(4));
+  p.affine = channel_floats(a.op, "affine", affine, a.table(2));
+  p.z = view_of(output);
+  Tensor dx = empty_channels_last(a.sizes(), x);
+  Tensor g = want_g ? empty_channels_last(a.sizes(), x)
+                    : torch::stable::empty({Shape{0}.size, 1}, a.scalar_type, std::nullopt, x.device());
+  p.dx = writable_view_of(dx);
+  if (want_g) p.g = writable_view_of(g);
+  run_stage(batch_norm_bwd_apply_cpu, p, a.elements());
+  return {dx, g};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
+  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "batch_norm_fold(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor rstd, "
+      "Tensor affine)");
+  m.def("batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "batch_norm_bwd_reduce(Tensor dz, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
+      "Tensor? z) "
+      "-> (Tensor dgamma, Tensor dbeta, Tensor coef)");
+  m.def(
+      "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor coef, Tensor? affine, Tensor? z, bool want_g) "
+      "-> (Tensor dx, Tensor g)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
+  m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
+  m.impl("batch_norm_fold", TORCH_BOX(&batch_norm_fold));
+  m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
+  m.impl("batch_norm_bwd_reduce", TORCH_BOX(&batch_norm_bwd_reduce));
+  m.impl("batch_norm_bwd_apply", TORCH_BOX(&batch_norm_bwd_apply));
+}
+
+}  // namespace gconv

@@ -1,0 +1,98 @@
+// batch_norm: the choice of kernels, and the parts that touch one value per channel only. These compute in
+// double.
+#include "batch_norm.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/batch_norm_plan.h"
+
+namespace gconv {
+
+namespace {
+
+const BatchNormKernels& kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return avx512::batch_norm_kernels;
+  if (isa == Isa::avx2) return avx2::batch_norm_kernels;
+#endif
+  return portable::batch_norm_kernels;
+}
+
+}  // namespace
+
+int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p) {
+  return BatchNormSlabs(p.shape).slabs * 2 * p.shape.c;
+}
+
+void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
+  kernels(p.isa).stats(p, ith, nth);
+}
+
+void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
+  const BatchNormSlabs plan(p.shape);
+  const int64_t channels = p.shape.c;
+  for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t s = 0; s < plan.slabs; ++s) {
+      const float* partial = p.workspace + s * 2 * channels + c;
+      const double n = static_cast<double>(plan.rows_of(s));
+      const double delta = partial[0] - mean, total = count + n;
+      mean += delta * (n / total);
+      m2 += partial[channels] + delta * delta * (count * (n / total));
+      count = total;
+    }
+    const bool empty = plan.rows == 0;
+    p.mean[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(mean);
+    p.var[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(m2 / count);
+  }
+}
+
+void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth) {
+  for (int64_t c = p.c * ith / nth; c < p.c * (ith + 1) / nth; ++c) {
+    const double rstd = 1.0 / std::sqrt(static_cast<double>(p.var[c]) + p.eps);
+    const double a = (p.gamma ? p.gamma[c] : 1.0) * rstd;
+    p.rstd[c] = static_cast<float>(rstd);
+    p.affine[c] = static_cast<float>(a);
+    p.affine[p.c + c] = static_cast<float>((p.beta ? p.beta[c] : 0.0) - p.mean[c] * a);
+  }
+}
+
+void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+  kernels(p.isa).apply(p, ith, nth);
+}
+
+int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p) {
+  return BatchNormSlabs(p.shape).slabs * 2 * p.shape.c;
+}
+
+void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  kernels(p.isa).bwd_reduce(p, ith, nth);
+}
+
+void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  const BatchNormSlabs plan(p.shape);
+  const int64_t channels = p.shape.c;
+  for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
+    double sum_g = 0, sum_gx = 0;
+    for (int64_t s = 0; s < plan.slabs; ++s) {
+      const float* partial = p.workspace + s * 2 * channels + c;
+      sum_g += partial[0];
+      sum_gx += partial[channels];
+    }
+    const double rstd = p.rstd[c], scale = (p.gamma ? p.gamma[c] : 1.0) * rstd;
+    const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);
+    p.dbeta[c] = static_cast<float>(sum_g);
+    p.dgamma[c] = static_cast<float>(sum_gx * rstd);
+    p.coef[c] = static_cast<float>(scale);
+    p.coef[channels + c] = static_cast<float>(-scale * rstd * (sum_gx * rstd) * per_row);
+    p.coef[2 * channels + c] = static_cast<float>(-scale * sum_g * per_row);
+    p.coef[3 * channels + c] = p.mean[c];
+  }
+}
+
+void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+  kernels(p.isa).bwd_apply(p, ith, nth);
+}
+
+}  // namespace gconv

@@ -1,0 +1,319 @@
+// The passes of batch_norm over whole activations, compiled once per instruction set.
+//
+// Computes: stats, apply, bwd_reduce and bwd_apply of batch_norm.h.
+// Grid: reductions: slab of rows x panel of channels (BatchNormSlabs); elementwise passes: any share of the
+// rows. Tile: four rows x one vector of channels; reductions keep one accumulator per channel in L1, where
+// each visit
+//   takes four rows.
+// Bytes moved: every operand once. The second look of stats, at a block's squared deviations, finds it in
+// cache. Accumulation: float32 in a block of rows, then in a slab; double across slabs.
+#pragma once
+#include "cpu/batch_norm_plan.h"
+#include "cpu/vec.h"
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+
+// The rows (pixels) of an activation, numbered as if they lay in one line. Where one stride serves all of
+// them no division is needed to find one; slices and expanded tensors mostly keep that property, crops do
+// not.
+template <typename T>
+class Rows {
+ public:
+  Rows(const BatchNormShape& s, const Nhwc& x)
+      : data_(static_cast<T*>(x.data)),
+        h_(s.h),
+        w_(s.w),
+        n_stride_(x.stride_n),
+        h_stride_(x.stride_h),
+        w_stride_(x.stride_w) {
+    const int64_t sizes[3] = {s.w, s.h, s.n}, strides[3] = {x.stride_w, x.stride_h, x.stride_n};
+    int64_t count = 1;
+    for (int i = 0; i < 3; ++i) {
+      if (sizes[i] == 1) continue;  // whatever its stride, it is never taken
+      if (count == 1)
+        row_stride_ = strides[i];
+      else if (strides[i] != count * row_stride_)
+        one_stride_ = false;
+      count *= sizes[i];
+    }
+  }
+  bool absent() const { return data_ == nullptr; }
+  GCONV_INLINE T* row(int64_t r) const {
+    if (one_stride_) return data_ + r * row_stride_;
+    const int64_t line = r / w_;
+    return data_ + (line / h_) * n_stride_ + (line % h_) * h_stride_ + (r % w_) * w_stride_;
+  }
+
+ private:
+  T* data_;
+  int64_t h_, w_, n_stride_, h_stride_, w_stride_;
+  int64_t row_stride_ = 0;
+  bool one_stride_ = true;
+};
+
+// Calls f(c, lanes) for every vector of channels in [begin, end); lanes is LANES except perhaps in the last.
+template <typename F>
+GCONV_INLINE void for_channels(int64_t begin, int64_t end, F&& f) {
+  int64_t c = begin;
+  for (; c + LANES <= end; c += LANES) f(c, LANES);
+  if (c < end) f(c, static_cast<int>(end - c));
+}
+
+// Calls f(first row, number of rows) for every four rows in [begin, end), then for each of the rest.
+template <typename F>
+GCONV_INLINE void for_rows(int64_t begin, int64_t end, F&& f) {
+  int64_t r = begin;
+  for (; r + 4 <= end; r += 4) f(r, std::integral_constant<int, 4>());
+  for (; r < end; ++r) f(r, std::integral_constant<int, 1>());
+}
+
+// The sum of f(0) ... f(ROWS - 1), as a tree.
+template <int ROWS, typename F>
+GCONV_INLINE Vec sum_rows(F&& f) {
+  if constexpr (ROWS == 1)
+    return f(0);
+  else
+    return add(add(f(0), f(1)), add(f(2), f(3)));
+}
+
+constexpr int64_t PANEL = BatchNormSlabs::PANEL;
+
+// Mean and M2 of rows [begin, end) of channels [c0, c1), merged into the slab's. `before` rows are in it
+// already.
+template <typename T>
+void stats_block(const Rows<T>& x, int64_t begin, int64_t end, int64_t c0, int64_t c1, int64_t before,
+                 float* mean, float* m2) {
+  alignas(64) float centre[PANEL], off[PANEL], square[PANEL];
+  const int64_t width = c1 - c0;
+  std::fill(centre, centre + width, 0.f);
+  std::fill(off, off + width, 0.f);
+  std::fill(square, square + width, 0.f);
+  for_rows(begin, end, [&](int64_t r, auto rows) {
+    constexpr int ROWS = decltype(rows)::value;
+    const T* p[ROWS];
+    for (int i = 0; i < ROWS; ++i) p[i] = x.row(r + i) + c0;
+    for_channels(0, width, [&](int64_t c, int lanes) {
+      const Vec sum = sum_rows<ROWS>([&](int i) { return load_lanes(p[i] + c, lanes); });
+      store_lanes(centre + c, add(load_lanes(centre + c, lanes), sum), lanes);
+    });
+  });
+  const float count = static_cast<float>(end - begin);
+  for_channels(0, width, [&](int64_t c, int lanes) {
+    store_lanes(centre + c, mul(load_lanes(centre + c, lanes), set1(1.f / count)), lanes);
+  });
+  // Deviations from a rounded centre do not sum to 0: what is left corrects both moments.
+  for_rows(begin, end, [&](int64_t r, auto rows) {
+    constexpr int ROWS = decltype(rows)::value;
+    const T* p[ROWS];
+    for (int i = 0; i < ROWS; ++i) p[i] = x.row(r + i) + c0;
+    for_channels(0, width, [&](int64_t c, int lanes) {
+      const Vec at = load_lanes(centre + c, lanes);
+      Vec d[ROWS];
+      for (int i = 0; i < ROWS; ++i) d[i] = sub(load_lanes(p[i] + c, lanes), at);
+      const Vec sum = sum_rows<ROWS>([&](int i) { return d[i]; });
+      const Vec sum2 = sum_rows<ROWS>([&](int i) { return mul(d[i], d[i]); });
+      store_lanes(off + c, add(load_lanes(off + c, lanes), sum), lanes);
+      store_lanes(square + c, add(load_lanes(square + c, lanes), sum2), lanes);
+    });
+  });
+  for_channels(0, width, [&](int64_t c, int lanes) {
+    const Vec shift = mul(load_lanes(off + c, lanes), set1(1.f / count));
+    const Vec block_mean = add(load_lanes(centre + c, lanes), shift);
+    const Vec block_m2 = sub(load_lanes(square + c, lanes), mul(mul(shift, shift), set1(count)));
+    Moments slab;
+    slab.count = static_cast<float>(before);
+    slab.mean = before ? load_lanes(mean + c, lanes) : zero();
+    slab.m2 = before ? load_lanes(m2 + c, lanes) : zero();
+    if (before) {
+      slab.merge(count, block_mean, block_m2);
+    } else {
+      slab.mean = block_mean;
+      slab.m2 = block_m2;
+    }
+    store_lanes(mean + c, slab.mean, lanes);
+    store_lanes(m2 + c, slab.m2, lanes);
+  });
+}
+
+// Calls f(slab, first row, end row, first channel, end channel) for the share of the slabs x panels.
+template <typename F>
+GCONV_INLINE void for_slabs(const BatchNormShape& shape, int64_t ith, int64_t nth, F&& f) {
+  const BatchNormSlabs plan(shape);
+  const Share share(plan.slabs * plan.panels, ith, nth);
+  for (int64_t unit = share.begin; unit < share.end; ++unit) {
+    const int64_t slab = unit / plan.panels, begin = slab * plan.slab_rows, c0 = unit % plan.panels * PANEL;
+    const int64_t end = begin + plan.rows_of(slab), c1 = std::min(c0 + PANEL, shape.c);
+    f(plan, slab, begin, end, c0, c1);
+  }
+}
+
+template <typename T>
+void stats(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
+  const Rows<T> x(p.shape, p.x);
+  for_slabs(
+      p.shape, ith, nth,
+      [&](const BatchNormSlabs& plan, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+        float* mean = p.workspace + slab * 2 * p.shape.c + c0;
+        float* m2 = mean + p.shape.c;
+        for (int64_t r = begin; r < end; r += plan.block_rows)
+          stats_block(x, r, std::min(r + plan.block_rows, end), c0, c1, r - begin, mean, m2);
+      });
+}
+
+template <typename T, bool RESIDUAL, bool RELU>
+void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+  const Rows<T> x(p.shape, p.x), residual(p.shape, p.residual), y(p.shape, p.y);
+  const float *a = p.affine, *b = p.affine + p.shape.c;
+  const Share share(p.shape.n * p.shape.h * p.shape.w, ith, nth);
+  for (int64_t r = share.begin; r < share.end; ++r) {
+    const T* in = x.row(r);
+    const T* more = RESIDUAL ? residual.row(r) : nullptr;
+    T* out = y.row(r);
+    for_channels(0, p.shape.c, [&](int64_t c, int lanes) {
+      Vec v = fma(load_lanes(a + c, lanes), load_lanes(in + c, lanes), load_lanes(b + c, lanes));
+      if constexpr (RESIDUAL) v = add(v, load_lanes(more + c, lanes));
+      if constexpr (RELU) v = relu(v);
+      store_lanes(out + c, v, lanes);
+    });
+  }
+}
+
+template <typename T>
+void apply(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+  if (p.residual.data)
+    p.relu ? apply_rows<T, true, true>(p, ith, nth) : apply_rows<T, true, false>(p, ith, nth);
+  else
+    p.relu ? apply_rows<T, false, true>(p, ith, nth) : apply_rows<T, false, false>(p, ith, nth);
+}
+
+// Where the ReLU's mask comes from.
+enum class Mask { none, from_x, from_z };
+
+template <Mask MASK, typename T>
+GCONV_INLINE Vec masked(Vec dz, Vec x, const T* z, const float* a, const float* b, int lanes) {
+  if constexpr (MASK == Mask::from_z)
+    return relu_mask(dz, load_lanes(z, lanes));
+  else if constexpr (MASK == Mask::from_x)
+    return relu_mask(dz, fma(load_lanes(a, lanes), x, load_lanes(b, lanes)));
+  else
+    return dz;
+}
+
+template <typename T, Mask MASK>
+void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  const Rows<T> dz(p.shape, p.dz), x(p.shape, p.x), z(p.shape, p.z);
+  for_slabs(
+      p.shape, ith, nth,
+      [&](const BatchNormSlabs& plan, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+        alignas(64) float block_g[PANEL], block_gx[PANEL];
+        const int64_t width = c1 - c0;
+        const float* mean = p.mean + c0;
+        const float* a = MASK == Mask::from_x ? p.affine + c0 : nullptr;
+        const float* b = MASK == Mask::from_x ? a + p.shape.c : nullptr;
+        float* sum_g = p.workspace + slab * 2 * p.shape.c + c0;
+        float* sum_gx = sum_g + p.shape.c;
+        std::fill(sum_g, sum_g + width, 0.f);
+        std::fill(sum_gx, sum_gx + width, 0.f);
+        for (int64_t r0 = begin; r0 < end; r0 += plan.block_rows) {
+          std::fill(block_g, block_g + width, 0.f);
+          std::fill(block_gx, block_gx + width, 0.f);
+          for_rows(r0, std::min(r0 + plan.block_rows, end), [&](int64_t r, auto rows) {
+            constexpr int ROWS = decltype(rows)::value;
+            const T *dz_row[ROWS], *x_row[ROWS], *z_row[ROWS];
+            for (int i = 0; i < ROWS; ++i) {
+              dz_row[i] = dz.row(r + i) + c0;
+              x_row[i] = x.row(r + i) + c0;
+              z_row[i] = MASK == Mask::from_z ? z.row(r + i) + c0 : nullptr;
+            }
+            for_channels(0, width, [&](int64_t c, int lanes) {
+              const Vec centre = load_lanes(mean + c, lanes);
+              Vec g[ROWS], gx[ROWS];
+              for (int i = 0; i < ROWS; ++i) {
+                const Vec value = load_lanes(x_row[i] + c, lanes);
+                g[i] =
+                    masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i] + c, a + c, b + c, lanes);
+                gx[i] = mul(g[i], sub(value, centre));
+              }
+              const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
+              const Vec gx_sum = sum_rows<ROWS>([&](int i) { return gx[i]; });
+              store_lanes(block_g + c, add(load_lanes(block_g + c, lanes), g_sum), lanes);
+              store_lanes(block_gx + c, add(load_lanes(block_gx + c, lanes), gx_sum), lanes);
+            });
+          });
+          for_channels(0, width, [&](int64_t c, int lanes) {
+            store_lanes(sum_g + c, add(load_lanes(sum_g + c, lanes), load_lanes(block_g + c, lanes)), lanes);
+            store_lanes(sum_gx + c, add(load_lanes(sum_gx + c, lanes), load_lanes(block_gx + c, lanes)),
+                        lanes);
+          });
+        }
+      });
+}
+
+template <typename T>
+void bwd_reduce(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  if (p.z.data)
+    bwd_reduce_slabs<T, Mask::from_z>(p, ith, nth);
+  else if (p.affine)
+    bwd_reduce_slabs<T, Mask::from_x>(p, ith, nth);
+  else
+    bwd_reduce_slabs<T, Mask::none>(p, ith, nth);
+}
+
+template <typename T, Mask MASK, bool WANT_G>
+void bwd_apply_rows(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+  const Rows<T> dz(p.shape, p.dz), x(p.shape, p.x), z(p.shape, p.z), dx(p.shape, p.dx), g_out(p.shape, p.g);
+  const int64_t channels = p.shape.c;
+  const float *slope = p.coef, *tilt = slope + channels, *level = tilt + channels, *mean = level + channels;
+  const float* a = MASK == Mask::from_x ? p.affine : nullptr;
+  const float* b = MASK == Mask::from_x ? a + channels : nullptr;
+  const Share share(p.shape.n * p.shape.h * p.shape.w, ith, nth);
+  for (int64_t r = share.begin; r < share.end; ++r) {
+    const T *dz_row = dz.row(r), *x_row = x.row(r), *z_row = MASK == Mask::from_z ? z.row(r) : nullptr;
+    T* dx_row = dx.row(r);
+    T* g_row = WANT_G ? g_out.row(r) : nullptr;
+    for_channels(0, channels, [&](int64_t c, int lanes) {
+      const Vec value = load_lanes(x_row + c, lanes);
+      const Vec g = masked<MASK>(load_lanes(dz_row + c, lanes), value, z_row + c, a + c, b + c, lanes);
+      const Vec rest = fma(load_lanes(tilt + c, lanes), sub(value, load_lanes(mean + c, lanes)),
+                           load_lanes(level + c, lanes));
+      store_lanes(dx_row + c, fma(load_lanes(slope + c, lanes), g, rest), lanes);
+      if constexpr (WANT_G) store_lanes(g_row + c, g, lanes);
+    });
+  }
+}
+
+template <typename T, Mask MASK>
+void bwd_apply_masked(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+  p.g.data ? bwd_apply_rows<T, MASK, true>(p, ith, nth) : bwd_apply_rows<T, MASK, false>(p, ith, nth);
+}
+
+template <typename T>
+void bwd_apply(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+  if (p.z.data)
+    bwd_apply_masked<T, Mask::from_z>(p, ith, nth);
+  else if (p.affine)
+    bwd_apply_masked<T, Mask::from_x>(p, ith, nth);
+  else
+    bwd_apply_masked<T, Mask::none>(p, ith, nth);
+}
+
+// Each entry names the storage type's instance of its pass.
+const BatchNormKernels batch_norm_kernels = {
+    [](const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype, [&](auto* type) { stats<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+    },
+    [](const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype, [&](auto* type) { apply<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+    },
+    [](const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype,
+                 [&](auto* type) { bwd_reduce<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+    },
+    [](const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype, [&](auto* type) { bwd_apply<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+    },
+};
+
+}  // namespace GCONV_ISA_NS
+}  // namespace gconv

@@ -1,0 +1,47 @@
+// What the two halves of batch_norm share: the kernels compiled per instruction set and the code that merges
+// their partial results.
+#pragma once
+#include <algorithm>
+
+#include "batch_norm.h"
+
+namespace gconv {
+
+// How rows are cut, by shape alone. A slab is one thread's work and leaves one partial result per channel; it
+// is walked in blocks that stay in cache, by panels of channels.
+struct BatchNormSlabs {
+  static constexpr int64_t PANEL = 512;            // channels whose accumulators fit in L1 beside the data
+  static constexpr int64_t BLOCK_ELEMENTS = 8192;  // of a panel: 32 KiB of float32
+  static constexpr int64_t MAX_SLABS = 128;        // more would cost more in merging than threads could gain
+  int64_t rows, block_rows, slab_rows, slabs, panels;
+
+  explicit BatchNormSlabs(const BatchNormShape& s) : rows(s.n * s.h * s.w) {
+    const int64_t width = std::clamp<int64_t>(s.c, 1, PANEL);
+    block_rows = std::clamp<int64_t>(BLOCK_ELEMENTS / width / 4 * 4, 16, 256);
+    const int64_t share = (rows + MAX_SLABS - 1) / MAX_SLABS;
+    slab_rows = std::max<int64_t>(1, (share + block_rows - 1) / block_rows) * block_rows;
+    slabs = (rows + slab_rows - 1) / slab_rows;
+    panels = (s.c + PANEL - 1) / PANEL;
+  }
+  int64_t rows_of(int64_t slab) const { return std::min(slab_rows, rows - slab * slab_rows); }
+};
+
+// One set of kernels. The two partial results of a slab lie in workspace as [slabs][2][C].
+struct BatchNormKernels {
+  void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);  // mean, M2
+  void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
+  void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);  // sum g, sum g*(x - mean)
+  void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
+};
+
+namespace portable {
+extern const BatchNormKernels batch_norm_kernels;
+}
+namespace avx2 {
+extern const BatchNormKernels batch_norm_kernels;
+}
+namespace avx512 {
+extern const BatchNormKernels batch_norm_kernels;
+}
+
+}  // namespace gconv

@@ -1,0 +1,173 @@
+// The grouped_conv stages of one instruction set: params to passes, weight packing, merging.
+// Included last by grouped_conv_<isa>.cpp; grouped_conv.cpp chooses among their tables.
+#pragma once
+#include "grouped_conv_pass.h"
+#include "grouped_conv_table.h"
+#include "grouped_conv_wgrad.h"
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+
+// Workspace of a pass: packed weights, then the partial statistics.
+inline int64_t pass_floats(const Pass& p) {
+  const bool partials = p.moments || p.mask_act != nullptr;
+  return p.packed_weight_floats() + (partials ? p.partial_rows() * 2 * p.output_channels() : 0);
+}
+
+inline Pass plan_forward(const GroupedConvFwdParams& q) {
+  const GroupedConvShape& s = q.shape;
+  Pass p{};
+  p.dtype = q.dtype;
+  p.n = s.n;
+  p.source_h = s.h, p.source_w = s.w, p.output_h = s.oh, p.output_w = s.ow;
+  p.groups = s.groups;
+  p.source_per_group = s.c / s.groups, p.output_per_group = s.k / s.groups;
+  p.transposed = false;
+  p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
+  p.source = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
+  p.affine = q.affine;
+  p.residual = q.residual;
+  p.relu = q.relu;
+  p.moments = q.mean != nullptr;
+  p.output = q.y;
+  plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
+  plan_work(p);
+  p.weight = q.workspace;
+  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
+  return p;
+}
+
+inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
+  const GroupedConvShape& s = q.shape;
+  Pass p{};
+  p.dtype = q.dtype;
+  p.n = s.n;
+  p.source_h = s.oh, p.source_w = s.ow, p.output_h = s.h, p.output_w = s.w;
+  p.groups = s.groups;
+  p.source_per_group = s.k / s.groups, p.output_per_group = s.c / s.groups;
+  p.transposed = true;
+  p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
+  p.source =
+      RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
+  p.mask_x = q.x;
+  p.mask_act = q.act;
+  p.output = q.dx;
+  plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
+  plan_work(p);
+  p.weight = q.workspace;
+  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
+  return p;
+}
+
+template <typename T>
+GCONV_INLINE float scalar_at(const T* p) {
+  float lanes[LANES];
+  store(lanes, load_as(p, 1));
+  return lanes[0];
+}
+GCONV_INLINE float scalar_at(const float* p) { return *p; }
+
+// [K, C/groups, 3, 3] to [vector][source channel][3][3][LANES]; for the input gradient the roles of the
+// channels are exchanged and the taps mirrored. Lanes past the tail get weight 0.
+template <typename T>
+void pack_weight(const Pass& p, const T* weight, float* packed, int64_t ith, int64_t nth) {
+  const int64_t per_output = p.source_per_group * 9, per_group = p.output_per_group * per_output;
+  const Share share(p.vectors(), ith, nth);
+  for (int64_t v = share.begin; v < share.end; ++v) {
+    float* out = packed + v * per_output * LANES;
+    for (int64_t l = 0; l < LANES; ++l) {
+      const int64_t channel = v * LANES + l;
+      if (channel >= p.output_channels()) {
+        for (int64_t i = 0; i < per_output; ++i) out[i * LANES + l] = 0;
+      } else if (!p.transposed) {
+        const T* from = weight + channel * per_output;
+        for (int64_t i = 0; i < per_output; ++i) out[i * LANES + l] = scalar_at(from + i);
+      } else {
+        const int64_t group = channel / p.output_per_group, within = channel % p.output_per_group;
+        const T* from = weight + group * per_group + within * 9;
+        for (int64_t k = 0; k < p.source_per_group; ++k)
+          for (int64_t t = 0; t < 9; ++t)
+            out[(k * 9 + t) * LANES + l] = scalar_at(from + k * p.output_per_group * 9 + 8 - t);
+      }
+    }
+  }
+}
+
+inline void pack_pass(const Pass& p, const void* weight, float* packed, int64_t ith, int64_t nth) {
+  with_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    pack_weight(p, static_cast<const T*>(weight), packed, ith, nth);
+  });
+}
+
+int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
+void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
+  pack_pass(plan_forward(q), q.weight, q.workspace, ith, nth);
+}
+void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
+
+// Chan's merge of the stripes' (count, mean, M2), in order, in float64.
+void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
+  const Pass p = plan_forward(q);
+  const int64_t channels = p.output_channels();
+  const Share share(channels, ith, nth);
+  for (int64_t c = share.begin; c < share.end; ++c) {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t i = 0; i < p.partial_rows(); ++i) {
+      const Share rows(p.output_h, i % p.stripes, p.stripes);
+      const double here = static_cast<double>((rows.end - rows.begin) * p.output_w);
+      const double delta = p.partials[i * 2 * channels + c] - mean;
+      const double total = count + here;
+      mean += delta * (here / total);
+      m2 += p.partials[(i * 2 + 1) * channels + c] + delta * delta * (count * (here / total));
+      count = total;
+    }
+    const bool empty = count == 0;
+    q.mean[c] = empty ? std::nanf("") : static_cast<float>(mean);
+    q.var[c] = empty ? std::nanf("") : static_cast<float>(m2 / count);
+  }
+}
+
+int64_t bwd_input_workspace(const GroupedConvBwdInputParams& q) {
+  return pass_floats(plan_input_gradient(q));
+}
+void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
+  pack_pass(plan_input_gradient(q), q.weight, q.workspace, ith, nth);
+}
+void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
+  run_pass(plan_input_gradient(q), ith, nth);
+}
+void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
+  const Pass p = plan_input_gradient(q);
+  const int64_t floats = 2 * p.output_channels();
+  const Share share(floats, ith, nth);
+  for (int64_t c = share.begin; c < share.end; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.partial_rows(); ++i) sum += p.partials[i * floats + c];
+    q.sums[c] = static_cast<float>(sum);
+  }
+}
+
+int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
+  const WgradPass p = plan_wgrad(q);
+  return p.splits * p.vectors() * p.vector_floats();
+}
+void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
+  run_wgrad(plan_wgrad(q), ith, nth);
+}
+void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
+  merge_wgrad(plan_wgrad(q), ith, nth);
+}
+
+}  // namespace GCONV_ISA_NS
+
+#define GCONV_TABLE_NAME(ns) GCONV_TABLE_PASTE(ns)
+#define GCONV_TABLE_PASTE(ns) grouped_conv_##ns
+extern const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS);
+const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS) = {
+    GCONV_ISA_NS::fwd_workspace,       GCONV_ISA_NS::fwd_pack,        GCONV_ISA_NS::fwd,
+    GCONV_ISA_NS::fwd_merge,           GCONV_ISA_NS::bwd_input_workspace, GCONV_ISA_NS::bwd_input_pack,
+    GCONV_ISA_NS::bwd_input,           GCONV_ISA_NS::bwd_input_merge, GCONV_ISA_NS::bwd_weight_workspace,
+    GCONV_ISA_NS::bwd_weight,          GCONV_ISA_NS::bwd_weight_merge};
+
+}  // namespace gconv

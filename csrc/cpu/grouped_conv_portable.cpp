@@ -1,0 +1,2 @@
+#define GCONV_ISA_PORTABLE
+#include "grouped_conv_kernels.h"

@@ -1,0 +1,77 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace gconv {
+
+namespace {
+
+std::atomic<int32_t> chosen{-1};
+
+Isa best_supported() {
+  if (isa_supported(Isa::avx512)) return Isa::avx512;
+  if (isa_supported(Isa::avx2)) return Isa::avx2;
+  return Isa::portable;
+}
+
+Isa choose() {
+  const char* name = std::getenv("GCONV_ISA");
+  if (name == nullptr || *name == '\0') return best_supported();
+  Isa isa;
+  if (!isa_from_name(name, &isa))
+    throw std::runtime_error(std::string("GCONV_ISA: want portable, avx2 or avx512, got ") + name);
+  if (!isa_supported(isa))
+    throw std::runtime_error(std::string("GCONV_ISA: this CPU cannot run ") + name + "; its best is " +
+                             isa_name(best_supported()));
+  return isa;
+}
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  // The builtins also ask the operating system (XGETBV) whether it saves the wide registers.
+  if (isa == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#endif
+  return isa == Isa::portable;
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+}
+
+bool isa_from_name(const char* name, Isa* isa) {
+  for (Isa candidate : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (std::strcmp(name, isa_name(candidate)) == 0) {
+      *isa = candidate;
+      return true;
+    }
+  return false;
+}
+
+Isa isa_current() {
+  int32_t value = chosen.load(std::memory_order_relaxed);
+  if (value < 0) {
+    value = static_cast<int32_t>(choose());
+    chosen.store(value, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(value);
+}
+
+void isa_set(Isa isa) {
+  if (!isa_supported(isa))
+    throw std::runtime_error(std::string("set_cpu_isa: this CPU cannot run ") + isa_name(isa));
+  chosen.store(static_cast<int32_t>(isa), std::memory_order_relaxed);
+}
+
+}  // namespace gconv

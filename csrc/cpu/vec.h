@@ -1,0 +1,430 @@
+// Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AVX512,
+// GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and then writes its kernels in
+// namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels. The pragma below
+// raises the target for what follows only, so no standard-library function is compiled for it
+// (the linker could keep that copy and run it on a CPU that lacks the instructions).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "tensor.h"
+
+#if defined(GCONV_ISA_AVX512)
+#include <immintrin.h>
+#define GCONV_ISA_NS avx512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#elif defined(GCONV_ISA_AVX2)
+#include <immintrin.h>
+#define GCONV_ISA_NS avx2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#else
+#define GCONV_ISA_NS portable
+#endif
+
+// Loops over accumulators must unroll completely, or the accumulators live in memory.
+#define GCONV_UNROLL _Pragma("GCC unroll 64")
+#define GCONV_INLINE inline __attribute__((always_inline))
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+
+// Storage types. Arithmetic is float32; these only name how a value lies in memory.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// A bfloat16 is the upper half of a float32: to round to nearest even, add just under half a unit
+// (half a unit when the last kept bit is odd). A NaN must stay a NaN.
+GCONV_INLINE uint16_t bf16_bits(float value) {
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+GCONV_INLINE float bf16_value(uint16_t bits) {
+  const uint32_t u = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &u, 4);
+  return value;
+}
+
+GCONV_INLINE float f16_value(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
+  uint32_t u;
+  if (exponent == 31) {
+    u = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    u = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  } else {  // zero or subnormal: mantissa * 2^-24, exact in float32
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    std::memcpy(&u, &magnitude, 4);
+    u |= sign;
+  }
+  float value;
+  std::memcpy(&value, &u, 4);
+  return value;
+}
+
+GCONV_INLINE uint16_t f16_bits(float value) {
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return sign | 0x7e00u;
+  if (u >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
+  if (u < 0x38800000u) {  // below 2^-14: adding 0.5 leaves round(value * 2^24) in the low bits
+    float magnitude;
+    std::memcpy(&magnitude, &u, 4);
+    magnitude += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &magnitude, 4);
+    return sign | static_cast<uint16_t>(shifted - 0x3f000000u);
+  }
+  u += 0xfffu + ((u >> 13) & 1u);
+  return sign | static_cast<uint16_t>((u - 0x38000000u) >> 13);
+}
+
+#if defined(GCONV_ISA_AVX512)
+
+constexpr int LANES = 16;
+// Output pixels a tile holds in registers: with one and with two vectors of channels per pixel.
+constexpr int TILE_SINGLE = 14, TILE_PAIR = 8;
+// Input channels whose weight-gradient accumulators are held in registers at once.
+constexpr int WGRAD_CHANNELS = 8;
+
+struct Vec {
+  __m512 v;
+};
+using Index = __m512i;
+
+GCONV_INLINE __mmask16 lanes_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+GCONV_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+GCONV_INLINE Vec set1(float s) { return {_mm512_set1_ps(s)}; }
+GCONV_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+GCONV_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+GCONV_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+GCONV_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+GCONV_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+GCONV_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+// maxps returns its second operand when one is NaN, so relu(NaN) is NaN.
+GCONV_INLINE Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
+// g where not (z <= 0), else 0: the gradient of ReLU, NaN passing through as in torch.
+GCONV_INLINE Vec relu_mask(Vec g, Vec z) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
+}
+GCONV_INLINE Index index_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm512_add_epi32(i, _mm512_set1_epi32(n)); }
+// lane l of the result is lane index[l] of a.
+GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm512_permutexvar_ps(i, a.v)}; }
+GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm512_i32gather_ps(i, p, 4)}; }
+
+GCONV_INLINE Vec load_as(const float* p) { return load(p); }
+GCONV_INLINE Vec load_as(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+GCONV_INLINE Vec load_as(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+GCONV_INLINE Vec load_as(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_mask(n), p)}; }
+GCONV_INLINE Vec load_as(const bf16* p, int n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes_mask(n), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+GCONV_INLINE Vec load_as(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
+}
+
+GCONV_INLINE __m256i to_bf16(Vec a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i upper = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan,
+                                              _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(upper);
+}
+GCONV_INLINE __m256i to_f16(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
+GCONV_INLINE void store_as(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
+}
+GCONV_INLINE void store_as(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a));
+}
+GCONV_INLINE void store_as(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
+GCONV_INLINE void store_as(bf16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_mask(n), to_bf16(a));
+}
+GCONV_INLINE void store_as(f16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_mask(n), to_f16(a));
+}
+
+// The value as it reads back from storage.
+GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
+GCONV_INLINE Vec rounded_to(const bf16*, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(a)), 16))};
+}
+GCONV_INLINE Vec rounded_to(const f16*, Vec a) { return {_mm512_cvtph_ps(to_f16(a))}; }
+
+#elif defined(GCONV_ISA_AVX2)
+
+constexpr int LANES = 8;
+constexpr int TILE_SINGLE = 10, TILE_PAIR = 4;
+constexpr int WGRAD_CHANNELS = 4;
+
+struct Vec {
+  __m256 v;
+};
+using Index = __m256i;
+
+GCONV_INLINE __m256i lanes_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+GCONV_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+GCONV_INLINE Vec set1(float s) { return {_mm256_set1_ps(s)}; }
+GCONV_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+GCONV_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+GCONV_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+GCONV_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+GCONV_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+GCONV_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+GCONV_INLINE Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
+GCONV_INLINE Vec relu_mask(Vec g, Vec z) {
+  return {_mm256_and_ps(_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
+}
+GCONV_INLINE Index index_load(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm256_add_epi32(i, _mm256_set1_epi32(n)); }
+GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm256_permutevar8x32_ps(a.v, i)}; }
+GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm256_i32gather_ps(p, i, 4)}; }
+
+GCONV_INLINE Vec from_bf16(__m128i bits) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+GCONV_INLINE __m128i to_bf16(Vec a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i upper =
+      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+}
+GCONV_INLINE __m128i to_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+// AVX2 masks no 16-bit loads: a partial vector of those goes through a small buffer.
+GCONV_INLINE __m128i load16(const void* p, int n) {
+  uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  std::memcpy(part, p, 2 * static_cast<size_t>(n));
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(part));
+}
+GCONV_INLINE void store16(void* p, __m128i bits, int n) {
+  uint16_t part[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(part), bits);
+  std::memcpy(p, part, 2 * static_cast<size_t>(n));
+}
+
+GCONV_INLINE Vec load_as(const float* p) { return load(p); }
+GCONV_INLINE Vec load_as(const bf16* p) {
+  return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+GCONV_INLINE Vec load_as(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+GCONV_INLINE Vec load_as(const float* p, int n) { return {_mm256_maskload_ps(p, lanes_mask(n))}; }
+GCONV_INLINE Vec load_as(const bf16* p, int n) { return from_bf16(load16(p, n)); }
+GCONV_INLINE Vec load_as(const f16* p, int n) { return {_mm256_cvtph_ps(load16(p, n))}; }
+
+GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
+GCONV_INLINE void store_as(bf16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a));
+}
+GCONV_INLINE void store_as(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+GCONV_INLINE void store_as(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lanes_mask(n), a.v); }
+GCONV_INLINE void store_as(bf16* p, Vec a, int n) { store16(p, to_bf16(a), n); }
+GCONV_INLINE void store_as(f16* p, Vec a, int n) { store16(p, to_f16(a), n); }
+
+GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
+GCONV_INLINE Vec rounded_to(const bf16*, Vec a) { return from_bf16(to_bf16(a)); }
+GCONV_INLINE Vec rounded_to(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }
+
+#else  // portable: 4 lanes in the compiler's own vectors (SSE2, NEON or plain scalars)
+
+constexpr int LANES = 4;
+constexpr int TILE_SINGLE = 8, TILE_PAIR = 4;
+constexpr int WGRAD_CHANNELS = 4;
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+
+struct Vec {
+  Float4 v;
+};
+using Index = Int4;
+
+GCONV_INLINE Vec zero() { return {Float4{0, 0, 0, 0}}; }
+GCONV_INLINE Vec set1(float s) { return {Float4{s, s, s, s}}; }
+GCONV_INLINE Vec load(const float* p) {
+  Vec a;
+  std::memcpy(&a.v, p, 16);
+  return a;
+}
+GCONV_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, 16); }
+GCONV_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+GCONV_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+GCONV_INLINE Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+GCONV_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+GCONV_INLINE Vec keep_unless(Int4 drop, Vec a) {
+  Int4 bits;
+  std::memcpy(&bits, &a.v, 16);
+  bits &= ~drop;
+  Vec kept;
+  std::memcpy(&kept.v, &bits, 16);
+  return kept;
+}
+GCONV_INLINE Vec relu_mask(Vec g, Vec z) { return keep_unless(z.v <= zero().v, g); }
+GCONV_INLINE Vec relu(Vec a) { return relu_mask(a, a); }
+GCONV_INLINE Index index_load(const int32_t* p) {
+  Int4 i;
+  std::memcpy(&i, p, 16);
+  return i;
+}
+GCONV_INLINE Index index_add(Index i, int32_t n) { return i + Int4{n, n, n, n}; }
+GCONV_INLINE Vec gather(const float* p, Index i) { return {Float4{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
+GCONV_INLINE Vec permute(Vec a, Index i) {
+  return {Float4{a.v[i[0]], a.v[i[1]], a.v[i[2]], a.v[i[3]]}};
+}
+
+GCONV_INLINE float value_of(float x) { return x; }
+GCONV_INLINE float value_of(bf16 x) { return bf16_value(x.bits); }
+GCONV_INLINE float value_of(f16 x) { return f16_value(x.bits); }
+GCONV_INLINE void assign(float* p, float x) { *p = x; }
+GCONV_INLINE void assign(bf16* p, float x) { p->bits = bf16_bits(x); }
+GCONV_INLINE void assign(f16* p, float x) { p->bits = f16_bits(x); }
+
+template <typename T>
+GCONV_INLINE Vec load_as(const T* p) {
+  return {Float4{value_of(p[0]), value_of(p[1]), value_of(p[2]), value_of(p[3])}};
+}
+GCONV_INLINE Vec load_as(const float* p) { return load(p); }
+template <typename T>
+GCONV_INLINE Vec load_as(const T* p, int n) {
+  Float4 a = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) a[i] = value_of(p[i]);
+  return {a};
+}
+template <typename T>
+GCONV_INLINE void store_as(T* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) assign(p + i, a.v[i]);
+}
+template <typename T>
+GCONV_INLINE void store_as(T* p, Vec a) {
+  store_as(p, a, LANES);
+}
+GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
+GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
+template <typename T>
+GCONV_INLINE Vec rounded_to(const T*, Vec a) {
+  T stored[LANES];
+  store_as(stored, a);
+  return load_as(stored);
+}
+
+#endif
+
+// The full form where every lane counts, the masked one on a tail.
+template <typename T>
+GCONV_INLINE Vec load_lanes(const T* p, int n) {
+  return n == LANES ? load_as(p) : load_as(p, n);
+}
+template <typename T>
+GCONV_INLINE void store_lanes(T* p, Vec a, int n) {
+  if (n == LANES)
+    store_as(p, a);
+  else
+    store_as(p, a, n);
+}
+
+// Running (count, mean, M2) of each lane; merge is Chan, Golub & LeVeque's (1979) update.
+struct Moments {
+  float count;
+  Vec mean, m2;
+  GCONV_INLINE void reset() {
+    count = 0;
+    mean = m2 = zero();
+  }
+  GCONV_INLINE void merge(float n, Vec other_mean, Vec other_m2) {
+    const float total = count + n;
+    const Vec delta = sub(other_mean, mean);
+    mean = fma(delta, set1(n / total), mean);
+    m2 = add(m2, fma(mul(delta, delta), set1(count * (n / total)), other_m2));
+    count = total;
+  }
+};
+
+// Scratch of one thread, kept between calls: fresh pages cost more than small kernels do.
+class Scratch {
+ public:
+  float* floats(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + 63) / 64 * 64;
+      if (posix_memalign(reinterpret_cast<void**>(&data_), 64, bytes) != 0) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_;
+  }
+  ~Scratch() { std::free(data_); }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// The share [begin, end) of `ith` of `nth` among `total` equal pieces.
+struct Share {
+  int64_t begin, end;
+  Share(int64_t total, int64_t ith, int64_t nth)
+      : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
+};
+
+// Calls f with a null pointer of the storage type, so that f is compiled once per type.
+template <typename F>
+GCONV_INLINE void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::f32)
+    f(static_cast<float*>(nullptr));
+  else if (dtype == DType::bf16)
+    f(static_cast<bf16*>(nullptr));
+  else
+    f(static_cast<f16*>(nullptr));
+}
+
+}  // namespace GCONV_ISA_NS
+}  // namespace gconv
