@@ -57,18 +57,15 @@ std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var
   const char* op = "batch_norm_fold";
   check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
   const int64_t c = mean.size(0);
-  const BatchNormFoldParams in{c,
-                               channel_floats(op, "mean", mean, {c}),
-                               channel_floats(op, "var", var, {c}),
-                               channel_floats(op, "gamma", gamma, {c}),
-                               channel_floats(op, "beta", beta, {c}),
-                               eps,
-                               nullptr,
-                               nullptr};
   Tensor rstd = empty_floats({c}, mean), affine = empty_floats({2, c}, mean);
-  BatchNormFoldParams p = in;
-  p.rstd = floats_of(rstd);
-  p.affine = floats_of(affine);
+  const BatchNormFoldParams p{c,
+                              channel_floats(op, "mean", mean, {c}),
+                              channel_floats(op, "var", var, {c}),
+                              channel_floats(op, "gamma", gamma, {c}),
+                              channel_floats(op, "beta", beta, {c}),
+                              eps,
+                              floats_of(rstd),
+                              floats_of(affine)};
   run_stage(batch_norm_fold_cpu, p, c);
   return {rstd, affine};
 }
