@@ -1,4 +1,4 @@
-"""Grouped convolutions for PyTorch: drop-in layers on our own kernels, with torch for whatever they do not cover."""
+"""Grouped convolutions for PyTorch: drop-in layers on kernels of their own; torch runs what those do not."""
 
 import importlib
 import os
@@ -7,10 +7,10 @@ from gconv import backend
 
 backend.notify_missing_extension()
 
-# In a checkout the sibling folders models/, kernels/ and bench/ are gconv.models, gconv.kernels and gconv.bench, as
-# they are once installed.
+# In a checkout the sibling folders models/, kernels/ and bench/ are gconv.models, gconv.kernels and
+# gconv.bench, as they are once installed.
 _checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if os.path.isfile(os.path.join(_checkout, "pyproject.toml")) and os.path.isdir(os.path.join(_checkout, "csrc")):
+if all(os.path.exists(os.path.join(_checkout, name)) for name in ("pyproject.toml", "csrc", "models")):
     __path__.append(_checkout)
 
 from gconv import functional  # noqa: E402
@@ -19,8 +19,8 @@ from gconv.convert import convert, revert  # noqa: E402
 from gconv.layers import Conv2d, ConvBNReLU  # noqa: E402
 
 __all__ = [
-    "Conv2d", "ConvBNReLU", "FallbackWarning", "bench", "convert", "explain", "functional", "kernels", "models",
-    "revert", "set_policy", "trace", "use_backend",
+    "Conv2d", "ConvBNReLU", "FallbackWarning", "bench", "convert", "explain", "functional", "kernels",
+    "models", "revert", "set_policy", "trace", "use_backend",
 ]  # fmt: skip
 
 _LAZY = ("bench", "kernels", "models")

@@ -1,9 +1,10 @@
 """Which code runs a call, and how a user finds out.
 
-Every op asks `choose` (a pure function of shapes, dtypes and device), runs what it says and reports to `record`.
-A call ends in one of three ways: one of our kernels; torch *by design* (a 1x1 convolution inside a block: no
-warning); or a *fallback*: gconv was asked for something its kernels do not cover. A fallback always has a reason,
-shown by `trace` and `explain`, and `set_policy` says whether it is silent, warned about once or an error.
+Every op asks `choose` (a pure function of shapes, dtypes and device), runs what it says and reports to
+`record`. A call ends in one of three ways: one of our kernels; torch *by design* (a 1x1 convolution inside a
+block: no warning); or a *fallback*: gconv was asked for something its kernels do not cover. A fallback always
+has a reason, shown by `trace` and `explain`, and `set_policy` says whether it is silent, warned about once or
+an error.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PADDING = 2
 CURE = "run `make build` in the checkout, or `pip install --no-build-isolation .`"
-# In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose dense
-# kernels are the better ones there; None leaves none.
+# In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
+# dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = None
 
 
@@ -34,8 +35,8 @@ class FallbackWarning(UserWarning):
 
 
 class Decision(NamedTuple):
-    """What runs a call: `backend` "cpu" (our kernels) or "torch", the `kernel`'s name as `counts` and `trace` show it,
-    the `reason` torch was chosen (None for our kernels), and whether that was a `fallback`."""
+    """What runs a call: `backend` "cpu" (our kernels) or "torch", the `kernel`'s name as `counts` and `trace`
+    show it, the `reason` torch was chosen (None for our kernels), and whether that was a `fallback`."""
 
     backend: str
     kernel: str
@@ -43,11 +44,12 @@ class Decision(NamedTuple):
     fallback: bool = False
 
 
-# --------------------------------------------------------------------------------------------- the extension
+# ---------------------------------------------------------------------------------------------- the extension
 
 
 def _load_extension() -> str | None:
-    """Loads gconv._C, which registers torch.ops.gconv.*; returns None, or one line saying why it is not there."""
+    """Loads gconv._C, which registers torch.ops.gconv.*; returns None, or one line saying why it is not
+    there."""
     try:
         importlib.import_module("gconv._C")
     except ModuleNotFoundError as error:
@@ -80,7 +82,7 @@ def notify_missing_extension() -> None:
         warnings.warn(message, FallbackWarning, stacklevel=_user_stacklevel())
 
 
-# --------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------------------- settings
 
 
 def _checked(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -97,11 +99,11 @@ _warned: set[str] = set()
 
 
 class use_backend:
-    """Chooses the backend of the calls that follow, in the whole process: "auto" (ours where it covers the call),
-    "cpu" (ours, and an error where it does not cover the call) or "torch" (always torch).
+    """Chooses the backend of the calls that follow, in the whole process: "auto" (ours where it covers the
+    call), "cpu" (ours, and an error where it does not cover the call) or "torch" (always torch).
 
-    A plain call sets it for good; in a `with` statement it is set for the block. The backward of a call runs on the
-    backend its forward chose. Raises ValueError for another name.
+    A plain call sets it for good; in a `with` statement it is set for the block. The backward of a call runs
+    on the backend its forward chose. Raises ValueError for another name.
     """
 
     def __init__(self, name: str):
@@ -120,8 +122,8 @@ class set_policy:
     """What a fallback does: "silent", "warn_once" (a FallbackWarning once per reason; the default) or "error"
     (RuntimeError). The environment variable GCONV_FALLBACK sets it at import.
 
-    A plain call sets it for good; in a `with` statement it is set for the block. Either way the reasons already
-    warned about are forgotten. Raises ValueError for another name.
+    A plain call sets it for good; in a `with` statement it is set for the block. Either way the reasons
+    already warned about are forgotten. Raises ValueError for another name.
     """
 
     def __init__(self, policy: str):
@@ -148,7 +150,7 @@ def policy() -> str:
     return _policy
 
 
-# --------------------------------------------------------------------------------------------- the decision
+# ----------------------------------------------------------------------------------------------- the decision
 
 
 def _pair(value) -> tuple:
@@ -194,7 +196,8 @@ def _tensor_reason(x, weight) -> str | None:
 
 
 def dense_to_torch(groups: int, in_channels: int) -> bool:
-    """True if "auto" leaves a convolution with this many groups and input channels to torch because it is dense."""
+    """True if "auto" leaves a convolution with this many groups and input channels to torch because it is
+    dense."""
     return groups == 1 and DENSE_TO_TORCH_CHANNELS is not None and in_channels >= DENSE_TO_TORCH_CHANNELS
 
 
@@ -206,21 +209,24 @@ def choose(
     op: str, x, weight=None, kernel_size=None, stride=None, padding=None, dilation=None, groups: int = 1,
     by_design: bool = False,
 ) -> Decision:  # fmt: skip
-    """What runs `op` on these arguments. Reads only shapes, dtypes and devices, has no side effect and is traced by
-    torch.compile without a graph break.
+    """What runs `op` on these arguments. Reads only shapes, dtypes and devices, has no side effect and is
+    traced by torch.compile without a graph break.
 
     Args:
-        op: the op's stem: "grouped_conv", "batch_norm", "conv_bn_relu", or a stem with a suffix such as "_bwd_input".
+        op: the op's stem: "grouped_conv", "batch_norm", "conv_bn_relu", or a stem with a suffix such as
+            "_bwd_input".
         x: the activation [N, C, H, W].
         weight: the convolution's weight [K, C/groups, R, S], or None for an op without one.
         kernel_size: (R, S); read from `weight` if None.
-        stride, padding, dilation: an int or a pair; padding also "same" or "valid". Not looked at if stride is None.
+        stride, padding, dilation: an int or a pair; padding also "same" or "valid". Not looked at if stride
+            is None.
         groups: of the convolution.
         by_design: a kernel size other than 3x3 is expected here (the 1x1 convolution of a block), so it is
             no fallback.
 
     Raises:
-        RuntimeError: the call is not covered, and `use_backend("cpu")` or `set_policy("error")` forbids torch.
+        RuntimeError: the call is not covered, and `use_backend("cpu")` or `set_policy("error")` forbids
+            torch.
     """
     if kernel_size is None and weight is not None:
         kernel_size = (weight.shape[2], weight.shape[3])
@@ -231,7 +237,9 @@ def choose(
         return Decision("torch", _torch_kernel(op), "use_backend('torch')")
     reason = kernel_reason
     if reason is None and stride is not None:
-        reason = geometry_reason(stride, 0 if padding is None else padding, 1 if dilation is None else dilation)
+        reason = geometry_reason(
+            stride, 0 if padding is None else padding, 1 if dilation is None else dilation
+        )
     if reason is None:
         reason = _tensor_reason(x, weight)
     if reason is None:
@@ -243,11 +251,13 @@ def choose(
     if _mode == "cpu" and not _explaining:
         raise RuntimeError(f"gconv.{op}: use_backend('cpu') does not cover this call: {reason}")
     if _policy == "error" and not _explaining:
-        raise RuntimeError(f"gconv.{op}: no kernel for this call and the fallback policy is 'error': {reason}")
+        raise RuntimeError(
+            f"gconv.{op}: no kernel for this call and the fallback policy is 'error': {reason}"
+        )
     return Decision("torch", _torch_kernel(op), reason, True)
 
 
-# --------------------------------------------------------------------------------------------- the record
+# ------------------------------------------------------------------------------------------------- the record
 
 
 _lock = threading.Lock()
@@ -256,8 +266,8 @@ _traces: list["Trace"] = []
 
 
 def counts() -> dict[str, int]:
-    """Calls by kernel name (as in `Decision.kernel`) since the last `reset_counts`, in the whole process. Calls
-    inside code made by torch.compile are not counted."""
+    """Calls by kernel name (as in `Decision.kernel`) since the last `reset_counts`, in the whole process.
+    Calls inside code made by torch.compile are not counted."""
     with _lock:
         return dict(_counts)
 
@@ -269,8 +279,8 @@ def reset_counts() -> None:
 
 
 def _user_stacklevel() -> int:
-    """The stacklevel, for the function that calls this one, of the innermost frame outside gconv, torch and the
-    import machinery: the user's own line."""
+    """The stacklevel, for the function that calls this one, of the innermost frame outside gconv, torch and
+    the import machinery: the user's own line."""
     inside = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<frozen")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
@@ -294,8 +304,8 @@ def _warn_while_compiling(op: str, reason: str) -> bool:
 
 
 def record(decision: Decision, op: str, x, y=None) -> None:
-    """Counts a call that ran as `decision` says, adds it to the open traces and warns of a fallback by the policy.
-    Inside torch.compile and torch.export it only warns, once, while compiling."""
+    """Counts a call that ran as `decision` says, adds it to the open traces and warns of a fallback by the
+    policy. Inside torch.compile and torch.export it only warns, once, while compiling."""
     if torch.compiler.is_compiling():
         if decision.fallback:
             _warn_while_compiling(op, decision.reason)
@@ -313,7 +323,7 @@ def record(decision: Decision, op: str, x, y=None) -> None:
         _warn_fallback(op, decision.reason)
 
 
-# --------------------------------------------------------------------------------------------- trace and explain
+# ------------------------------------------------------------------------------------------ trace and explain
 
 
 class _Layers(threading.local):
@@ -348,8 +358,8 @@ def _after_forward(module, args, output) -> None:
 
 
 class layer_scope:
-    """Within this block a trace names `module` as the layer: for a block that runs its children's parameters itself
-    instead of calling the children."""
+    """Within this block a trace names `module` as the layer: for a block that runs its children's parameters
+    itself instead of calling the children."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -368,7 +378,9 @@ def _layout(x) -> str:
         return str(x.layout)[6:]
     if x.is_contiguous():
         return "contiguous"
-    return "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "strided"
+    return (
+        "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "strided"
+    )
 
 
 @dataclasses.dataclass
@@ -387,8 +399,8 @@ class Row:
 class Trace:
     """The calls of gconv's ops while a `with` block was open, or, from `explain`, of a dry run.
 
-    Iterating gives `Row`s in the order of their first call, `str` an aligned table, `to_dict` and `to_json` the rows
-    as plain data. A call outside every module has the layer "-"; so has a backward.
+    Iterating gives `Row`s in the order of their first call, `str` an aligned table, `to_dict` and `to_json`
+    the rows as plain data. A call outside every module has the layer "-"; so has a backward.
     """
 
     def __init__(self, dry: bool = False):
@@ -461,8 +473,9 @@ def format_table(table: list[tuple[str, ...]]) -> str:
 
 
 def trace() -> Trace:
-    """`with gconv.trace() as t:` collects the calls of gconv's ops in the block, in every thread; `print(t)` shows
-    layer | kernel | shape, dtype, layout | calls | reason. Layers are named from the outermost module called."""
+    """`with gconv.trace() as t:` collects the calls of gconv's ops in the block, in every thread; `print(t)`
+    shows layer | kernel | shape, dtype, layout | calls | reason. Layers are named from the outermost module
+    called."""
     return Trace()
 
 
@@ -475,17 +488,21 @@ def _fake_inputs(module: nn.Module, x, mode) -> tuple:
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
         with mode:
             return (torch.empty(tuple(x), dtype=like.dtype, device=like.device),)
-    raise ValueError(f"explain: x: want a tensor, several tensors or a shape such as (8, 3, 224, 224), got {x!r}")
+    raise ValueError(
+        f"explain: x: want a tensor, several tensors or a shape such as (8, 3, 224, 224), got {x!r}"
+    )
 
 
 def explain(module: nn.Module, x) -> Trace:
-    """What would run each gconv call of `module(x)`, without running any kernel and without changing the module.
+    """What would run each gconv call of `module(x)`, without running any kernel and without changing the
+    module.
 
     The module is run on fake tensors, so running statistics, counters and the fallback policy are untouched.
 
     Args:
         module: a layer or a whole model.
-        x: the input, several inputs as a tuple, or an input's shape (then of the dtype and device of the parameters).
+        x: the input, several inputs as a tuple, or an input's shape (then of the dtype and device of the
+            parameters).
 
     Returns:
         the rows as from `trace()`: print it.
@@ -495,7 +512,11 @@ def explain(module: nn.Module, x) -> Trace:
         RuntimeError: the module's forward needs the values of its input, not only their shape.
     """
     global _explaining
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module: want a torch.nn.Module, got {type(module).__name__}")
@@ -503,8 +524,11 @@ def explain(module: nn.Module, x) -> Trace:
     args = _fake_inputs(module, x, mode)
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     state = {name: mode.from_tensor(tensor) for name, tensor in named}
-    # A cumulative average (momentum=None) reads the value of num_batches_tracked, which a fake tensor has not.
-    cumulative = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
+    # A cumulative average (momentum=None) reads the value of num_batches_tracked, which a fake tensor has
+    # not.
+    cumulative = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None
+    ]
     before, result = _explaining, Trace(dry=True)
     stack = _layers.stack
     try:
@@ -514,7 +538,9 @@ def explain(module: nn.Module, x) -> Trace:
         with result, mode:
             torch.func.functional_call(module, state, args)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise RuntimeError(f"explain: the forward of {type(module).__name__} needs real values: {error}") from error
+        raise RuntimeError(
+            f"explain: the forward of {type(module).__name__} needs real values: {error}"
+        ) from error
     finally:
         _explaining, _layers.stack = before, stack
         for bn in cumulative:

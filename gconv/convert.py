@@ -1,12 +1,13 @@
 """convert(model): gconv's kernels inside an existing model, in place and exactly undone by revert(model).
 
-Nothing is replaced: a module changes its class to a subclass of its own, so names, parameters, state_dict keys,
-hooks, mode and every reference to the module stay. Two kinds of module change:
+Nothing is replaced: a module changes its class to a subclass of its own, so names, parameters, state_dict
+keys, hooks, mode and every reference to the module stay. Two kinds of module change:
 
 - a plain nn.Conv2d with a 3x3 kernel becomes gconv.Conv2d;
-- an nn.Sequential, or a residual block whose forward we know, runs its convolution + batch norm (+ residual) (+ ReLU)
-  as one fused call. A block is known by the code of its forward, not by its name: torchvision's and timm's ResNet
-  blocks and every copy of them.
+- an nn.Sequential, or a residual block whose forward we know, runs its convolution + batch norm (+ residual)
+  (+ ReLU)
+  as one fused call. A block is known by the code of its forward, not by its name: torchvision's and timm's
+  ResNet blocks and every copy of them.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from gconv import backend
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.layers import Conv2d, ConvBNReLU
 
-# --------------------------------------------------------------------------------------------- the blocks we know
+# ----------------------------------------------------------------------------------------- the blocks we know
 
 
 class Step(NamedTuple):
-    """Child names of one convolution + batch norm + activation: `between` sits before the activation, `after` behind
-    it; either may be absent, None or Identity."""
+    """Child names of one convolution + batch norm + activation: `between` sits before the activation, `after`
+    behind it; either may be absent, None or Identity."""
 
     conv: str
     bn: str
@@ -166,8 +167,8 @@ BLOCKS = (
 
 
 def _fingerprint(function: Callable) -> tuple | None:
-    """What a function does: its instructions. Line numbers, comments, annotations, the docstring and the names of
-    local variables are no part of it."""
+    """What a function does: its instructions. Line numbers, comments, annotations, the docstring and the
+    names of local variables are no part of it."""
     code = getattr(function, "__code__", None)
     if code is None or code.co_freevars:
         return None
@@ -180,7 +181,9 @@ def _fingerprint(function: Callable) -> tuple | None:
 def _block_of(cls: type) -> Block | None:
     """The block whose forward `cls` has, or None."""
     fingerprint = _fingerprint(cls.forward)
-    return next((b for b in BLOCKS if fingerprint is not None and _fingerprint(b.forward) == fingerprint), None)
+    return next(
+        (b for b in BLOCKS if fingerprint is not None and _fingerprint(b.forward) == fingerprint), None
+    )
 
 
 # --------------------------------------------------------------------------------------------- fused forwards
@@ -190,7 +193,12 @@ def _is_plain_relu(module) -> bool:
     """True for an nn.ReLU that nobody watches: a hook on it must fire."""
     if type(module) is not nn.ReLU:
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return not hooked
 
 
@@ -225,9 +233,9 @@ def _run_step(owner: nn.Module, step: Step, x, shortcut=None):
 
 
 class _Fused:
-    """Mixin of the classes that convert gives to blocks. `_gconv_base` is the class before, `_gconv_fused` (on the
-    instance) the names of the convolutions that run fused. The classes are made on demand, so pickle and deepcopy
-    rebuild them from the class before."""
+    """Mixin of the classes that convert gives to blocks. `_gconv_base` is the class before, `_gconv_fused`
+    (on the instance) the names of the convolutions that run fused. The classes are made on demand, so pickle
+    and deepcopy rebuild them from the class before."""
 
     _gconv_fused: tuple[str, ...] = ()  # a slice of a Sequential is made without it
 
@@ -255,7 +263,11 @@ class _FusedSequential(_Fused):
         i = 0
         while i < len(children):
             name, module = children[i]
-            if name in self._gconv_fused and i + 1 < len(children) and _norm_reason(children[i + 1][1]) is None:
+            if (
+                name in self._gconv_fused
+                and i + 1 < len(children)
+                and _norm_reason(children[i + 1][1]) is None
+            ):
                 relu = i + 2 < len(children) and _is_plain_relu(children[i + 2][1])
                 input = fuse_modules_forward(input, module, children[i + 1][1], None, relu)
                 i += 3 if relu else 2
@@ -279,13 +291,13 @@ def _new_fused(base: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-# --------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the report
 
 
 @dataclasses.dataclass
 class Entry:
-    """What became of one convolution: `name` (with the batch norm and ReLU that run with it), `result` "fused",
-    "gconv.Conv2d", "reverted" or "kept"; `reason` is why it was kept, or a remark."""
+    """What became of one convolution: `name` (with the batch norm and ReLU that run with it), `result`
+    "fused", "gconv.Conv2d", "reverted" or "kept"; `reason` is why it was kept, or a remark."""
 
     name: str
     result: str
@@ -298,7 +310,8 @@ class Entry:
 
 
 class Report:
-    """One `Entry` per convolution, in the model's order: print it, iterate it, or read `fused`, `swapped`, `kept`."""
+    """One `Entry` per convolution, in the model's order: print it, iterate it, or read `fused`, `swapped`,
+    `kept`."""
 
     def __init__(self, entries: list[Entry]):
         self.entries = entries
@@ -336,14 +349,18 @@ class Report:
     __repr__ = __str__
 
 
-# --------------------------------------------------------------------------------------------- convert and revert
+# ----------------------------------------------------------------------------------------- convert and revert
+
+
+FILTERED = "filter_fn"
+FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
 def _norm_reason(bn) -> str | None:
     """Why the batch norm cannot be fused, or None. FrozenBatchNorm2d is torchvision's or a copy of it."""
     if type(bn) is nn.BatchNorm2d:
         return None
-    if type(bn).__name__ == "FrozenBatchNorm2d" and {"weight", "bias", "running_mean", "running_var"} <= set(bn._buffers):
+    if type(bn).__name__ == "FrozenBatchNorm2d" and set(bn._buffers) >= FROZEN_BUFFERS:
         return None
     return "no batch norm after it" if not isinstance(bn, nn.Module) else type(bn).__name__
 
@@ -370,7 +387,8 @@ def _swap_reason(conv: nn.Conv2d) -> str | None:
 
 
 def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
-    """(conv, bn, relu or "") of everything in `module` that could run fused; [] if its forward is not one we know."""
+    """(conv, bn, relu or "") of everything in `module` that could run fused; [] if its forward is not one we
+    know."""
     cls = getattr(type(module), "_gconv_base", type(module))
     if "forward" in module.__dict__:
         return []
@@ -385,7 +403,11 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
     if block is None:
         return []
     return [
-        (s.conv, s.bn, s.act if not _present(module, s.between) and _is_plain_relu(getattr(module, s.act)) else "")
+        (
+            s.conv,
+            s.bn,
+            s.act if not _present(module, s.between) and _is_plain_relu(getattr(module, s.act)) else "",
+        )
         for s in block.steps
         if isinstance(getattr(module, s.conv, None), nn.Conv2d)
     ]
@@ -395,15 +417,16 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _convert_runs(prefix: str, module: nn.Module, filter_fn, entries: dict[int, Entry]) -> None:
-    """Fuses what can be fused inside one block or Sequential and notes it under the id of each convolution."""
+def _convert_runs(prefix: str, module: nn.Module, ask, entries: dict[int, Entry]) -> None:
+    """Fuses what can be fused inside one block or Sequential and notes it under the id of each
+    convolution."""
     fused = set(module.__dict__.get("_gconv_fused", ()))
     for conv_name, bn_name, relu_name in _runs(module):
         conv, bn = getattr(module, conv_name), getattr(module, bn_name)
         name = _join(prefix, conv_name)
         reason = _conv_reason(conv) or _norm_reason(bn)
-        if reason is None and conv_name not in fused and not filter_fn(name, conv):
-            reason = "filter_fn"
+        if reason is None and conv_name not in fused and not ask(name, conv):
+            reason = FILTERED
         if reason is not None:
             entries[id(conv)] = Entry(name, "kept", reason)
             continue
@@ -420,22 +443,27 @@ def _convert_runs(prefix: str, module: nn.Module, filter_fn, entries: dict[int, 
         module._gconv_fused = tuple(sorted(fused))
 
 
-def _convert_conv(name: str, conv: nn.Conv2d, filter_fn, entry: Entry | None) -> Entry:
-    """Makes one convolution a gconv.Conv2d where that helps; returns its line of the report."""
-    if entry is not None and (entry.result == "kept" and entry.reason == "filter_fn"):
+def _convert_conv(name: str, conv: nn.Conv2d, ask, entry: Entry | None) -> Entry:
+    """Makes one convolution a gconv.Conv2d where our kernels cover it; returns its line of the report.
+
+    `entry` is what `_convert_runs` noted for it.
+    """
+    fused = entry is not None and entry.result == "fused"
+    if entry is not None and entry.reason == FILTERED:
         return entry
-    reason = _swap_reason(conv)
+    shown = name or type(conv).__name__
     if type(conv) is Conv2d:
-        return entry if entry is not None and entry.result == "fused" else Entry(name, "gconv.Conv2d", "already")
-    if reason is None and (entry is None or entry.result == "kept") and not filter_fn(name, conv):
-        reason = "filter_fn"
-    if reason is None:
-        conv.__class__ = Conv2d
-        conv._gconv_converted = True
-        if entry is None:
-            return Entry(name, "gconv.Conv2d")
-        return entry if entry.result == "fused" else Entry(name, "gconv.Conv2d", f"its batch norm kept: {entry.reason}")
-    return entry or Entry(name, "kept", reason)
+        return entry if fused else Entry(shown, "gconv.Conv2d", "already")
+    reason = _swap_reason(conv)
+    if reason is None and not ask(name, conv):
+        reason = FILTERED
+    if reason is not None:
+        return entry or Entry(shown, "kept", reason)
+    conv.__class__ = Conv2d
+    conv._gconv_converted = True
+    if fused:
+        return entry
+    return Entry(shown, "gconv.Conv2d", "" if entry is None else f"its batch norm kept: {entry.reason}")
 
 
 def _check_model(function: str, model) -> None:
@@ -448,7 +476,8 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
 
     Args:
         model: any module; also a single convolution. Converting twice changes nothing more.
-        filter_fn: `filter_fn(name, conv) -> bool`, asked for each convolution that would change; False keeps it.
+        filter_fn: `filter_fn(name, conv) -> bool`, asked for each convolution that would change; False keeps
+            it.
 
     Returns:
         a report, one line per convolution: print it.
@@ -458,7 +487,9 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
     """
     _check_model("convert", model)
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"convert: filter_fn: want a function (name, module) -> bool, got {type(filter_fn).__name__}")
+        raise TypeError(
+            f"convert: filter_fn: want a function (name, module) -> bool, got {type(filter_fn).__name__}"
+        )
     answers: dict[int, bool] = {}
 
     def ask(name: str, conv: nn.Module) -> bool:
@@ -467,7 +498,8 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
         return answers[id(conv)]
 
     modules = list(model.named_modules())
-    inside = {id(child) for _, module in modules if isinstance(module, ConvBNReLU) for child in module.modules()}
+    made_fused = [module for _, module in modules if isinstance(module, ConvBNReLU)]
+    inside = {id(child) for module in made_fused for child in module.modules()}
     entries: dict[int, Entry] = {}
     for name, module in modules:
         if id(module) not in inside:
@@ -477,7 +509,7 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
         if isinstance(module, ConvBNReLU):
             report.append(Entry(name or type(module).__name__, "fused", "already"))
         elif isinstance(module, nn.Conv2d) and id(module) not in inside:
-            report.append(_convert_conv(name or type(module).__name__, module, ask, entries.get(id(module))))
+            report.append(_convert_conv(name, module, ask, entries.get(id(module))))
     return Report(report)
 
 

@@ -141,7 +141,9 @@ def format_info(info: dict) -> str:
     lines = []
     for title, section in info.items():
         lines.append(title)
-        rows = section.items() if isinstance(section, dict) else [(str(i), gpu) for i, gpu in enumerate(section)]
+        rows = (
+            section.items() if isinstance(section, dict) else [(str(i), gpu) for i, gpu in enumerate(section)]
+        )
         lines += [f"  {key:<{width}}  {_text(value)}" for key, value in rows] or ["  none"]
     return "\n".join(lines)
 

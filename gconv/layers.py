@@ -24,10 +24,10 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d on gconv's kernels: [N, C, H, W] or [C, H, W] -> [N, K, OH, OW] or [K, OH, OW].
 
     Arguments, initialisation (also the use of the random generator), state_dict keys and `padding_mode`s are
-    nn.Conv2d's. What the kernels do not cover goes to torch and is reported by `gconv.set_policy`'s policy and by
-    `gconv.trace`: they cover 3x3, stride 1 or 2, padding 0 to 2, any dilation and groups, in float32, bfloat16 and
-    float16 on the CPU. Bit-identical from run to run and for any number of threads. The output is channels_last if
-    the input or the weight is, as in torch.
+    nn.Conv2d's. What the kernels do not cover goes to torch and is reported by `gconv.set_policy`'s policy
+    and by `gconv.trace`: they cover 3x3, stride 1 or 2, padding 0 to 2, any dilation and groups, in float32,
+    bfloat16 and float16 on the CPU. Bit-identical from run to run and for any number of threads. The output
+    is channels_last if the input or the weight is, as in torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,14 +47,15 @@ class Conv2d(nn.Conv2d):
     def from_torch(cls, conv: nn.Conv2d) -> "Conv2d":
         """A gconv layer that shares the parameters, hooks and mode of `conv`, which stays as it is.
 
-        Raises ValueError if `conv` is anything but a plain nn.Conv2d: a subclass may compute something else, and a
-        parametrization lives in the subclass it makes.
+        Raises ValueError if `conv` is anything but a plain nn.Conv2d: a subclass may compute something else,
+        and a parametrization lives in the subclass it makes.
         """
         if type(conv) is not nn.Conv2d and type(conv) is not cls:
             raise ValueError(f"Conv2d.from_torch: conv: want a plain torch.nn.Conv2d, got {_described(conv)}")
         layer = cls.__new__(cls)
         for name, value in conv.__dict__.items():
-            # Shallow copies of the registries: the same tensors and hooks, in dictionaries of the new layer's own.
+            # Shallow copies of the registries: the same tensors and hooks, in dictionaries of the new layer's
+            # own.
             layer.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
         return layer
 
@@ -69,20 +70,22 @@ class ConvBNReLU(nn.Module):
     """relu(bn(conv(x)) [+ residual]) in one pass: [N, C, H, W] -> [N, K, OH, OW].
 
     Children are `conv` (gconv.Conv2d) and `bn` (nn.BatchNorm2d), so the state_dict keys are `conv.weight`,
-    `bn.weight`, ..., `bn.num_batches_tracked`. Training stores the convolution's raw output and the batch statistics
-    taken from it (Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1), never the normalised activation; evaluation
-    applies the running statistics inside the convolution. A `bn` replaced by another module (SyncBatchNorm, Identity),
-    or a child with hooks, is called as a module: `gconv.trace` says so.
+    `bn.weight`, ..., `bn.num_batches_tracked`. Training stores the convolution's raw output and the batch
+    statistics taken from it (Ioffe and Szegedy 2015, arXiv 1502.03167, algorithm 1), never the normalised
+    activation; evaluation applies the running statistics inside the convolution. A `bn` replaced by another
+    module (SyncBatchNorm, Identity), or a child with hooks, is called as a module: `gconv.trace` says so.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as nn.Conv2d;
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
+            nn.Conv2d;
             `bias` is False by default because the batch norm removes it.
         relu: False ends with the batch norm and the residual.
         eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError, RuntimeError: as nn.Conv2d and nn.BatchNorm2d, and for a residual that has not the output's shape.
+        ValueError, RuntimeError: as nn.Conv2d and nn.BatchNorm2d, and for a residual that has not the
+            output's shape.
     """
 
     def __init__(
@@ -106,7 +109,17 @@ class ConvBNReLU(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.relu = relu
