@@ -1,0 +1,168 @@
+"""How every op is wired to autograd: the parts that grouped_conv, batch_norm and conv_bn_relu share.
+
+Each C++ op is used through an `autograd.Function` with `setup_context` and `vmap` and without `jvp`, and also carries
+`register_autograd` and a fake. Both are needed: under torch.compile of a torch.func.grad the Function is inlined and
+only the op's own formula is seen, and with the op's formula alone forward-mode AD would silently be zero.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+from gconv import backend
+
+
+def op(name: str, ref: Callable) -> Callable:
+    """torch.ops.gconv.<name>, or its reference where the extension is not built."""
+    return getattr(torch.ops.gconv, name).default if backend.extension_loaded() else ref
+
+
+def call(fn: Callable, *args):
+    """Calls an op from inside an autograd.Function, where the op's own autograd formula has nothing to add and
+    would cost more than a small layer's kernel."""
+    if torch.compiler.is_compiling():
+        return fn(*args)
+    with _AutoDispatchBelowAutograd():
+        return fn(*args)
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` without the 0.1 ms it spends inspecting the forward's signature to bind keyword arguments;
+    the arguments must be positional and complete."""
+    plain_apply = super(torch.autograd.Function, function).apply
+
+    def apply(*args):
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+            return function.apply(*args)
+        return plain_apply(*unwrap_dead_wrappers(args))
+
+    return apply
+
+
+def untracked() -> bool:
+    """True if nothing watches the tensors: no gradient mode, function transform, forward-mode AD or tracing. Then an
+    op may be called without its Function."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) -> tuple:
+    """Gradients of `ref(*args)` to the arguments whose `wanted` is true (None for the rest), differentiable again.
+
+    `wanted` may be shorter than `args`. `grads` has one entry per output of `ref`; None stands for zeros. Outputs of
+    `ref` that are None are left out.
+    """
+    places = [i for i, want in enumerate(wanted) if want]
+    result: list = [None] * len(args)
+    if not places:
+        return tuple(result)
+    there: list[int] = []
+
+    def outputs(*primals):
+        full = list(args)
+        for i, primal in zip(places, primals):
+            full[i] = primal
+        values = ref(*full)
+        values = values if isinstance(values, tuple) else (values,)
+        there[:] = [i for i, value in enumerate(values) if value is not None]
+        return tuple(values[i] for i in there)
+
+    values, pullback = torch.func.vjp(outputs, *(args[i] for i in places))
+    cotangents = tuple(
+        torch.zeros_like(value) if grads[i] is None else grads[i].to(value.dtype) for i, value in zip(there, values)
+    )
+    for i, grad in zip(places, pullback(cotangents)):
+        result[i] = grad
+    return tuple(result)
+
+
+def register(name: str, fake: Callable, ref: Callable, formula: Callable | None = None) -> None:
+    """Registers the fake and the autograd formula of torch.ops.gconv.<name>; nothing to do without the extension.
+
+    `formula(args, outputs, grads, wanted)` returns one gradient (or None) per argument, or NotImplemented to leave
+    the case to the reference, which also serves where no formula is given.
+    """
+    if not backend.extension_loaded():
+        return
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        places = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in places), *outputs)
+        ctx.places = places
+        ctx.rest = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
+
+    def backward(ctx, *grads):
+        args = list(ctx.rest)
+        for i, value in zip(ctx.places, ctx.saved_tensors):
+            args[i] = value
+        args, outputs = tuple(args), ctx.saved_tensors[len(ctx.places) :]
+        wanted = tuple(ctx.needs_input_grad)
+        result = NotImplemented if formula is None else formula(args, outputs, grads, wanted)
+        if result is NotImplemented:
+            result = vjp_by_reference(ref, args, wanted, grads)
+        return result
+
+    torch.library.register_fake(f"gconv::{name}", fake)
+    torch.library.register_autograd(f"gconv::{name}", backward, setup_context=setup_context)
+
+
+# ------------------------------------------------------------------------------------------ vmap and layout
+
+
+def batched(value, dim):
+    """`value` with its vmapped dimension first; None stays None."""
+    return value if value is None or dim is None else value.movedim(dim, 0)
+
+
+def vmap_by(fn: Callable, info, in_dims: tuple, args: tuple):
+    """The vmap rule of a Function by torch's own rules for `fn`, a composition that computes the same."""
+    dims = tuple(dim if isinstance(value, torch.Tensor) else None for value, dim in zip(args, in_dims))
+    tensors = [i for i, value in enumerate(args) if isinstance(value, torch.Tensor)]
+    present = []
+
+    def outputs(*values):
+        full = list(args)
+        for i, value in zip(tensors, values):
+            full[i] = value
+        result = fn(*full)
+        present[:] = [value is not None for value in result]
+        return tuple(value for value in result if value is not None)
+
+    results = iter(
+        torch.vmap(outputs, tuple(dims[i] for i in tensors), randomness=info.randomness)(*(args[i] for i in tensors))
+    )
+    values = tuple(next(results) if there else None for there in present)
+    return values, tuple(0 if there else None for there in present)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` as the kernels read it in place: unit stride between channels. Anything else is copied once."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(like: torch.Tensor, size) -> torch.Tensor:
+    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def suggests_channels_last(x: torch.Tensor) -> bool:
+    """torch's rule (c10's is_channels_last_strides_2d): channels_last by strides, ambiguous strides being NCHW."""
+    n, c, h, w = x.shape
+    stride_n, stride_c, stride_h, stride_w = x.stride()
+    if stride_c == 0 or stride_w < stride_c * c or n == 0 or c == 0 or h == 0 or w == 0:
+        return False
+    rows = stride_w * w
+    image = stride_h * h
+    return stride_h >= rows and stride_n >= image and image != stride_c
+
+
+def in_format(y: torch.Tensor, keep_channels_last: bool) -> torch.Tensor:
+    """A kernel's channels_last output in the memory format torch would have returned."""
+    return y if keep_channels_last else y.contiguous()

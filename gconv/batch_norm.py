@@ -1,0 +1,493 @@
+"""Batch normalisation (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; inference by algorithm 2).
+
+The ops are stages: statistics, fold into one affine per channel, apply (+ residual)(+ ReLU), and in the backward a
+reduction and an application. Running statistics are updated outside of them, once per training forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gconv import backend
+from gconv.autograd import (
+    applier,
+    call,
+    channels_last,
+    empty_channels_last,
+    in_format,
+    op,
+    register,
+    suggests_channels_last,
+    untracked,
+    vjp_by_reference,
+    vmap_by,
+)
+from gconv.grouped_conv import per_channel, stored, wide
+
+PIXELS = (0, 2, 3)
+
+
+# ----------------------------------------------------------------------------------------------- references
+
+
+def batch_norm_stats_ref(x):
+    """(mean, var) [C] of x [N, C, H, W] over N*H*W; var is biased (algorithm 1, lines 1 and 2)."""
+    var, mean = torch.var_mean(x.to(wide(x)), PIXELS, correction=0)
+    return mean, var
+
+
+def batch_norm_fold_ref(mean, var, gamma, beta, eps):
+    """(rstd, affine): rstd = 1/sqrt(var + eps) [C], affine [2, C] = (gamma*rstd; beta - mean*gamma*rstd), so that
+    algorithm 1, lines 3 and 4 are affine[0]*x + affine[1]. Computed in float64, returned in mean's dtype."""
+    rstd = torch.rsqrt(var.double() + eps)
+    scale = rstd if gamma is None else gamma * rstd
+    shift = -mean * scale if beta is None else beta - mean * scale
+    return rstd.to(mean.dtype), torch.stack((scale, shift)).to(mean.dtype)
+
+
+def batch_norm_apply_ref(x, affine, residual=None, relu=False):
+    """relu?(a*x + b + residual) for affine [2, C] = (a; b)."""
+    y = per_channel(affine[0]) * x + per_channel(affine[1])
+    if residual is not None:
+        y = y + residual
+    return stored(torch.relu(y) if relu else y, x.dtype)
+
+
+def _masked(dz, x, affine, z):
+    """dz where the ReLU let through, in float32: by its output z, else by the sign of a*x + b, else everywhere."""
+    g = dz.to(wide(dz))
+    if z is not None:
+        return torch.where(z <= 0, 0, g)
+    if affine is not None:
+        return torch.where(per_channel(affine[0]) * x + per_channel(affine[1]) <= 0, 0, g)
+    return g
+
+
+def batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, affine, z):
+    """(dgamma, dbeta, coef): the sums of the backward (the paper's section 3) over g, dz masked by the ReLU.
+
+    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; coef [4, C] = (A; B; C; mean) with dx = A*g + B*(x - mean) + C.
+    """
+    g = _masked(dz, x, affine, z)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    dbeta = g.sum(PIXELS)
+    dgamma = (g * (x - per_channel(mean)) * per_channel(rstd)).sum(PIXELS)
+    scale = rstd if gamma is None else gamma * rstd
+    coef = torch.stack((scale, -scale * rstd * dgamma / count, -scale * dbeta / count, mean))
+    return dgamma, dbeta, coef
+
+
+def batch_norm_bwd_apply_ref(dz, x, coef, affine, z, want_g):
+    """(dx, g): dx = A*g + B*(x - mean) + C; g, dz masked by the ReLU, has shape [0] unless wanted."""
+    g = _masked(dz, x, affine, z)
+    scale, slope, offset, mean = (per_channel(row) for row in coef)
+    dx = scale * g + slope * (x - mean) + offset
+    return stored(dx, x.dtype), stored(g, x.dtype) if want_g else x.new_zeros(0)
+
+
+def batch_norm_ref(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, residual=None,
+    relu=False,
+):  # fmt: skip
+    """The definition of `batch_norm`: torch.nn.functional.batch_norm, + residual, ReLU."""
+    return tail(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), residual, relu)
+
+
+def tail(y, residual, relu):
+    """What follows a normalisation at the end of a block, in plain PyTorch."""
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if relu else y
+
+
+_stats = op("batch_norm_stats", batch_norm_stats_ref)
+fold = op("batch_norm_fold", batch_norm_fold_ref)
+apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
+bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
+bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
+
+
+# ------------------------------------------------------------------------------------------------- Functions
+
+
+def normalize(x, gamma, eps):
+    """gamma*(x - mean)/sqrt(var + eps) in plain PyTorch: what a backward pulls its gradient back through."""
+    var, mean = torch.var_mean(x.to(wide(x)), PIXELS, correction=0, keepdim=True)
+    y = (x - mean) * torch.rsqrt(var + eps)
+    return (y if gamma is None else per_channel(gamma) * y).to(x.dtype)
+
+
+def relu_mask(y, affine, z, relu):
+    """Where the ReLU after a normalisation was shut, or None: by its stored output, or by the affine of the input."""
+    if not relu:
+        return None
+    return (z if z is not None else per_channel(affine[0]) * y + per_channel(affine[1])) <= 0
+
+
+def train_composed(x, gamma, beta, residual, eps, relu):
+    """The training forward from differentiable parts, with the outputs of `BatchNorm`."""
+    mean, var = batch_norm_stats_ref(x)
+    rstd, affine = batch_norm_fold_ref(mean, var, gamma, beta, eps)
+    return batch_norm_apply_ref(x, affine, residual, relu), mean, var, rstd, affine
+
+
+def pull_back(forward, dz, primals, shut):
+    """(g, gradients of forward to primals) for z = relu?(forward(*primals) + beta + residual); None primals skipped.
+
+    g is dz where the ReLU was open (`shut` is the mask of the rest): the gradient of the residual.
+    """
+    g = dz if shut is None else torch.where(shut, 0, dz)
+    return g, vjp_by_reference(forward, primals, tuple(p is not None for p in primals), (g,))
+
+
+def only(wanted, grads):
+    return tuple(grad if want else None for want, grad in zip(wanted, grads))
+
+
+class BatchNorm(Function):
+    """Training: (z, mean, var, rstd, affine) with z = relu?(batch_norm(x) + residual); z alone is differentiable.
+
+    gamma and beta [C] float32 and residual may be None.
+    """
+
+    @staticmethod
+    def forward(x, gamma, beta, residual, eps, relu):
+        mean, var = call(_stats, x)
+        rstd, affine = call(fold, mean, var, gamma, beta, eps)
+        return call(apply_affine, x, affine, residual, relu), mean, var, rstd, affine
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, gamma, _, residual, ctx.eps, ctx.relu = inputs
+        z, mean, var, rstd, affine = output
+        ctx.mark_non_differentiable(mean, var, rstd, affine)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gamma, mean, rstd, affine, z if ctx.relu and residual is not None else None)
+
+    @staticmethod
+    def backward(ctx, dz, *unused):
+        wanted = tuple(ctx.needs_input_grad[:4])
+        if dz is None:
+            return (None,) * 6
+        run = BatchNormBackward.forward if untracked() else _backward_apply
+        *grads, dresidual = run(dz, *ctx.saved_tensors, wanted, ctx.eps, ctx.relu)
+        return *grads, dz if wanted[3] and not ctx.relu else dresidual, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return vmap_by(train_composed, info, in_dims, args)
+
+
+class BatchNormBackward(Function):
+    """(dx, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is dz otherwise.
+    Its own derivative is that of the composition."""
+
+    @staticmethod
+    def forward(dz, x, gamma, mean, rstd, affine, z, wanted, eps, relu):
+        dz = channels_last(dz)
+        mask = affine if relu and z is None else None
+        want_g = wanted[3] and relu
+        dgamma, dbeta, coef = call(bwd_reduce, dz, x, mean, rstd, gamma, mask, z)
+        dx, g = call(bwd_apply, dz, x, coef, mask, z, want_g) if wanted[0] or want_g else (None, None)
+        return only((*wanted[:3], want_g), (dx, dgamma, dbeta, g))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dz, x, gamma, _, _, affine, z, *ctx.rest = inputs
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dz, x, gamma, affine, z)
+
+    @staticmethod
+    def composed(dz, x, gamma, affine, z, wanted, eps, relu):
+        shut = relu_mask(x, affine, z, relu)
+        g, (dx, dgamma) = pull_back(lambda x, gamma: normalize(x, gamma, eps), dz, (x, gamma), shut)
+        return only((*wanted[:3], wanted[3] and relu), (dx, dgamma, g.sum(PIXELS, dtype=wide(g)), g))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dz, x, gamma, affine, z = ctx.saved_tensors
+        args = (dz, x, gamma, affine, z, *ctx.rest)
+        result = vjp_by_reference(BatchNormBackward.composed, args, ctx.needs_input_grad[:3], grads)
+        return *result[:3], *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, dz, x, gamma, mean, rstd, affine, z, *rest):
+        dims = (*in_dims[:3], *in_dims[5:])
+        return vmap_by(BatchNormBackward.composed, info, dims, (dz, x, gamma, affine, z, *rest))
+
+
+class BatchNormAffine(Function):
+    """relu?(scale*x + shift + residual), normalisation by known statistics; scale, shift [C] float32."""
+
+    @staticmethod
+    def forward(x, scale, shift, residual, relu):
+        return call(apply_affine, x, torch.stack((scale, shift)), residual, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, _, _, relu = inputs
+        ctx.save_for_backward(x, scale, output if relu else None)
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, scale, z = ctx.saved_tensors
+        want_x, want_scale, want_shift, want_residual = ctx.needs_input_grad[:4]
+        dz = channels_last(dz)
+        g = dz if z is None else torch.ops.aten.threshold_backward(dz, z, 0)
+        dx = (g * per_channel(scale)).to(x.dtype) if want_x else None
+        dscale = (g * x).sum(PIXELS, dtype=scale.dtype) if want_scale else None
+        dshift = g.sum(PIXELS, dtype=scale.dtype) if want_shift else None
+        return dx, dscale, dshift, g if want_residual else None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        z, dim = vmap_by(
+            lambda x, scale, shift, residual, relu: (
+                batch_norm_apply_ref(x, torch.stack((scale, shift)), residual, relu),
+            ),
+            info, in_dims, args,
+        )  # fmt: skip
+        return z[0], dim[0]
+
+
+_train_apply = applier(BatchNorm)
+_backward_apply = applier(BatchNormBackward)
+_affine_apply = applier(BatchNormAffine)
+
+
+# ----------------------------------------------------------------- what the ops are to autograd and to compilers
+
+
+def _fold_fake(mean, var, gamma, beta, eps):
+    return torch.empty_like(mean), mean.new_empty(2, mean.shape[0])
+
+
+def _bwd_reduce_fake(dz, x, mean, rstd, gamma, affine, z):
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(4, mean.shape[0])
+
+
+def _stats_fake(x):
+    mean = x.new_empty(x.shape[1], dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+def _bwd_apply_fake(dz, x, coef, affine, z, want_g):
+    return empty_channels_last(x, x.shape), empty_channels_last(x, x.shape) if want_g else x.new_empty(0)
+
+
+register("batch_norm_stats", _stats_fake, batch_norm_stats_ref)
+register("batch_norm_fold", _fold_fake, batch_norm_fold_ref)
+register(
+    "batch_norm_apply",
+    lambda x, affine, residual, relu: empty_channels_last(x, x.shape),
+    batch_norm_apply_ref,
+)
+register("batch_norm_bwd_reduce", _bwd_reduce_fake, batch_norm_bwd_reduce_ref)
+register("batch_norm_bwd_apply", _bwd_apply_fake, batch_norm_bwd_apply_ref)
+
+
+# ---------------------------------------------------------------------------------------- a module's statistics
+
+
+def is_frozen(bn) -> bool:
+    """True for the FrozenBatchNorm2d of torchvision and detectron2: an affine by its buffers, in train mode too."""
+    return type(bn).__name__ == "FrozenBatchNorm2d" and not isinstance(bn, _BatchNorm)
+
+
+def uses_batch_statistics(bn) -> bool:
+    """Whether `bn` normalises by the batch at hand: in train mode, and in eval mode without running statistics."""
+    return not is_frozen(bn) and (bn.training or (bn.running_mean is None and bn.running_var is None))
+
+
+def count_batch(bn):
+    """What nn.BatchNorm2d.forward does to its state before normalising: returns the momentum of this step, None
+    if running statistics stay as they are. A cumulative average (momentum None) gives 1/batches as a tensor."""
+    if not (bn.training and bn.track_running_stats):
+        return None
+    momentum = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            return bn.num_batches_tracked.reciprocal()
+    return 0.0 if momentum is None else momentum
+
+
+def update_running(running_mean, running_var, mean, var, count, momentum, shift=None) -> None:
+    """running <- (1 - momentum)*running + momentum*new, with the unbiased variance; `shift` [C] is added to the
+    mean (the bias of the convolution before)."""
+    with torch.no_grad():
+        unbiased = count / (count - 1)
+        if shift is not None:
+            mean = mean + shift
+        if isinstance(momentum, torch.Tensor):
+            running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
+            running_var.copy_(torch.lerp(running_var.to(var.dtype), var * unbiased, momentum))
+        else:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+
+
+def check_count(name: str, shape) -> int:
+    """N*H*W; ValueError where one value per channel leaves nothing to normalise, as in torch."""
+    count = shape[0] * shape[2] * shape[3]
+    if count == 1:
+        raise ValueError(f"{name}: x: Expected more than 1 value per channel when training, got input size {list(shape)}")
+    return count
+
+
+def check_residual(name: str, residual, shape, like) -> None:
+    if residual is None:
+        return
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"{name}: residual: want {list(shape)} as the output, got {list(residual.shape)}")
+    if residual.dtype != like.dtype:
+        raise ValueError(f"{name}: residual: want dtype {like.dtype} as of x, got {residual.dtype}")
+    if residual.device != like.device:
+        raise ValueError(f"{name}: residual: want device {like.device} as of x, got {residual.device}")
+
+
+def kernels_run(x, shape, training, running_mean, running_var, gamma, beta) -> bool:
+    """Whether the kernels run a normalisation of [N, C, H, W] = `shape` after x. Odd combinations of buffers,
+    dtypes other than float32 and x's, and an empty batch in training are torch's to accept or to refuse."""
+    if (running_mean is None) != (running_var is None):
+        return False
+    for v in (running_mean, running_var, gamma, beta):
+        if v is not None and not (
+            (v.dtype is torch.float32 or v.dtype == x.dtype) and v.device == x.device and v.shape == (shape[1],)
+        ):
+            return False
+    return (shape[0] > 0 and shape[2] > 0 and shape[3] > 0) if training else running_mean is not None
+
+
+def as_float(vector):
+    return vector if vector is None or vector.dtype is torch.float32 else vector.float()
+
+
+def inference_affine(running_mean, running_var, gamma, beta, eps, bias=None):
+    """(scale, shift) [C] of a normalisation by running statistics, after a convolution with this bias; gradients
+    flow to gamma, beta and bias."""
+    scale = torch.rsqrt(as_float(running_var) + eps)
+    if gamma is not None:
+        scale = scale * as_float(gamma)
+    mean = as_float(running_mean)
+    if bias is not None:
+        mean = mean - as_float(bias)
+    shift = -mean * scale
+    return scale, shift if beta is None else shift + as_float(beta)
+
+
+def train(x, gamma, beta, residual, eps, relu):
+    """(z, mean, var) by batch statistics, on the kernels; z in the memory format torch would return."""
+    keep = suggests_channels_last(x)
+    x, gamma, beta = channels_last(x), as_float(gamma), as_float(beta)
+    if untracked():
+        z, mean, var, *_ = BatchNorm.forward(x, gamma, beta, residual, eps, relu)
+    else:
+        z, mean, var, *_ = _train_apply(x, gamma, beta, residual, eps, relu)
+    return in_format(z, keep), mean, var
+
+
+def infer(x, running_mean, running_var, gamma, beta, residual, eps, relu):
+    """z by running statistics, on the kernels; z in the memory format torch would return."""
+    keep = suggests_channels_last(x)
+    x = channels_last(x)
+    if untracked():
+        vectors = map(as_float, (running_mean, running_var, gamma, beta))
+        _, affine = call(fold, *vectors, eps)
+        z = call(apply_affine, x, affine, residual, relu)
+    else:
+        z = _affine_apply(x, *inference_affine(running_mean, running_var, gamma, beta, eps), residual, relu)
+    return in_format(z, keep)
+
+
+# -------------------------------------------------------------------------------------------- the functions
+
+
+def _to_torch(decision):
+    """The decision for a call that the kernels would take but whose parameters only torch knows what to do with."""
+    if decision.backend != "cpu":
+        return decision
+    return backend.Decision("torch", "torch.batch_norm", "by design: an empty batch or uncommon parameters", False)
+
+
+def batch_norm(
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, residual=None,
+    relu=False,
+):  # fmt: skip
+    """Batch normalisation of [N, C, H, W], torch.nn.functional.batch_norm's signature and results, and optionally
+    + residual and ReLU in the same pass.
+
+    Training (Ioffe & Szegedy 2015, algorithm 1): y = weight*(x - mean)/sqrt(var + eps) + bias with the mean and biased
+    variance of the batch; running_mean and running_var move by `momentum` towards the mean and the unbiased variance.
+    Otherwise (algorithm 2) the running statistics normalise.
+
+    Args:
+        x: [N, C, H, W] float32, bfloat16 or float16 on a CPU for the kernels; anything else runs on torch.
+        running_mean, running_var: [C], or None in training to leave nothing updated.
+        weight, bias: gamma and beta [C], float32 or x's dtype, or None.
+        training: normalise by the batch and update the running statistics.
+        momentum, eps: as in torch.
+        residual: added after the normalisation: shape, dtype and device of x, any strides.
+        relu: ReLU last; NaN stays NaN.
+
+    Returns:
+        shape, dtype and memory format of x.
+
+    Raises:
+        ValueError: one value per channel in training, a residual that does not fit, eps out of range.
+        RuntimeError: what torch refuses: parameters of another size, dtype or device.
+
+    Determinism: the kernels are bit-identical from run to run and for any number of threads.
+    """
+    check_residual("batch_norm", residual, x.shape, x)
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"batch_norm: eps: want a positive number, got {eps}")
+    if x.dim() != 4:
+        decision = backend.Decision("torch", "torch.batch_norm", f"x: want [N, C, H, W], got {x.dim()} dimensions", True)
+        covered = False
+    else:
+        decision = backend.choose("batch_norm", x)
+        vectors = (running_mean, running_var, weight, bias)
+        covered = decision.backend == "cpu" and kernels_run(x, x.shape, training, *vectors)
+    if covered and training:
+        count = check_count("batch_norm", x.shape)
+        y, mean, var = train(x, weight, bias, residual, eps, relu)
+        if running_mean is not None:
+            update_running(running_mean, running_var, mean, var, count, momentum)
+    elif covered:
+        y = infer(x, running_mean, running_var, weight, bias, residual, eps, relu)
+    else:
+        decision = _to_torch(decision)
+        y = batch_norm_ref(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+        )
+    backend.record(decision, "batch_norm", x, y)
+    return y
+
+
+def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
+    """relu?(bn(x) + residual) with the parameters, buffers and mode of `bn`, an nn.BatchNorm2d or FrozenBatchNorm2d,
+    whose state changes exactly as by calling it."""
+    if residual is not None and torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(x.dtype)
+    check_residual("batch_norm", residual, x.shape, x)
+    decision = backend.choose("batch_norm", x)
+    training = uses_batch_statistics(bn)
+    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    if decision.backend != "cpu" or not kernels_run(x, x.shape, training, *vectors):
+        decision = _to_torch(decision)
+        y = tail(bn(x), residual, relu)
+    elif training:
+        count = check_count("batch_norm", x.shape)
+        momentum = count_batch(bn)
+        y, mean, var = train(x, bn.weight, bn.bias, residual, bn.eps, relu)
+        if momentum is not None and bn.running_mean is not None:
+            update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
+    else:
+        y = infer(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual, bn.eps, relu)
+    backend.record(decision, "batch_norm", x, y)
+    return y

@@ -1,0 +1,318 @@
+"""Convolution, batch normalisation, + residual and ReLU as one operation with one autograd Function.
+
+Training stores the convolution's raw output and its statistics, never the normalised value (unless a residual makes
+the ReLU's mask depend on it); the backward of normalisation and ReLU is applied where the convolution's gradients
+load it. Inference folds the normalisation into the convolution's epilogue.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.nn.modules import module as _module
+
+from gconv import backend
+from gconv.autograd import (
+    applier,
+    call,
+    channels_last,
+    in_format,
+    op,
+    suggests_channels_last,
+    untracked,
+    vjp_by_reference,
+    vmap_by,
+)
+from gconv.batch_norm import (
+    PIXELS,
+    apply_affine,
+    as_float,
+    batch_norm_module,
+    bwd_apply,
+    bwd_reduce,
+    check_count,
+    check_residual,
+    count_batch,
+    fold,
+    inference_affine,
+    is_frozen,
+    kernels_run,
+    normalize,
+    only,
+    pull_back,
+    relu_mask,
+    tail,
+    train_composed,
+    update_running,
+    uses_batch_statistics,
+)
+from gconv.grouped_conv import (
+    autocast,
+    bwd_input,
+    bwd_weight,
+    conv_apply,
+    conv_output_size,
+    fwd,
+    grouped_conv_fwd_stats_ref,
+    resolve,
+    run_conv,
+    wide,
+)
+
+# Where the backward of normalisation and ReLU is applied to the gradient: True as the convolution's two gradients
+# load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
+FINISH_ON_LOAD = True
+
+_fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
+
+
+def conv_bn_relu_ref(
+    x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True
+):
+    """The definition of `conv_bn_relu`: conv2d, the module `bn`, + residual, ReLU."""
+    return tail(bn(F.conv2d(x, weight, bias, stride, padding, dilation, groups)), residual, relu)
+
+
+# ------------------------------------------------------------------------------------------------- Functions
+
+
+def _plain_conv(x, weight, conf):
+    return conv_apply(x, weight, None, None, None, False, *conf)
+
+
+def _conv_train_composed(x, weight, bias, gamma, beta, residual, eps, relu, *conf):
+    y = _plain_conv(x, weight, conf)
+    z, mean, var, rstd, affine = train_composed(y, gamma, beta, residual, eps, relu)
+    return z, y, mean, var, rstd, affine
+
+
+class ConvBatchNorm(Function):
+    """Training: (z, y, mean, var, rstd, affine), z = relu?(batch_norm(y) + residual), y = conv(x, weight); z alone
+    is differentiable. The convolution's bias is no part of y: it moves the mean of y and nothing else, so its gradient
+    is zero; whoever keeps running statistics adds it to the mean. bias, gamma, beta and residual may be None.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
+        y, mean, var = call(_fwd_stats, x, weight, stride, padding, dilation, groups, None)
+        rstd, affine = call(fold, mean, var, gamma, beta, eps)
+        return call(apply_affine, y, affine, residual, relu), y, mean, var, rstd, affine
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, gamma, _, residual, ctx.eps, ctx.relu, *conf = inputs
+        z, y, mean, var, rstd, affine = output
+        ctx.conf = tuple(conf)
+        ctx.mark_non_differentiable(y, mean, var, rstd, affine)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        z = z if ctx.relu and residual is not None else None
+        ctx.save_for_backward(bias, x, weight, gamma, y, mean, rstd, affine, z)
+
+    @staticmethod
+    def backward(ctx, dz, *unused):
+        if dz is None:
+            return (None,) * 12
+        bias, *saved = ctx.saved_tensors
+        want_x, want_weight, want_bias, *rest, want_residual = ctx.needs_input_grad[:6]
+        wanted = (want_x, want_weight, *rest, want_residual)
+        run = ConvBatchNormBackward.forward if untracked() else _backward_apply
+        dx, dweight, dgamma, dbeta, dresidual = run(dz, *saved, wanted, ctx.eps, ctx.relu, *ctx.conf)
+        dbias = torch.zeros_like(bias) if want_bias else None
+        if want_residual and not ctx.relu:
+            dresidual = dz
+        return dx, dweight, dbias, dgamma, dbeta, dresidual, *(None,) * 6
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return vmap_by(_conv_train_composed, info, in_dims, args)
+
+
+class ConvBatchNormBackward(Function):
+    """(dx, dweight, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is dz
+    otherwise. Its own derivative is that of the composition."""
+
+    @staticmethod
+    def forward(dz, x, weight, gamma, y, mean, rstd, affine, z, wanted, eps, relu, *conf):
+        want_x, want_weight, want_gamma, want_beta, want_residual = wanted
+        dz = channels_last(dz)
+        mask = affine if relu and z is None else None
+        want_g = want_residual and relu
+        dgamma, dbeta, coef = call(bwd_reduce, dz, y, mean, rstd, gamma, mask, z)
+        dx = dweight = g = None
+        if want_x or want_weight or want_g:
+            dy, raw, finish = dz, None, None
+            if FINISH_ON_LOAD and z is None:
+                raw, finish = y, torch.cat((coef, affine if relu else _open_mask(affine)))
+            else:
+                dy, g = call(bwd_apply, dz, y, coef, mask, z, want_g)
+            if want_x:
+                dx, _ = call(bwd_input, dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
+            if want_weight:
+                dweight = call(bwd_weight, dy, x, tuple(weight.shape), *conf, raw, finish, None)
+        return only((want_x, want_weight, want_gamma, want_beta, want_g), (dx, dweight, dgamma, dbeta, g))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dz, x, weight, gamma, y, _, _, affine, z, *ctx.rest = inputs
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dz, x, weight, gamma, y, affine, z)
+
+    @staticmethod
+    def composed(dz, x, weight, gamma, y, affine, z, wanted, eps, relu, *conf):
+        def forward(x, weight, gamma):
+            return normalize(_plain_conv(x, weight, conf), gamma, eps)
+
+        g, (dx, dweight, dgamma) = pull_back(forward, dz, (x, weight, gamma), relu_mask(y, affine, z, relu))
+        dbeta = g.sum(PIXELS, dtype=wide(g))
+        return only((*wanted[:4], wanted[4] and relu), (dx, dweight, dgamma, dbeta, g))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        args = (*ctx.saved_tensors, *ctx.rest)
+        result = vjp_by_reference(ConvBatchNormBackward.composed, args, ctx.needs_input_grad[:4], grads)
+        return *result[:4], *(None,) * (5 + len(ctx.rest))
+
+    @staticmethod
+    def vmap(info, in_dims, dz, x, weight, gamma, y, mean, rstd, affine, z, *rest):
+        dims = (*in_dims[:5], *in_dims[7:])
+        return vmap_by(ConvBatchNormBackward.composed, info, dims, (dz, x, weight, gamma, y, affine, z, *rest))
+
+
+def _open_mask(affine):
+    """The (a; b) that masks nothing: a*y + b = 1."""
+    return torch.stack((torch.zeros_like(affine[0]), torch.ones_like(affine[0])))
+
+
+_train_apply = applier(ConvBatchNorm)
+_backward_apply = applier(ConvBatchNormBackward)
+
+
+# ------------------------------------------------------------------------------------------- the functions
+
+
+def _train(x, weight, bias, bn, residual, relu, conf, count):
+    keep = suggests_channels_last(x) or suggests_channels_last(weight)
+    run = ConvBatchNorm.forward if untracked() else _train_apply
+    gamma, beta = as_float(bn.weight), as_float(bn.bias)
+    momentum = count_batch(bn)
+    z, _, mean, var, *_ = run(channels_last(x), weight, bias, gamma, beta, residual, bn.eps, relu, *conf)
+    if momentum is not None and bn.running_mean is not None:
+        update_running(bn.running_mean, bn.running_var, mean, var, count, momentum, bias)
+    return in_format(z, keep)
+
+
+def _infer(x, weight, bias, bn, residual, relu, conf):
+    if untracked():
+        keep = suggests_channels_last(x) or suggests_channels_last(weight)
+        mean = as_float(bn.running_mean) if bias is None else as_float(bn.running_mean) - bias
+        _, affine = call(fold, as_float(mean), as_float(bn.running_var), as_float(bn.weight), as_float(bn.bias), bn.eps)
+        return in_format(call(fwd, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
+    scale, shift = inference_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bias)
+    return run_conv(x, weight, scale, shift, residual, relu, conf)
+
+
+def conv_bn_relu(x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True):
+    """relu?(bn(conv2d(x, weight, bias)) + residual) as one operation (grouped convolution: Xie et al. 2017; batch
+    normalisation: Ioffe & Szegedy 2015, algorithms 1 and 2).
+
+    In training the convolution's raw output is stored and normalised by its own statistics, and the running statistics
+    of `bn` move once; otherwise the normalisation is the epilogue of the convolution. What the kernels do not cover
+    (see `grouped_conv`) runs on torch, each part for itself.
+
+    Args:
+        x, weight, bias, stride, padding, dilation, groups: as in `grouped_conv`; x is [N, C, H, W].
+        bn: an nn.BatchNorm2d of K channels, or a FrozenBatchNorm2d (buffers weight, bias, running_mean, running_var,
+            eps), which normalises by its buffers in train mode too. Its parameters, buffers and mode are used and its
+            state changes exactly as by calling it; its hooks do not run.
+        residual: [N, K, OH, OW], added before the ReLU: dtype and device of x, any strides.
+        relu: ReLU last; NaN stays NaN.
+
+    Returns:
+        [N, K, OH, OW], dtype of x; channels_last if x or weight is, else contiguous.
+
+    Raises:
+        ValueError: what does not fit together, naming the argument, what is wanted and what was given; one value per
+            channel in training.
+
+    Determinism: the kernels are bit-identical from run to run and for any number of threads.
+    """
+    return _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
+
+
+def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
+    stride, padding, dilation = resolve("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups)
+    conf = (stride, padding, dilation, groups)
+    decision = backend.choose("conv_bn_relu", x, weight, None, *conf, by_design)
+    if decision.backend != "cpu":
+        y = F.conv2d(x, weight, bias, *conf)
+        backend.record(decision, "conv_bn_relu", x, y)
+        return batch_norm_module(y, bn, residual, relu)
+    shape = conv_output_size(x, weight, stride, padding, dilation)
+    check_residual("conv_bn_relu", residual, shape, x)
+    training = uses_batch_statistics(bn)
+    if not kernels_run(x, shape, training, bn.running_mean, bn.running_var, bn.weight, bn.bias):
+        y = run_conv(x, weight, None, as_float(bias), None, False, conf)
+        backend.record(decision, "conv_bn_relu", x, y)
+        return batch_norm_module(y, bn, residual, relu)
+    if training:
+        count = check_count("conv_bn_relu", shape)
+        z = _train(x, weight, bias, bn, residual, relu, conf, count)
+    else:
+        z = _infer(x, weight, bias, bn, residual, relu, conf)
+    backend.record(decision, "conv_bn_relu", x, z)
+    return z
+
+
+def _not_fusable(conv, bn) -> str | None:
+    """Why the modules must be called as they are, or None."""
+    if type(bn) is not nn.BatchNorm2d and not is_frozen(bn):
+        return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
+    if type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
+        return f"conv: want Conv2d, got {type(conv).__name__}"
+    for name, child in (("conv", conv), ("bn", bn)):
+        if (
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        ):  # fmt: skip
+            return f"{name}: has hooks"
+        if "forward" in child.__dict__:
+            return f"{name}: its forward is replaced"
+    return None
+
+
+def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu: bool = True):
+    """relu?(bn(conv(x)) + residual), fused where the modules allow it: what blocks made of torch's modules call.
+
+    A 3x3 convolution runs as `conv_bn_relu`; any other (1x1, 7x7) runs on torch and normalisation, residual and ReLU
+    follow in one pass. Where a module has hooks, a replaced forward or a type other than Conv2d, BatchNorm2d or
+    FrozenBatchNorm2d (SyncBatchNorm, a parametrized convolution), the modules are called one by one, and
+    `gconv.trace` says why. Global module hooks are not run for the fused modules.
+
+    Args:
+        x: [N, C, H, W].
+        conv: gconv.Conv2d or nn.Conv2d, every padding mode.
+        bn: normalisation over the convolution's K output channels.
+        residual: [N, K, OH, OW], added before the ReLU.
+        relu: ReLU last.
+
+    Returns:
+        [N, K, OH, OW]; dtype and memory format as in `conv_bn_relu`.
+
+    Raises:
+        ValueError: as in `conv_bn_relu`.
+    """
+    reason = _not_fusable(conv, bn)
+    if reason is not None:
+        z = tail(bn(conv(x)), residual, relu)
+        backend.record(backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z)
+        return z
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+        padding = (0, 0)
+    by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
+    return _conv_bn_relu(
+        x, conv.weight, bn, conv.bias, conv.stride, padding, conv.dilation, conv.groups, residual, relu, by_design
+    )

@@ -1,0 +1,500 @@
+"""Grouped convolution (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks", section 3).
+
+Each op has its definition in plain PyTorch beside it (`<op>_ref`): the oracle of the tests, the fallback, and the
+formula of rare derivatives. Three autograd Functions, forward and both gradients, are each other's derivatives, so
+any order of differentiation runs on the kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from gconv import backend
+from gconv.autograd import (
+    applier,
+    batched,
+    call,
+    channels_last,
+    empty_channels_last,
+    in_format,
+    op,
+    register,
+    suggests_channels_last,
+    untracked,
+)
+
+# ----------------------------------------------------------------------------------------------- references
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    """The dtype that references compute in and per-channel vectors have."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def per_channel(vector: torch.Tensor) -> torch.Tensor:
+    return vector[:, None, None]
+
+
+def _act_ref(x, act):
+    h = x.to(wide(x))
+    return h if act is None else torch.relu(per_channel(act[0]) * h + per_channel(act[1]))
+
+
+def _finish_ref(dy, y, finish):
+    g = dy.to(wide(dy))
+    if finish is None:
+        return g
+    scale, slope, offset, mean, a, b = (per_channel(row) for row in finish)
+    y = y.to(g.dtype)
+    g = torch.where(a * y + b <= 0, 0, g)
+    return scale * g + slope * (y - mean) + offset
+
+
+def stored(y, dtype):
+    return y.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def grouped_conv_fwd_ref(
+    x, weight, stride, padding, dilation, groups, act=None, affine=None, residual=None, relu=False
+):
+    """y = conv(relu(a*x + b), weight); c*y + d; + residual; ReLU: each but the convolution optional, in this order.
+
+    x [N, C, H, W], weight [K, C/groups, R, S], act [2, C] = (a; b), affine [2, K] = (c; d), residual like y. Padding
+    comes after act. Computes in float32 (float64 for float64); y has x's dtype and is channels_last.
+    """
+    y = F.conv2d(_act_ref(x, act), weight.to(wide(x)), None, stride, padding, dilation, groups)
+    if affine is not None:
+        y = per_channel(affine[0]) * y + per_channel(affine[1])
+    if residual is not None:
+        y = y + residual
+    return stored(torch.relu(y) if relu else y, x.dtype)
+
+
+def grouped_conv_fwd_stats_ref(x, weight, stride, padding, dilation, groups, act=None):
+    """(y, mean, var): the convolution, and mean and biased variance [K] of y as stored, over N*OH*OW."""
+    y = grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act)
+    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
+    return y, mean, var
+
+
+def grouped_conv_bwd_input_ref(
+    dy, weight, input_size, stride, padding, dilation, groups, y=None, finish=None, x=None, act=None
+):
+    """(dx, sums): the gradient of conv(x, weight) to x.
+
+    finish [6, K] = (A; B; C; mean; a; b), with y [N, K, OH, OW]: dy becomes A*(dy*[not a*y + b <= 0]) +
+    B*(y - mean) + C first, the backward of a batch normalisation and its ReLU.
+    act [4, C] = (a; b; mean; rstd), with x [N, C, H, W]: dx is masked by [not a*x + b <= 0] and sums [2, C] are
+    (sum dx; sum dx*(x - mean)*rstd); without act sums has shape [0].
+    """
+    g = _finish_ref(dy, y, finish)
+    dx = conv2d_input(input_size, weight.to(g.dtype), g, stride, padding, dilation, groups)
+    if act is None:
+        return stored(dx, dy.dtype), dx.new_zeros(0)
+    a, b, mean, rstd = (per_channel(row) for row in act)
+    raw = x.to(dx.dtype)
+    dx = torch.where(a * raw + b <= 0, 0, dx)
+    sums = torch.stack((dx.sum((0, 2, 3)), (dx * (raw - mean) * rstd).sum((0, 2, 3))))
+    return stored(dx, dy.dtype), sums
+
+
+def grouped_conv_bwd_weight_ref(
+    dy, x, weight_size, stride, padding, dilation, groups, y=None, finish=None, act=None
+):
+    """dweight [K, C/groups, R, S]: the gradient of conv(relu(a*x + b), weight) to weight; finish as in
+    `grouped_conv_bwd_input_ref`, act [2, C] as in `grouped_conv_fwd_ref`."""
+    g = _finish_ref(dy, y, finish)
+    dweight = conv2d_weight(_act_ref(x, act), weight_size, g, stride, padding, dilation, groups)
+    return dweight.to(x.dtype).contiguous()
+
+
+def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """The definition of `grouped_conv`: torch.nn.functional.conv2d."""
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
+bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
+bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
+
+
+# ------------------------------------------------------------------------------------------------- Functions
+
+
+def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, want_weight: bool):
+    """(dx, dweight) of conv(x, weight), None where not wanted; differentiable again where anything watches."""
+    conf = (stride, padding, dilation, groups)
+    run = (_bwd_input_of, _bwd_weight_of) if untracked() else (bwd_input_apply, bwd_weight_apply)
+    dx = run[0](dy, weight, tuple(x.shape), *conf) if want_x else None
+    dweight = run[1](dy, x, tuple(weight.shape), *conf) if want_weight else None
+    return dx, dweight
+
+
+def _bwd_input_of(dy, weight, input_size, *conf):
+    return call(bwd_input, dy, weight, input_size, *conf, None, None, None, None)[0]
+
+
+def _bwd_weight_of(dy, x, weight_size, *conf):
+    return call(bwd_weight, dy, x, weight_size, *conf, None, None, None)
+
+
+def _epilogue_grads(dz, x, weight, scale, z, conf, wanted):
+    """Gradients of relu?(scale*conv(x, weight) + shift + residual) to (x, weight, scale, shift, residual).
+
+    `z` is the output if there was a ReLU, else None. The scale goes into the weight, not into the gradient: with
+    g the masked gradient, dx = conv_transpose(g, scale*weight), and as sum g*conv(x, weight) = <dweight of g, weight>
+    the scale's gradient needs neither the convolution's output nor a pass over the image.
+    """
+    want_x, want_weight, want_scale, want_shift, want_residual = wanted
+    g = channels_last(dz) if z is None else torch.ops.aten.threshold_backward(channels_last(dz), z, 0)
+    unit = None if scale is None else scale[:, None, None, None]
+    scaled = weight if unit is None else (weight * unit).to(weight.dtype)
+    dx, dweight = conv_grads(g, x, weight, *conf, False, want_weight or want_scale)
+    if want_x:
+        dx, _ = conv_grads(g, x, scaled, *conf, True, False)
+    dscale = dshift = None
+    if want_scale:
+        dscale = (dweight * weight).sum((1, 2, 3), dtype=scale.dtype)
+    if want_weight and unit is not None:
+        dweight = (dweight * unit).to(weight.dtype)
+    if want_shift:
+        dshift = g.sum((0, 2, 3), dtype=wide(g))
+    return dx, dweight if want_weight else None, dscale, dshift, g if want_residual else None
+
+
+def _stacked(scale, shift):
+    """The op's affine [2, K] of an optional scale and an optional shift."""
+    if scale is None and shift is None:
+        return None
+    if scale is None:
+        scale = torch.ones_like(shift)
+    return torch.stack((scale, torch.zeros_like(scale) if shift is None else shift))
+
+
+def _fold(value, dim, size):
+    """[N, C, ...] with a vmapped dimension as [N, size*C, ...]: one set of groups per vmapped entry."""
+    value = value.unsqueeze(1).expand(-1, size, *value.shape[1:]) if dim is None else value.movedim(dim, 1)
+    return value.flatten(1, 2)
+
+
+def _fold_first(value, dim, size):
+    """[K, ...] with a vmapped dimension as [size*K, ...]; None stays None."""
+    if value is None:
+        return None
+    value = value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+    return value.flatten(0, 1)
+
+
+class GroupedConv(Function):
+    """relu?(scale*conv(x, weight) + shift + residual); scale, shift [K] float32 and residual may be None."""
+
+    @staticmethod
+    def forward(x, weight, scale, shift, residual, relu, stride, padding, dilation, groups):
+        affine = _stacked(scale, shift)
+        return call(fwd, x, weight, stride, padding, dilation, groups, None, affine, residual, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, scale, _, _, relu, *conf = inputs
+        ctx.save_for_backward(x, weight, scale, output if relu else None)
+        ctx.conf = tuple(conf)
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, weight, scale, z = ctx.saved_tensors
+        grads = _epilogue_grads(dz, x, weight, scale, z, ctx.conf, tuple(ctx.needs_input_grad[:5]))
+        return *grads, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, scale, shift, residual, relu, stride, padding, dilation, groups):
+        size = info.batch_size
+        conf = (relu, stride, padding, dilation)
+        if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
+            x = _fold_first(x, in_dims[0], size)
+            residual = _fold_first(residual, in_dims[4], size)
+            y = conv_apply(x, weight, scale, shift, residual, *conf, groups)
+            return y.unflatten(0, (size, -1)), 0
+        x = _fold(x, in_dims[0], size)
+        weight, scale, shift = (_fold_first(v, d, size) for v, d in zip((weight, scale, shift), in_dims[1:4]))
+        residual = None if residual is None else _fold(residual, in_dims[4], size)
+        y = conv_apply(x, weight, scale, shift, residual, *conf, groups * size)
+        return y.unflatten(1, (size, -1)), 1
+
+
+class GroupedConvBwdInput(Function):
+    """dx of conv(x, weight): linear in dy and in weight."""
+
+    @staticmethod
+    def forward(dy, weight, input_size, stride, padding, dilation, groups):
+        return _bwd_input_of(dy, weight, input_size, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, weight, _, *conf = inputs
+        ctx.save_for_backward(dy, weight)
+        ctx.conf = tuple(conf)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dy, weight = ctx.saved_tensors
+        want_dy, want_weight = ctx.needs_input_grad[:2]
+        ddy = conv_apply(ddx, weight, None, None, None, False, *ctx.conf) if want_dy else None
+        _, dweight = conv_grads(dy, ddx, weight, *ctx.conf, False, want_weight)
+        return ddy, dweight, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, dy, weight, input_size, stride, padding, dilation, groups):
+        size = info.batch_size
+        n, c, h, w = input_size
+        if in_dims[1] is None:
+            dy = batched(dy, in_dims[0]).flatten(0, 1)
+            dx = bwd_input_apply(dy, weight, (size * n, c, h, w), stride, padding, dilation, groups)
+            return dx.unflatten(0, (size, -1)), 0
+        dy, weight = _fold(dy, in_dims[0], size), batched(weight, in_dims[1]).flatten(0, 1)
+        dx = bwd_input_apply(dy, weight, (n, size * c, h, w), stride, padding, dilation, groups * size)
+        return dx.unflatten(1, (size, -1)), 1
+
+
+class GroupedConvBwdWeight(Function):
+    """dweight of conv(x, weight): linear in dy and in x."""
+
+    @staticmethod
+    def forward(dy, x, weight_size, stride, padding, dilation, groups):
+        return _bwd_weight_of(dy, x, weight_size, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, _, *conf = inputs
+        ctx.save_for_backward(dy, x)
+        ctx.conf = tuple(conf)
+
+    @staticmethod
+    def backward(ctx, ddweight):
+        dy, x = ctx.saved_tensors
+        want_dy, want_x = ctx.needs_input_grad[:2]
+        ddy = conv_apply(x, ddweight, None, None, None, False, *ctx.conf) if want_dy else None
+        dx, _ = conv_grads(dy, x, ddweight, *ctx.conf, want_x, False)
+        return ddy, dx, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, weight_size, stride, padding, dilation, groups):
+        size = info.batch_size
+        k, *rest = weight_size
+        dy, x = _fold(dy, in_dims[0], size), _fold(x, in_dims[1], size)
+        dweight = bwd_weight_apply(dy, x, (size * k, *rest), stride, padding, dilation, groups * size)
+        return dweight.unflatten(0, (size, -1)), 0
+
+
+conv_apply = applier(GroupedConv)
+bwd_input_apply = applier(GroupedConvBwdInput)
+bwd_weight_apply = applier(GroupedConvBwdWeight)
+
+
+# ----------------------------------------------------------------- what the ops are to autograd and to compilers
+
+
+def conv_output_size(x, weight, stride, padding, dilation) -> tuple:
+    """[N, K, OH, OW]."""
+    spatial = (
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
+
+
+def _fwd_fake(x, weight, stride, padding, dilation, groups, act, affine, residual, relu):
+    return empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
+
+
+def _fwd_formula(args, outputs, grads, wanted):
+    x, weight, *conf, act, affine, _, relu = args
+    if act is not None:
+        return NotImplemented
+    scale = None if affine is None else affine[0]
+    z = outputs[0] if relu else None
+    want = (wanted[0], wanted[1], wanted[7], wanted[7], wanted[8])
+    dx, dweight, dscale, dshift, dresidual = _epilogue_grads(grads[0], x, weight, scale, z, tuple(conf), want)
+    daffine = torch.stack((dscale, dshift)) if wanted[7] else None
+    return dx, dweight, None, None, None, None, None, daffine, dresidual, None
+
+
+def _fwd_stats_fake(x, weight, stride, padding, dilation, groups, act):
+    y = empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
+    mean = x.new_empty(y.shape[1], dtype=torch.float32)
+    return y, mean, torch.empty_like(mean)
+
+
+def _fwd_stats_formula(args, outputs, grads, wanted):
+    x, weight, *conf, act = args
+    if act is not None:
+        return NotImplemented
+    y, mean, _ = outputs
+    dy, dmean, dvar = grads
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    through_statistics = per_channel(dmean / count) + per_channel(2 / count * dvar) * (y - per_channel(mean))
+    dy = channels_last((dy + through_statistics).to(y.dtype))
+    dx, dweight = conv_grads(dy, x, weight, *conf, wanted[0], wanted[1])
+    return dx, dweight, None, None, None, None, None
+
+
+def _bwd_input_fake(dy, weight, input_size, stride, padding, dilation, groups, y, finish, x, act):
+    sums = dy.new_empty((0,) if act is None else (2, input_size[1]), dtype=torch.float32)
+    return empty_channels_last(dy, input_size), sums
+
+
+def _bwd_input_formula(args, outputs, grads, wanted):
+    dy, weight, _, *conf, _, finish, _, act = args
+    if finish is not None or act is not None:
+        return NotImplemented
+    ddx = grads[0]
+    ddy = conv_apply(ddx, weight, None, None, None, False, *conf) if wanted[0] else None
+    _, dweight = conv_grads(dy, ddx, weight, *conf, False, wanted[1])
+    return ddy, dweight, *(None,) * 9
+
+
+def _bwd_weight_fake(dy, x, weight_size, stride, padding, dilation, groups, y, finish, act):
+    return x.new_empty(weight_size)
+
+
+def _bwd_weight_formula(args, outputs, grads, wanted):
+    dy, x, _, *conf, _, finish, act = args
+    if finish is not None or act is not None:
+        return NotImplemented
+    ddweight = grads[0]
+    ddy = conv_apply(x, ddweight, None, None, None, False, *conf) if wanted[0] else None
+    dx, _ = conv_grads(dy, x, ddweight, *conf, wanted[1], False)
+    return ddy, dx, *(None,) * 8
+
+
+register("grouped_conv_fwd", _fwd_fake, grouped_conv_fwd_ref, _fwd_formula)
+register("grouped_conv_fwd_stats", _fwd_stats_fake, grouped_conv_fwd_stats_ref, _fwd_stats_formula)
+register("grouped_conv_bwd_input", _bwd_input_fake, grouped_conv_bwd_input_ref, _bwd_input_formula)
+register("grouped_conv_bwd_weight", _bwd_weight_fake, grouped_conv_bwd_weight_ref, _bwd_weight_formula)
+
+
+# -------------------------------------------------------------------------------------------- the function
+
+
+def pair(name: str, value, least: int) -> tuple:
+    """An int or a pair of them as a pair; ValueError naming the argument otherwise."""
+    if type(value) is int:
+        value = (value, value)
+    elif isinstance(value, (tuple, list, torch.Size)) and len(value) in (1, 2):
+        value = (value[0], value[-1])
+    else:
+        raise ValueError(f"{name}: want an int or a pair of ints, got {value!r}")
+    if value[0] < least or value[1] < least:
+        raise ValueError(f"{name}: want at least {least}, got {value}")
+    return value
+
+
+def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tuple:
+    """Checks the arguments of a convolution; returns (stride, padding, dilation) as pairs of ints.
+
+    Padding "same" that is not symmetric stays a string: torch knows what to do with it. Raises ValueError.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x: want [N, C, H, W] or [C, H, W], got {list(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"{name}: weight: want [K, C/groups, R, S], got {list(weight.shape)}")
+    if groups < 1:
+        raise ValueError(f"{name}: groups: want at least 1, got {groups}")
+    stride, dilation = pair(f"{name}: stride", stride, 1), pair(f"{name}: dilation", dilation, 1)
+    c, h, w = x.shape[1:]
+    k, width, r, s = weight.shape
+    if isinstance(padding, str):
+        if padding == "valid":
+            padding = (0, 0)
+        elif padding != "same":
+            raise ValueError(f"{name}: padding: want ints, 'same' or 'valid', got {padding!r}")
+        elif stride != (1, 1):
+            raise ValueError(f"{name}: padding: want ints with stride {stride}, got 'same'")
+        elif r % 2 == 1 and s % 2 == 1:
+            padding = (dilation[0] * (r - 1) // 2, dilation[1] * (s - 1) // 2)
+    else:
+        padding = pair(f"{name}: padding", padding, 0)
+    if c % groups or width * groups != c:
+        want = f"C/groups = {c // groups}" if c % groups == 0 else f"groups that divide C = {c}"
+        raise ValueError(
+            f"{name}: weight: want [K, C/groups, R, S] with {want}, got {list(weight.shape)} "
+            f"for x {list(x.shape)} and groups {groups}"
+        )
+    if k % groups or k == 0:
+        raise ValueError(f"{name}: weight: want K that groups = {groups} divides, got {list(weight.shape)}")
+    if bias is not None and bias.shape != (k,):
+        raise ValueError(f"{name}: bias: want [K] with K = {k}, got {list(bias.shape)}")
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: {what}: want dtype {x.dtype} as of x, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: {what}: want device {x.device} as of x, got {tensor.device}")
+    if isinstance(padding, tuple):
+        reach = (dilation[0] * (r - 1) + 1, dilation[1] * (s - 1) + 1)
+        if h + 2 * padding[0] < reach[0] or w + 2 * padding[1] < reach[1]:
+            raise ValueError(
+                f"{name}: x: want a padded image of at least {reach[0]}x{reach[1]}, "
+                f"got {h + 2 * padding[0]}x{w + 2 * padding[1]}"
+            )
+    return stride, padding, dilation
+
+
+def autocast(*tensors):
+    """The tensors in autocast's dtype where it is on, as torch casts a convolution's arguments."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+    )
+
+
+def run_conv(x, weight, scale, shift, residual, relu, conf):
+    """The kernel, through its Function where anything watches, in the memory format torch would return."""
+    keep = suggests_channels_last(x) or suggests_channels_last(weight)
+    x = channels_last(x)
+    if untracked():
+        y = call(fwd, x, weight, *conf, None, _stacked(scale, shift), residual, relu)
+    else:
+        y = conv_apply(x, weight, scale, shift, residual, relu, *conf)
+    return in_format(y, keep)
+
+
+def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """2-D convolution in groups, torch.nn.functional.conv2d's signature and results.
+
+    y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section 3.2).
+
+    3x3 kernels with stride 1 or 2 and padding 0 to 2 in float32, bfloat16 and float16 on a CPU run on gconv's
+    kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say what
+    and why). Differentiable to any order in reverse mode; forward-mode AD raises on the kernels.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W]; N may be 0.
+        weight: [K, C/groups, R, S], dtype and device of x.
+        bias: [K], dtype and device of x.
+        stride, dilation: an int or a pair, at least 1.
+        padding: an int or a pair, at least 0, or "same" (stride 1 only) or "valid".
+        groups: divides C and K.
+
+    Returns:
+        [N, K, OH, OW] (or [K, OH, OW]), dtype of x; channels_last if x or weight is, else contiguous.
+
+    Raises:
+        ValueError: what does not fit together, naming the argument, what is wanted and what was given.
+
+    Determinism: the kernels are bit-identical from run to run and for any number of threads.
+    """
+    if x.dim() == 3:
+        return grouped_conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    x, weight, bias = autocast(x, weight, bias)
+    stride, padding, dilation = resolve("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
+    decision = backend.choose("grouped_conv", x, weight, None, stride, padding, dilation, groups)
+    if decision.backend == "cpu":
+        shift = None if bias is None else bias.float()
+        y = run_conv(x, weight, None, shift, None, False, (stride, padding, dilation, groups))
+    else:
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    backend.record(decision, "grouped_conv", x, y)
+    return y
