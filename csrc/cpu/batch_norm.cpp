@@ -5,18 +5,19 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/batch_norm_plan.h"
+#include "cpu/batch_norm_table.h"
 
 namespace gconv {
 
 namespace {
 
-const BatchNormKernels& kernels(Isa isa) {
+const BatchNormTable& table(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::batch_norm_kernels;
-  if (isa == Isa::avx2) return avx2::batch_norm_kernels;
+  if (isa == Isa::avx512) return batch_norm_avx512;
+  if (isa == Isa::avx2) return batch_norm_avx2;
 #endif
-  return portable::batch_norm_kernels;
+  (void)isa;
+  return batch_norm_portable;
 }
 
 }  // namespace
@@ -26,7 +27,7 @@ int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p) {
 }
 
 void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
-  kernels(p.isa).stats(p, ith, nth);
+  table(p.isa).stats(p, ith, nth);
 }
 
 void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
@@ -59,7 +60,7 @@ void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth)
 }
 
 void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
-  kernels(p.isa).apply(p, ith, nth);
+  table(p.isa).apply(p, ith, nth);
 }
 
 int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p) {
@@ -67,7 +68,7 @@ int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p) {
 }
 
 void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
-  kernels(p.isa).bwd_reduce(p, ith, nth);
+  table(p.isa).bwd_reduce(p, ith, nth);
 }
 
 void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
@@ -92,7 +93,7 @@ void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t 
 }
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
-  kernels(p.isa).bwd_apply(p, ith, nth);
+  table(p.isa).bwd_apply(p, ith, nth);
 }
 
 }  // namespace gconv

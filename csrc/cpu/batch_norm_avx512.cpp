@@ -1,4 +1,6 @@
 #if defined(__x86_64__)
 #define GCONV_ISA_AVX512
-#include "cpu/batch_norm_pass.h"
+#include "batch_norm_kernels.h"
+
+const gconv::BatchNormTable gconv::batch_norm_avx512 = gconv::avx512::batch_norm::TABLE;
 #endif

@@ -1,2 +1,4 @@
 #define GCONV_ISA_PORTABLE
-#include "cpu/batch_norm_pass.h"
+#include "batch_norm_kernels.h"
+
+const gconv::BatchNormTable gconv::batch_norm_portable = gconv::portable::batch_norm::TABLE;

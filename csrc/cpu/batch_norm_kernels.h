@@ -8,11 +8,12 @@
 // Bytes moved: every operand once. The second look of stats, at a block's squared deviations, finds it in
 // cache. Accumulation: float32 in a block of rows, then in a slab; double across slabs.
 #pragma once
-#include "cpu/batch_norm_plan.h"
+#include "cpu/batch_norm_table.h"
 #include "cpu/vec.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
+namespace batch_norm {
 
 // The rows (pixels) of an activation, numbered as if they lay in one line. Where one stride serves all of
 // them no division is needed to find one; slices and expanded tensors mostly keep that property, crops do
@@ -121,15 +122,10 @@ void stats_block(const Rows<T>& x, int64_t begin, int64_t end, int64_t c0, int64
     const Vec shift = mul(load_lanes(off + c, lanes), set1(1.f / count));
     const Vec block_mean = add(load_lanes(centre + c, lanes), shift);
     const Vec block_m2 = sub(load_lanes(square + c, lanes), mul(mul(shift, shift), set1(count)));
-    Moments slab;
-    slab.count = static_cast<float>(before);
-    slab.mean = before ? load_lanes(mean + c, lanes) : zero();
-    slab.m2 = before ? load_lanes(m2 + c, lanes) : zero();
-    if (before) {
+    Moments slab{count, block_mean, block_m2};
+    if (before > 0) {
+      slab = {static_cast<float>(before), load_lanes(mean + c, lanes), load_lanes(m2 + c, lanes)};
       slab.merge(count, block_mean, block_m2);
-    } else {
-      slab.mean = block_mean;
-      slab.m2 = block_m2;
     }
     store_lanes(mean + c, slab.mean, lanes);
     store_lanes(m2 + c, slab.m2, lanes);
@@ -148,8 +144,9 @@ GCONV_INLINE void for_slabs(const BatchNormShape& shape, int64_t ith, int64_t nt
   }
 }
 
+// The passes take a null pointer of the storage type from with_dtype.
 template <typename T>
-void stats(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
+void stats(T*, const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
   const Rows<T> x(p.shape, p.x);
   for_slabs(
       p.shape, ith, nth,
@@ -180,7 +177,7 @@ void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
 }
 
 template <typename T>
-void apply(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+void apply(T*, const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   if (p.residual.data)
     p.relu ? apply_rows<T, true, true>(p, ith, nth) : apply_rows<T, true, false>(p, ith, nth);
   else
@@ -251,7 +248,7 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
 }
 
 template <typename T>
-void bwd_reduce(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+void bwd_reduce(T*, const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
   if (p.z.data)
     bwd_reduce_slabs<T, Mask::from_z>(p, ith, nth);
   else if (p.affine)
@@ -289,7 +286,7 @@ void bwd_apply_masked(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth
 }
 
 template <typename T>
-void bwd_apply(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
+void bwd_apply(T*, const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
   if (p.z.data)
     bwd_apply_masked<T, Mask::from_z>(p, ith, nth);
   else if (p.affine)
@@ -298,22 +295,21 @@ void bwd_apply(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
     bwd_apply_masked<T, Mask::none>(p, ith, nth);
 }
 
-// Each entry names the storage type's instance of its pass.
-const BatchNormKernels batch_norm_kernels = {
+constexpr BatchNormTable TABLE = {
     [](const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
-      with_dtype(p.dtype, [&](auto* type) { stats<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+      with_dtype(p.dtype, [&](auto* type) { stats(type, p, ith, nth); });
     },
     [](const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
-      with_dtype(p.dtype, [&](auto* type) { apply<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+      with_dtype(p.dtype, [&](auto* type) { apply(type, p, ith, nth); });
     },
     [](const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
-      with_dtype(p.dtype,
-                 [&](auto* type) { bwd_reduce<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+      with_dtype(p.dtype, [&](auto* type) { bwd_reduce(type, p, ith, nth); });
     },
     [](const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
-      with_dtype(p.dtype, [&](auto* type) { bwd_apply<std::remove_pointer_t<decltype(type)>>(p, ith, nth); });
+      with_dtype(p.dtype, [&](auto* type) { bwd_apply(type, p, ith, nth); });
     },
 };
 
+}  // namespace batch_norm
 }  // namespace GCONV_ISA_NS
 }  // namespace gconv

@@ -26,22 +26,18 @@ struct BatchNormSlabs {
   int64_t rows_of(int64_t slab) const { return std::min(slab_rows, rows - slab * slab_rows); }
 };
 
-// One set of kernels. The two partial results of a slab lie in workspace as [slabs][2][C].
-struct BatchNormKernels {
+// The passes as one instruction set provides them. A slab's two partial results lie in workspace as
+// [slabs][2][C].
+struct BatchNormTable {
   void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);  // mean, M2
   void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
   void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);  // sum g, sum g*(x - mean)
   void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
 };
 
-namespace portable {
-extern const BatchNormKernels batch_norm_kernels;
-}
-namespace avx2 {
-extern const BatchNormKernels batch_norm_kernels;
-}
-namespace avx512 {
-extern const BatchNormKernels batch_norm_kernels;
-}
+extern const BatchNormTable batch_norm_portable;
+#if defined(__x86_64__)
+extern const BatchNormTable batch_norm_avx2, batch_norm_avx512;
+#endif
 
 }  // namespace gconv
