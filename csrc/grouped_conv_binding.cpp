@@ -1,0 +1,249 @@
+// grouped_conv for torch: schemas, checks, allocation and threads. The kernels are in cpu/.
+#include "grouped_conv.h"
+
+#include <tuple>
+#include <vector>
+
+#include "torch_tensors.h"
+
+namespace gconv {
+
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+void check_pair(const char* op, const char* name, const Ints& v, int64_t low, int64_t high) {
+  const bool ok = v.size() == 2 && v[0] >= low && v[1] >= low && v[0] <= high && v[1] <= high;
+  if (ok) [[likely]]
+    return;
+  std::ostringstream got;
+  for (size_t i = 0; i < v.size(); ++i) got << (i ? ", " : "") << v[i];
+  check(false, op, ": ", name, ": want 2 integers from ", low, " to ",
+        high < INT32_MAX ? std::to_string(high) : "2^31", ", got [", got.str(), "]");
+}
+
+struct Geometry {
+  const char* op;
+  const Ints &stride, &padding, &dilation;
+  int64_t groups;
+
+  // The shape of a convolution of [n, c, h, w] with a weight [k, c/groups, 3, 3].
+  GroupedConvShape shape(int64_t n, int64_t c, int64_t h, int64_t w, const Shape& weight) const {
+    check_pair(op, "stride", stride, 1, 2);
+    check_pair(op, "padding", padding, 0, 2);
+    check_pair(op, "dilation", dilation, 1, INT32_MAX);
+    check(groups >= 1 && c % groups == 0, op, ": groups: want a divisor of the ", c, " input channels, got ",
+          groups);
+    const int64_t k = weight.size[0];
+    check(weight.rank == 4 && weight.size[1] == c / groups && weight.size[2] == 3 && weight.size[3] == 3, op,
+          ": weight: want [K, C/groups, 3, 3] with C/groups = ", c / groups, ", got ", weight);
+    check(k >= 1 && c >= 1 && k % groups == 0, op, ": weight: want K divisible by groups = ", groups,
+          ", got K = ", k);
+    GroupedConvShape s{n, h, w, c, 0, 0, k, groups, stride[0], stride[1], padding[0], padding[1],
+                       dilation[0], dilation[1]};
+    const int64_t reach_h = h + 2 * s.pad_h - 2 * s.dil_h, reach_w = w + 2 * s.pad_w - 2 * s.dil_w;
+    check(h >= 1 && w >= 1 && reach_h >= 1 && reach_w >= 1, op, ": x: want a padded size of at least ",
+          Shape{2 * s.dil_h + 1, 2 * s.dil_w + 1}, ", got ", Shape{h + 2 * s.pad_h, w + 2 * s.pad_w});
+    s.oh = (reach_h - 1) / s.stride_h + 1;
+    s.ow = (reach_w - 1) / s.stride_w + 1;
+    return s;
+  }
+};
+
+Shape shape_of(const Tensor& t) {
+  Shape shape{};
+  check(t.dim() <= 4, "grouped_conv: weight: want 4 dimensions, got ", t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape.size[shape.rank++] = t.size(i);
+  return shape;
+}
+
+Shape shape_of(const char* op, const char* name, const Ints& sizes) {
+  check(sizes.size() == 4, op, ": ", name, ": want 4 sizes, got ", sizes.size());
+  return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+Tensor activation(const char* op, const char* name, const Tensor& t, ScalarType type, const Shape& shape) {
+  check_tensor(op, name, t, type, shape);
+  return channels_adjacent(t);
+}
+
+Tensor workspace_floats(int64_t floats, const Tensor& like) { return empty_floats({floats}, like); }
+
+// What a convolution costs, in the elements that run_stage counts.
+int64_t work_of(const GroupedConvShape& s) {
+  return s.n * s.oh * s.ow * s.k * std::max<int64_t>(1, s.c / s.groups);
+}
+int64_t weight_work(const GroupedConvShape& s) { return s.k * (s.c / s.groups) * 9; }
+
+// Tensors the params point into; they must outlive the stages.
+struct Forward {
+  GroupedConvFwdParams p{};
+  Tensor x, weight, y, workspace;
+
+  Forward(const char* op, const Tensor& input, const Tensor& filters, const Geometry& geometry,
+          const OptionalTensor& act)
+      : x(input), weight(filters) {
+    p.dtype = activation_dtype(op, "x", x);
+    p.isa = isa_current();
+    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(weight));
+    const GroupedConvShape& s = p.shape;
+    check_tensor(op, "weight", weight, x.scalar_type(), shape_of(weight));
+    x = channels_adjacent(x);
+    weight = torch::stable::contiguous(weight);
+    y = empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
+    p.x = view_of(x);
+    p.weight = weight.const_data_ptr();
+    p.act = channel_floats(op, "act", act, {2, s.c});
+    p.y = writable_view_of(y);
+  }
+
+  void run() {
+    const GroupedConvShape& s = p.shape;
+    workspace = workspace_floats(grouped_conv_fwd_workspace(p), x);
+    p.workspace = floats_of(workspace);
+    run_stage(grouped_conv_fwd_pack_cpu, p, weight_work(s));
+    run_stage(grouped_conv_fwd_cpu, p, work_of(s));
+    if (p.mean != nullptr) run_stage(grouped_conv_fwd_merge_cpu, p, s.n * s.k);
+  }
+};
+
+Tensor grouped_conv_fwd(const Tensor& x, const Tensor& weight, Ints stride, Ints padding, Ints dilation,
+                        int64_t groups, const OptionalTensor& act, const OptionalTensor& affine,
+                        const OptionalTensor& residual, bool relu) {
+  const char* op = "grouped_conv_fwd";
+  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
+  const GroupedConvShape& s = f.p.shape;
+  f.p.affine = channel_floats(op, "affine", affine, {2, s.k});
+  f.p.relu = relu;
+  Tensor added;
+  if (residual.has_value()) {
+    added = activation(op, "residual", *residual, f.x.scalar_type(), {s.n, s.k, s.oh, s.ow});
+    f.p.residual = view_of(added);
+  }
+  f.run();
+  return f.y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight, Ints stride,
+                                                          Ints padding, Ints dilation, int64_t groups,
+                                                          const OptionalTensor& act) {
+  const char* op = "grouped_conv_fwd_stats";
+  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
+  Tensor mean = empty_floats({f.p.shape.k}, f.x), var = empty_floats({f.p.shape.k}, f.x);
+  f.p.mean = floats_of(mean);
+  f.p.var = floats_of(var);
+  f.run();
+  return {f.y, mean, var};
+}
+
+// finish and y come together.
+const float* finish_floats(const char* op, const OptionalTensor& finish, const OptionalTensor& y, int64_t k) {
+  check(finish.has_value() == y.has_value(), op, ": ", y.has_value() ? "finish" : "y",
+        ": want finish and y together, got only ", y.has_value() ? "y" : "finish");
+  return channel_floats(op, "finish", finish, {6, k});
+}
+
+std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor& weight, Ints input_size,
+                                                  Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                                  const OptionalTensor& y, const OptionalTensor& finish,
+                                                  const OptionalTensor& x, const OptionalTensor& act) {
+  const char* op = "grouped_conv_bwd_input";
+  GroupedConvBwdInputParams p{};
+  p.dtype = activation_dtype(op, "dy", dy);
+  p.isa = isa_current();
+  const ScalarType type = dy.scalar_type();
+  const Shape input = shape_of(op, "input_size", input_size);
+  const Geometry geometry{op, stride, padding, dilation, groups};
+  check(input.size[0] >= 0 && input.size[1] >= 0, op, ": input_size: want sizes of at least 0, got ", input);
+  p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
+  const GroupedConvShape& s = p.shape;
+  const Shape output{s.n, s.k, s.oh, s.ow};
+  check_tensor(op, "weight", weight, type, shape_of(weight));
+  const Tensor gradient = activation(op, "dy", dy, type, output);
+  const Tensor filters = torch::stable::contiguous(weight);
+  p.dy = view_of(gradient);
+  p.weight = filters.const_data_ptr();
+  p.finish = finish_floats(op, finish, y, s.k);
+  Tensor raw_output, raw_input;
+  if (y.has_value()) {
+    raw_output = activation(op, "y", *y, type, output);
+    p.y = view_of(raw_output);
+  }
+  check(act.has_value() == x.has_value(), op, ": ", x.has_value() ? "act" : "x",
+        ": want act and x together, got only ", x.has_value() ? "x" : "act");
+  Tensor sums = act.has_value() ? empty_floats({2, s.c}, dy) : empty_floats({0}, dy);
+  if (act.has_value()) {
+    raw_input = activation(op, "x", *x, type, input);
+    p.x = view_of(raw_input);
+    p.act = channel_floats(op, "act", act, {4, s.c});
+    p.sums = floats_of(sums);
+  }
+  Tensor dx = empty_channels_last(input, dy);
+  p.dx = writable_view_of(dx);
+  const Tensor workspace = workspace_floats(grouped_conv_bwd_input_workspace(p), dy);
+  p.workspace = floats_of(workspace);
+  run_stage(grouped_conv_bwd_input_pack_cpu, p, weight_work(s));
+  run_stage(grouped_conv_bwd_input_cpu, p, work_of(s));
+  if (p.sums != nullptr) run_stage(grouped_conv_bwd_input_merge_cpu, p, s.n * s.c);
+  return {dx, sums};
+}
+
+Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_size, Ints stride, Ints padding,
+                               Ints dilation, int64_t groups, const OptionalTensor& y,
+                               const OptionalTensor& finish, const OptionalTensor& act) {
+  const char* op = "grouped_conv_bwd_weight";
+  GroupedConvBwdWeightParams p{};
+  p.dtype = activation_dtype(op, "x", x);
+  p.isa = isa_current();
+  const ScalarType type = x.scalar_type();
+  const Shape size = shape_of(op, "weight_size", weight_size);
+  const Geometry geometry{op, stride, padding, dilation, groups};
+  p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), size);
+  const GroupedConvShape& s = p.shape;
+  const Shape output{s.n, s.k, s.oh, s.ow};
+  const Tensor gradient = activation(op, "dy", dy, type, output);
+  const Tensor input = channels_adjacent(x);
+  p.dy = view_of(gradient);
+  p.x = view_of(input);
+  p.finish = finish_floats(op, finish, y, s.k);
+  Tensor raw_output;
+  if (y.has_value()) {
+    raw_output = activation(op, "y", *y, type, output);
+    p.y = view_of(raw_output);
+  }
+  p.act = channel_floats(op, "act", act, {2, s.c});
+  Tensor dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device());
+  p.dweight = dweight.mutable_data_ptr();
+  const Tensor workspace = workspace_floats(grouped_conv_bwd_weight_workspace(p), x);
+  p.workspace = floats_of(workspace);
+  run_stage(grouped_conv_bwd_weight_cpu, p, work_of(s));
+  run_stage(grouped_conv_bwd_weight_merge_cpu, p, weight_work(s));
+  return dweight;
+}
+
+}  // namespace
+
+}  // namespace gconv
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
+  m.def(
+      "grouped_conv_fwd(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups, Tensor? act, Tensor? affine, Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "grouped_conv_fwd_stats(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups, Tensor? act) -> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "grouped_conv_bwd_input(Tensor dy, Tensor weight, SymInt[] input_size, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? x, "
+      "Tensor? act) -> (Tensor dx, Tensor sums)");
+  m.def(
+      "grouped_conv_bwd_weight(Tensor dy, Tensor x, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
+  m.impl("grouped_conv_fwd", TORCH_BOX(&gconv::grouped_conv_fwd));
+  m.impl("grouped_conv_fwd_stats", TORCH_BOX(&gconv::grouped_conv_fwd_stats));
+  m.impl("grouped_conv_bwd_input", TORCH_BOX(&gconv::grouped_conv_bwd_input));
+  m.impl("grouped_conv_bwd_weight", TORCH_BOX(&gconv::grouped_conv_bwd_weight));
+}
