@@ -24,7 +24,6 @@ BACKENDS = ("auto", "cpu", "torch")
 POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PADDING = 2
-CURE = "run `make build` in the checkout, or `pip install --no-build-isolation .`"
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = None
@@ -48,16 +47,16 @@ class Decision(NamedTuple):
 
 
 def _load_extension() -> str | None:
-    """Loads gconv._C, which registers torch.ops.gconv.*; returns None, or one line saying why it is not
-    there."""
+    """Loads gconv._C, which registers torch.ops.gconv.*; returns None, or one line saying why it is
+    missing."""
     try:
         importlib.import_module("gconv._C")
     except ModuleNotFoundError as error:
-        if error.name != "gconv._C":
-            return f"the compiled extension gconv._C did not load ({error}): {CURE}"
-        return f"the compiled extension gconv._C is not built: {CURE}"
+        if error.name == "gconv._C":
+            return "the extension gconv._C is not built: run `make build`"
+        return f"the extension gconv._C did not load ({error}): run `make build`"
     except ImportError as error:
-        return f"the compiled extension gconv._C did not load ({str(error).splitlines()[0]}): {CURE}"
+        return f"the extension gconv._C did not load ({str(error).splitlines()[0]}): run `make build`"
     return None
 
 
@@ -78,7 +77,10 @@ def notify_missing_extension() -> None:
     """The one notice of an import without the C++ kernels; silent with GCONV_FALLBACK=silent."""
     if _missing_extension is not None and _policy != "silent":
         _warned.add(_missing_extension)
-        message = f"gconv: {_missing_extension}. Until then torch runs everything."
+        message = (
+            f"gconv: {_missing_extension} in the checkout, or `pip install --no-build-isolation .`; until "
+            "then torch runs every call (GCONV_FALLBACK=silent hides this notice)"
+        )
         warnings.warn(message, FallbackWarning, stacklevel=_user_stacklevel())
 
 
@@ -202,7 +204,8 @@ def dense_to_torch(groups: int, in_channels: int) -> bool:
 
 
 def _torch_kernel(op: str) -> str:
-    return "torch." + op.replace("grouped_conv", "conv2d")
+    """What torch runs in the place of `op`; of a conv_bn_relu the rest is a batch_norm call of its own."""
+    return "torch." + op.replace("grouped_conv", "conv2d").replace("conv_bn_relu", "conv2d")
 
 
 def choose(
@@ -279,12 +282,13 @@ def reset_counts() -> None:
 
 
 def _user_stacklevel() -> int:
-    """The stacklevel, for the function that calls this one, of the innermost frame outside gconv, torch and
-    the import machinery: the user's own line."""
-    inside = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<frozen")
+    """The stacklevel, for the function that calls this one, of the innermost frame outside gconv and torch:
+    the user's own line. `warnings` does not count the import machinery's frames."""
+    inside = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*inside, "<frozen importlib")):
+        level += not frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
     return level
 
 

@@ -303,16 +303,17 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
     Raises:
         ValueError: as in `conv_bn_relu`.
     """
-    reason = _not_fusable(conv, bn)
-    if reason is not None:
-        z = tail(bn(conv(x)), residual, relu)
-        backend.record(backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z)
-        return z
-    padding = conv.padding
-    if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-        padding = (0, 0)
-    by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
-    return _conv_bn_relu(
-        x, conv.weight, bn, conv.bias, conv.stride, padding, conv.dilation, conv.groups, residual, relu, by_design
-    )
+    with backend.layer_scope(conv):
+        reason = _not_fusable(conv, bn)
+        if reason is not None:
+            z = tail(bn(conv(x)), residual, relu)
+            backend.record(backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z)
+            return z
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+            padding = (0, 0)
+        by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
+        return _conv_bn_relu(
+            x, conv.weight, bn, conv.bias, conv.stride, padding, conv.dilation, conv.groups, residual, relu, by_design
+        )
