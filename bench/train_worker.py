@@ -1,0 +1,132 @@
+"""One contestant of the training comparison, in a process of its own so that its memory is its own.
+
+It speaks JSON lines: told "epoch" on stdin it trains one epoch and reports every step's loss; told "stop" it reports its
+memory and leaves. Between epochs it waits, so that contestants can take turns on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .timing import status_mb
+
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def schedule(step: int, steps: int, peak: float) -> float:
+    """Learning rate: a linear warm-up over the first tenth, then linearly down to zero."""
+    warm = max(1, steps // 10)
+    return peak * ((step + 1) / warm if step < warm else (steps - step) / (steps - warm))
+
+
+class Trainer:
+    """A small ResNeXt on the digits. Equal seeds mean equal weights, batches and learning rates."""
+
+    def __init__(self, data: dict, stock: bool, layout: str, seed: int, epochs: int, batch: int, rate: float):
+        from gconv.models.resnet import resnext_digits
+
+        torch.manual_seed(seed)
+        self.layout = LAYOUTS[layout]
+        self.model = resnext_digits(stock=stock).to(memory_format=self.layout)
+        self.data, self.batch, self.rate = data, batch, rate
+        self.steps_per_epoch = -(-len(data["x_train"]) // batch)
+        self.steps = epochs * self.steps_per_epoch
+        self.step = 0
+        self.shuffle = torch.Generator().manual_seed(seed + 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), rate, momentum=0.9, nesterov=True)
+
+    def epoch(self, on_step=None) -> list[float]:
+        """One pass over the training digits; the loss of every step."""
+        self.model.train()
+        x, y = self.data["x_train"], self.data["y_train"]
+        losses = []
+        for picks in torch.randperm(len(x), generator=self.shuffle).split(self.batch):
+            self.optimizer.param_groups[0]["lr"] = schedule(self.step, self.steps, self.rate)
+            self.optimizer.zero_grad(set_to_none=True)
+            images = x[picks].contiguous(memory_format=self.layout)
+            loss = F.cross_entropy(self.model(images), y[picks])
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+            self.step += 1
+            if on_step:
+                on_step(self.step, losses[-1])
+        return losses
+
+    @torch.no_grad()
+    def test(self) -> tuple[float, float]:
+        """Accuracy and mean loss on the test digits."""
+        self.model.eval()
+        logits = self.model(self.data["x_test"].contiguous(memory_format=self.layout))
+        y = self.data["y_test"]
+        return float((logits.argmax(1) == y).float().mean()), float(F.cross_entropy(logits, y))
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def _nudge(model: nn.Module) -> None:
+    """Moves every parameter by at most one unit in the last place: float noise, and nothing else."""
+    generator = torch.Generator().manual_seed(12345)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            ulps = torch.randint(-1, 2, parameter.shape, generator=generator)
+            parameter.mul_(1 + ulps * torch.finfo(parameter.dtype).eps)
+
+
+def _tell(**message) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--kind", choices=("stock", "gconv"), required=True)
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last")
+    parser.add_argument("--nudge", action="store_true")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--rate", type=float, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    import gconv
+
+    warnings.simplefilter("ignore", gconv.FallbackWarning)  # what ran is reported as "kernels" instead
+    data = torch.load(options.data, weights_only=True)
+    trainer = Trainer(
+        data, options.kind == "stock", options.layout, options.seed, options.epochs, options.batch, options.rate
+    )
+    if options.nudge:
+        _nudge(trainer.model)
+    resident = status_mb("VmRSS")
+    gconv.backend.reset_counts()
+    _tell(event="ready", parameters=trainer.parameters, steps=trainer.steps, pid=os.getpid())
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            break
+        began = time.perf_counter()
+        losses = trainer.epoch(lambda step, loss: _tell(event="step", step=step, loss=loss))
+        seconds = time.perf_counter() - began
+        accuracy, test_loss = trainer.test()
+        _tell(event="epoch", losses=losses, seconds=seconds, accuracy=accuracy, test_loss=test_loss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    kernels = gconv.backend.counts()
+    _tell(event="done", peak_mb=peak, training_mb=peak - resident if resident else None, kernels=kernels)
+
+
+if __name__ == "__main__":
+    main()
