@@ -452,13 +452,13 @@ def wide_resnet101_2(
 def resnext_digits(
     *, weights: Mapping[str, Tensor] | str | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """A ResNeXt of 61,082 parameters for one-channel images of about 32x32 and ten classes.
+    """A ResNeXt of 62,746 parameters for one-channel images of about 32x32 and ten classes.
 
-    [N, 1, H, W] -> [N, 10]. Stages of 2, 1 and 1 bottlenecks, 8 groups of 4, 6 and 8 channels, on a 3x3 stem
-    of 16 channels (the form of arXiv 1611.05431, section 5.3, made small). Arguments as in resnet18;
+    [N, 1, H, W] -> [N, 10]. Stages of 1, 2 and 2 bottlenecks with 8 groups of 2, 4 and 8 channels, on a 3x3
+    stem of 16 channels (the form of arXiv 1611.05431, section 5.3, made small). Arguments as in resnet18;
     in_channels=3 takes colour images, stock=True builds the equal model from torch.nn alone (same weights for
     the same seed).
     """
     kwargs = {"num_classes": 10, "in_channels": 1, "small_images": True, "stem_channels": 16, **kwargs}
-    kwargs.setdefault("planes", (16, 24, 32))
-    return _resnet("resnext_digits", Bottleneck, [2, 1, 1], weights, kwargs, groups=8, width_per_group=16)
+    kwargs.setdefault("planes", (8, 16, 32))
+    return _resnet("resnext_digits", Bottleneck, [1, 2, 2], weights, kwargs, groups=8, width_per_group=16)
