@@ -188,11 +188,11 @@ void apply(T*, const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
 enum class Mask { none, from_x, from_z };
 
 template <Mask MASK, typename T>
-GCONV_INLINE Vec masked(Vec dz, Vec x, const T* z, const float* a, const float* b, int lanes) {
+GCONV_INLINE Vec masked(Vec dz, Vec x, const T* z, const float* a, const float* b, int64_t c, int lanes) {
   if constexpr (MASK == Mask::from_z)
-    return relu_mask(dz, load_lanes(z, lanes));
+    return relu_mask(dz, load_lanes(z + c, lanes));
   else if constexpr (MASK == Mask::from_x)
-    return relu_mask(dz, fma(load_lanes(a, lanes), x, load_lanes(b, lanes)));
+    return relu_mask(dz, fma(load_lanes(a + c, lanes), x, load_lanes(b + c, lanes)));
   else
     return dz;
 }
@@ -229,7 +229,7 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
               for (int i = 0; i < ROWS; ++i) {
                 const Vec value = load_lanes(x_row[i] + c, lanes);
                 g[i] =
-                    masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i] + c, a + c, b + c, lanes);
+                    masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i], a, b, c, lanes);
                 gx[i] = mul(g[i], sub(value, centre));
               }
               const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
@@ -271,7 +271,7 @@ void bwd_apply_rows(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) 
     T* g_row = WANT_G ? g_out.row(r) : nullptr;
     for_channels(0, channels, [&](int64_t c, int lanes) {
       const Vec value = load_lanes(x_row + c, lanes);
-      const Vec g = masked<MASK>(load_lanes(dz_row + c, lanes), value, z_row + c, a + c, b + c, lanes);
+      const Vec g = masked<MASK>(load_lanes(dz_row + c, lanes), value, z_row, a, b, c, lanes);
       const Vec rest = fma(load_lanes(tilt + c, lanes), sub(value, load_lanes(mean + c, lanes)),
                            load_lanes(level + c, lanes));
       store_lanes(dx_row + c, fma(load_lanes(slope + c, lanes), g, rest), lanes);

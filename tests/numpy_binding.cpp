@@ -1,0 +1,273 @@
+// The torch-free kernels for NumPy, so that they can be tested on their own and under sanitizers.
+//
+// Activations are arrays [N, H, W, C] whose channels lie side by side, other strides as they come; bfloat16
+// travels as uint16. Outputs are written into the caller's arrays. The workspace is allocated here at its
+// exact size and filled with NaN, and a stage's shares run on threads of their own.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "batch_norm.h"
+#include "grouped_conv.h"
+
+namespace py = pybind11;
+using namespace gconv;
+
+namespace {
+
+using Pair = std::array<int64_t, 2>;
+
+struct Run {
+  Isa isa;
+  DType dtype;
+  int64_t threads;
+  Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count)
+      : threads(thread_count) {
+    if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
+      throw std::invalid_argument("isa: " + isa_text);
+    if (dtype_text == "float32")
+      dtype = DType::f32;
+    else if (dtype_text == "bfloat16")
+      dtype = DType::bf16;
+    else if (dtype_text == "float16")
+      dtype = DType::f16;
+    else
+      throw std::invalid_argument("dtype: " + dtype_text);
+  }
+  py::ssize_t item_size() const { return dtype == DType::f32 ? 4 : 2; }
+
+  template <typename Params>
+  void stage(void (*f)(const Params&, int64_t, int64_t), const Params& p) const {
+    std::vector<std::thread> others;
+    for (int64_t ith = 1; ith < threads; ++ith)
+      others.emplace_back([&p, f, ith, this] { f(p, ith, threads); });
+    f(p, 0, threads);
+    for (std::thread& t : others) t.join();
+  }
+
+  Nhwc activation(const char* name, const py::object& o, std::array<int64_t, 4> shape) const {
+    if (o.is_none()) return {};
+    const py::array a = o.cast<py::array>();
+    if (a.itemsize() != item_size() || a.ndim() != 4) throw std::invalid_argument(name);
+    for (int i = 0; i < 4; ++i)
+      if (a.shape(i) != shape[i]) throw std::invalid_argument(name);
+    if (a.shape(3) > 1 && a.size() > 0 && a.strides(3) != a.itemsize()) throw std::invalid_argument(name);
+    return {const_cast<void*>(a.data()), a.strides(0) / item_size(), a.strides(1) / item_size(),
+            a.strides(2) / item_size()};
+  }
+
+  void* contiguous(const char* name, const py::object& o, int64_t size) const {
+    const py::array a = o.cast<py::array>();
+    if (a.itemsize() != item_size() || a.size() != size || !(a.flags() & py::array::c_style))
+      throw std::invalid_argument(name);
+    return const_cast<void*>(a.data());
+  }
+};
+
+// A table of float32, one column per channel; null for None.
+float* floats(const char* name, const py::object& o, int64_t size) {
+  if (o.is_none()) return nullptr;
+  const py::array a = o.cast<py::array>();
+  if (!py::isinstance<py::array_t<float>>(a) || a.size() != size || !(a.flags() & py::array::c_style))
+    throw std::invalid_argument(name);
+  return const_cast<float*>(static_cast<const float*>(a.data()));
+}
+
+class Workspace {
+ public:
+  explicit Workspace(int64_t floats) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 64, static_cast<size_t>(floats) * sizeof(float)) != 0) throw std::bad_alloc();
+    data_ = static_cast<float*>(p);
+    for (int64_t i = 0; i < floats; ++i) data_[i] = std::numeric_limits<float>::quiet_NaN();
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(data_); }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+GroupedConvShape conv_shape(const std::array<int64_t, 4>& input, int64_t k, Pair stride, Pair pad,
+                            Pair dilation, int64_t groups) {
+  GroupedConvShape s{};
+  s.n = input[0], s.h = input[1], s.w = input[2], s.c = input[3];
+  s.k = k, s.groups = groups;
+  s.stride_h = stride[0], s.stride_w = stride[1];
+  s.pad_h = pad[0], s.pad_w = pad[1];
+  s.dil_h = dilation[0], s.dil_w = dilation[1];
+  s.oh = (s.h + 2 * s.pad_h - 2 * s.dil_h - 1) / s.stride_h + 1;
+  s.ow = (s.w + 2 * s.pad_w - 2 * s.dil_w - 1) / s.stride_w + 1;
+  return s;
+}
+
+std::array<int64_t, 4> in_shape(const GroupedConvShape& s) { return {s.n, s.h, s.w, s.c}; }
+std::array<int64_t, 4> out_shape(const GroupedConvShape& s) { return {s.n, s.oh, s.ow, s.k}; }
+int64_t weight_size(const GroupedConvShape& s) { return s.k * (s.c / s.groups) * 9; }
+
+void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad, Pair dilation,
+              int64_t groups, py::object x, py::object weight, py::object act, py::object affine,
+              py::object residual, bool relu, py::object y, py::object mean, py::object var) {
+  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+  GroupedConvFwdParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.x = run.activation("x", x, in_shape(s));
+  p.weight = run.contiguous("weight", weight, weight_size(s));
+  p.act = floats("act", act, 2 * s.c);
+  p.affine = floats("affine", affine, 2 * s.k);
+  p.residual = run.activation("residual", residual, out_shape(s));
+  p.relu = relu;
+  p.y = run.activation("y", y, out_shape(s));
+  p.mean = floats("mean", mean, s.k);
+  p.var = floats("var", var, s.k);
+  const Workspace workspace(grouped_conv_fwd_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(grouped_conv_fwd_pack_cpu, p);
+  run.stage(grouped_conv_fwd_cpu, p);
+  if (p.mean) run.stage(grouped_conv_fwd_merge_cpu, p);
+}
+
+void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad,
+                    Pair dilation, int64_t groups, py::object dy, py::object weight, py::object y,
+                    py::object finish, py::object x, py::object act, py::object dx, py::object sums) {
+  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+  GroupedConvBwdInputParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.dy = run.activation("dy", dy, out_shape(s));
+  p.y = run.activation("y", y, out_shape(s));
+  p.finish = floats("finish", finish, 6 * s.k);
+  p.weight = run.contiguous("weight", weight, weight_size(s));
+  p.x = run.activation("x", x, in_shape(s));
+  p.act = floats("act", act, 4 * s.c);
+  p.dx = run.activation("dx", dx, in_shape(s));
+  p.sums = floats("sums", sums, 2 * s.c);
+  const Workspace workspace(grouped_conv_bwd_input_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(grouped_conv_bwd_input_pack_cpu, p);
+  run.stage(grouped_conv_bwd_input_cpu, p);
+  if (p.sums) run.stage(grouped_conv_bwd_input_merge_cpu, p);
+}
+
+void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad,
+                     Pair dilation, int64_t groups, py::object dy, py::object x, py::object y,
+                     py::object finish, py::object act, py::object dweight) {
+  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+  GroupedConvBwdWeightParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.dy = run.activation("dy", dy, out_shape(s));
+  p.y = run.activation("y", y, out_shape(s));
+  p.finish = floats("finish", finish, 6 * s.k);
+  p.x = run.activation("x", x, in_shape(s));
+  p.act = floats("act", act, 2 * s.c);
+  p.dweight = run.contiguous("dweight", dweight, weight_size(s));
+  const Workspace workspace(grouped_conv_bwd_weight_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(grouped_conv_bwd_weight_cpu, p);
+  run.stage(grouped_conv_bwd_weight_merge_cpu, p);
+}
+
+void norm_stats(const Run& run, std::array<int64_t, 4> s, py::object x, py::object mean, py::object var) {
+  BatchNormStatsParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.x = run.activation("x", x, s);
+  p.mean = floats("mean", mean, s[3]);
+  p.var = floats("var", var, s[3]);
+  const Workspace workspace(batch_norm_stats_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(batch_norm_stats_cpu, p);
+  run.stage(batch_norm_stats_merge_cpu, p);
+}
+
+void norm_fold(const Run& run, int64_t c, py::object mean, py::object var, py::object gamma, py::object beta,
+               double eps, py::object rstd, py::object affine) {
+  const BatchNormFoldParams p{c,
+                              floats("mean", mean, c),
+                              floats("var", var, c),
+                              floats("gamma", gamma, c),
+                              floats("beta", beta, c),
+                              eps,
+                              floats("rstd", rstd, c),
+                              floats("affine", affine, 2 * c)};
+  run.stage(batch_norm_fold_cpu, p);
+}
+
+void norm_apply(const Run& run, std::array<int64_t, 4> s, py::object x, py::object affine,
+                py::object residual, bool relu, py::object y) {
+  BatchNormApplyParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.x = run.activation("x", x, s);
+  p.affine = floats("affine", affine, 2 * s[3]);
+  p.residual = run.activation("residual", residual, s);
+  p.relu = relu;
+  p.y = run.activation("y", y, s);
+  run.stage(batch_norm_apply_cpu, p);
+}
+
+void norm_bwd_reduce(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object mean,
+                     py::object rstd, py::object gamma, py::object affine, py::object z, py::object dgamma,
+                     py::object dbeta, py::object coef) {
+  BatchNormBwdReduceParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.dz = run.activation("dz", dz, s);
+  p.x = run.activation("x", x, s);
+  p.mean = floats("mean", mean, s[3]);
+  p.rstd = floats("rstd", rstd, s[3]);
+  p.gamma = floats("gamma", gamma, s[3]);
+  p.affine = floats("affine", affine, 2 * s[3]);
+  p.z = run.activation("z", z, s);
+  p.dgamma = floats("dgamma", dgamma, s[3]);
+  p.dbeta = floats("dbeta", dbeta, s[3]);
+  p.coef = floats("coef", coef, 4 * s[3]);
+  const Workspace workspace(batch_norm_bwd_reduce_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(batch_norm_bwd_reduce_cpu, p);
+  run.stage(batch_norm_bwd_reduce_merge_cpu, p);
+}
+
+void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object coef,
+                    py::object affine, py::object z, py::object dx, py::object g) {
+  BatchNormBwdApplyParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.dz = run.activation("dz", dz, s);
+  p.x = run.activation("x", x, s);
+  p.coef = floats("coef", coef, 4 * s[3]);
+  p.affine = floats("affine", affine, 2 * s[3]);
+  p.z = run.activation("z", z, s);
+  p.dx = run.activation("dx", dx, s);
+  p.g = run.activation("g", g, s);
+  run.stage(batch_norm_bwd_apply_cpu, p);
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (isa_supported(isa)) names.push_back(isa_name(isa));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(gconv_kernels_numpy, m) {
+  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t>(), py::arg("isa"),
+                                py::arg("dtype"), py::arg("threads") = 1);
+  m.def("supported_isas", &supported_isas);
+  m.def("grouped_conv_fwd", &conv_fwd);
+  m.def("grouped_conv_bwd_input", &conv_bwd_input);
+  m.def("grouped_conv_bwd_weight", &conv_bwd_weight);
+  m.def("batch_norm_stats", &norm_stats);
+  m.def("batch_norm_fold", &norm_fold);
+  m.def("batch_norm_apply", &norm_apply);
+  m.def("batch_norm_bwd_reduce", &norm_bwd_reduce);
+  m.def("batch_norm_bwd_apply", &norm_bwd_apply);
+}
