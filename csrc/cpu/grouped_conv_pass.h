@@ -10,10 +10,8 @@
 // Bytes moved: source once per chunk (twice on stripe borders), output once, weights from L1/L2.
 // Accumulation: float32, taps in a fixed order; statistics per output row, merged by Chan's rule.
 //
-// Source rows are packed on their way into L1: converted to float32, prologue applied, padding
-// columns zero. When all lanes of a vector lie in one group its source scalar is broadcast from the
-// packed row; when they span several groups the row is packed as one vector per source channel, each
-// lane holding its own group's channel. So every width uses all lanes, without padding groups.
+// Source rows are packed on their way into the caches (grouped_conv_rows.h), each once per stripe, so that
+// every width of group uses all lanes and no tile meets a border, a prologue or a storage type.
 #pragma once
 #include "grouped_conv_rows.h"
 
@@ -40,8 +38,28 @@ struct TileArgs {
 // Weights lie [vector][channel][3][3][LANES].
 constexpr int WEIGHTS_PER_CHANNEL = 9 * LANES;
 
+// Calls channel(source, weights, part) for every source channel of a packed row, in order.
+template <Fetch FETCH, typename Channel>
+GCONV_INLINE void each_channel(const TileArgs& a, const float* block, const float* w,
+                               const Channel& channel) {
+  constexpr int PER_BLOCK = block_channels(FETCH);
+  for (int c0 = 0; c0 < a.channels; c0 += PER_BLOCK, block += a.block) {
+    const int here = std::min(PER_BLOCK, a.channels - c0);
+    if constexpr (FETCH == Fetch::broadcast) {
+      for (int c = 0; c < here; ++c, w += WEIGHTS_PER_CHANNEL)
+        channel(block + c, w, std::integral_constant<int, 0>());
+    } else {
+      channel(block, w, std::integral_constant<int, 0>());
+      w += WEIGHTS_PER_CHANNEL;
+      if (here == 1) continue;
+      channel(block, w, std::integral_constant<int, 1>());
+      w += WEIGHTS_PER_CHANNEL;
+    }
+  }
+}
+
 // Horizontal taps on neighbouring columns: source column j feeds pixel (j - t) / STEP through tap t.
-template <int TAPS, int STEP, bool BROADCAST, int VECTORS, int PIXELS>
+template <int TAPS, int STEP, Fetch FETCH, int VECTORS, int PIXELS>
 void tile_shared(const TileArgs& a) {
   constexpr int COLUMNS = (PIXELS - 1) * STEP + TAPS;
   constexpr int TAP_FLOATS = TAPS == 2 ? 2 * LANES : LANES;  // two taps are the outer ones of three
@@ -52,36 +70,29 @@ void tile_shared(const TileArgs& a) {
     for (int p = 0; p < PIXELS; ++p) acc[v][p] = zero();
   }
   const bool skip_first = a.skip_first, skip_last = a.skip_last;
-  for (int r = 0; r < a.rows; ++r) {
-    const float* w = a.weight[r];
-    const int per_block = BROADCAST ? LANES : 1;
-    const float* block = a.source[r];
-    for (int c0 = 0; c0 < a.channels; c0 += per_block, block += a.block) {
-      const int here = std::min(per_block, a.channels - c0);
-      const float* s = block;
-      for (int c = 0; c < here; ++c, ++s, w += WEIGHTS_PER_CHANNEL) {
-        Vec weight[VECTORS][TAPS];
+  const auto channel = [&](const float* s, const float* w, auto part) GCONV_LAMBDA {
+    constexpr int PART = decltype(part)::value;
+    Vec weight[VECTORS][TAPS];
+    GCONV_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      GCONV_UNROLL
+      for (int t = 0; t < TAPS; ++t) weight[v][t] = load(w + v * a.pair + t * TAP_FLOATS);
+    }
+    GCONV_UNROLL
+    for (int j = 0; j < COLUMNS; ++j) {
+      if (j == 0 && TAPS == 3 && skip_first) continue;
+      if (j == COLUMNS - 1 && TAPS == 3 && skip_last) continue;
+      const Vec x = fetch_part<FETCH, PART>(s + j * LANES);
+      GCONV_UNROLL
+      for (int t = 0; t < TAPS; ++t) {
+        if (j - t < 0 || (j - t) % STEP != 0 || (j - t) / STEP >= PIXELS) continue;
         GCONV_UNROLL
-        for (int v = 0; v < VECTORS; ++v) {
-          GCONV_UNROLL
-          for (int t = 0; t < TAPS; ++t) weight[v][t] = load(w + v * a.pair + t * TAP_FLOATS);
-        }
-        GCONV_UNROLL
-        for (int j = 0; j < COLUMNS; ++j) {
-          if (j == 0 && TAPS == 3 && skip_first) continue;
-          if (j == COLUMNS - 1 && TAPS == 3 && skip_last) continue;
-          const Vec x = BROADCAST ? set1(s[j * LANES]) : load(s + j * LANES);
-          GCONV_UNROLL
-          for (int t = 0; t < TAPS; ++t) {
-            if (j - t < 0 || (j - t) % STEP != 0 || (j - t) / STEP >= PIXELS) continue;
-            GCONV_UNROLL
-            for (int v = 0; v < VECTORS; ++v)
-              acc[v][(j - t) / STEP] = fma(x, weight[v][t], acc[v][(j - t) / STEP]);
-          }
-        }
+        for (int v = 0; v < VECTORS; ++v)
+          acc[v][(j - t) / STEP] = fma(x, weight[v][t], acc[v][(j - t) / STEP]);
       }
     }
-  }
+  };
+  for (int r = 0; r < a.rows; ++r) each_channel<FETCH>(a, a.source[r], a.weight[r], channel);
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     GCONV_UNROLL
@@ -90,30 +101,22 @@ void tile_shared(const TileArgs& a) {
 }
 
 // Taps at any distance (dilation): one fetch per pixel and tap.
-template <bool BROADCAST, int PIXELS>
+template <Fetch FETCH, int PIXELS>
 void tile_scattered(const TileArgs& a) {
   Vec acc[PIXELS];
   GCONV_UNROLL
   for (int p = 0; p < PIXELS; ++p) acc[p] = zero();
-  for (int r = 0; r < a.rows; ++r) {
-    const float* w = a.weight[r];
-    const int per_block = BROADCAST ? LANES : 1;
-    const float* block = a.source[r];
-    for (int c0 = 0; c0 < a.channels; c0 += per_block, block += a.block) {
-      const int here = std::min(per_block, a.channels - c0);
-      const float* s = block;
-      for (int c = 0; c < here; ++c, ++s, w += WEIGHTS_PER_CHANNEL)
-        for (int t = 0; t < a.taps; ++t) {
-          const Vec weight = load(w + a.tap[t] * LANES);
-          const float* column = s + a.offset[t] * LANES;
-          GCONV_UNROLL
-          for (int p = 0; p < PIXELS; ++p) {
-            const float* at = column + p * a.step * LANES;
-            acc[p] = fma(BROADCAST ? set1(*at) : load(at), weight, acc[p]);
-          }
-        }
+  const auto channel = [&](const float* s, const float* w, auto part) GCONV_LAMBDA {
+    constexpr int PART = decltype(part)::value;
+    for (int t = 0; t < a.taps; ++t) {
+      const Vec weight = load(w + a.tap[t] * LANES);
+      const float* column = s + a.offset[t] * LANES;
+      GCONV_UNROLL
+      for (int p = 0; p < PIXELS; ++p)
+        acc[p] = fma(fetch_part<FETCH, PART>(column + p * a.step * LANES), weight, acc[p]);
     }
-  }
+  };
+  for (int r = 0; r < a.rows; ++r) each_channel<FETCH>(a, a.source[r], a.weight[r], channel);
   GCONV_UNROLL
   for (int p = 0; p < PIXELS; ++p) store(a.out + p * a.out_step, acc[p]);
 }
@@ -122,26 +125,54 @@ using TileFunction = void (*)(const TileArgs&);
 
 enum TileKind { three_taps, three_taps_step2, two_taps, one_tap, scattered };
 
-template <bool BROADCAST, int VECTORS, int PIXELS>
+template <Fetch FETCH, int VECTORS, int PIXELS>
 TileFunction tile_function(TileKind kind, int pixels) {
   if (pixels < PIXELS) {
-    if constexpr (PIXELS > 1) return tile_function<BROADCAST, VECTORS, PIXELS - 1>(kind, pixels);
+    if constexpr (PIXELS > 1) return tile_function<FETCH, VECTORS, PIXELS - 1>(kind, pixels);
   }
   switch (kind) {
-    case three_taps: return tile_shared<3, 1, BROADCAST, VECTORS, PIXELS>;
-    case three_taps_step2: return tile_shared<3, 2, BROADCAST, VECTORS, PIXELS>;
-    case two_taps: return tile_shared<2, 1, BROADCAST, VECTORS, PIXELS>;
-    case one_tap: return tile_shared<1, 1, BROADCAST, VECTORS, PIXELS>;
+    case three_taps: return tile_shared<3, 1, FETCH, VECTORS, PIXELS>;
+    case three_taps_step2: return tile_shared<3, 2, FETCH, VECTORS, PIXELS>;
+    case two_taps: return tile_shared<2, 1, FETCH, VECTORS, PIXELS>;
+    case one_tap: return tile_shared<1, 1, FETCH, VECTORS, PIXELS>;
     default: break;
   }
-  if constexpr (VECTORS == 1) return tile_scattered<BROADCAST, PIXELS>;
+  if constexpr (VECTORS == 1) return tile_scattered<FETCH, PIXELS>;
   return nullptr;
 }
 
-inline TileFunction tile_function(TileKind kind, bool broadcast, int vectors, int pixels) {
-  if (vectors == 2) return tile_function<true, 2, TILE_PAIR>(kind, pixels);
-  return broadcast ? tile_function<true, 1, TILE_SINGLE>(kind, pixels)
-                   : tile_function<false, 1, TILE_SINGLE>(kind, pixels);
+// How a row of pixels is cut: `wide` tiles of pixels + 1, then `count - wide` of pixels.
+struct TileCut {
+  int64_t count, wide, pixels;
+  TileFunction run[2];  // of pixels and of pixels + 1
+};
+
+// How a vector is computed: by its fetch, or two broadcast vectors of one group together.
+enum TileLanes { broadcast_lanes, twin_lanes, own_lanes, pair_lanes, tile_lanes };
+
+inline TileLanes lanes_of(Fetch fetch, int vectors) {
+  if (vectors == 2) return pair_lanes;
+  return fetch == Fetch::broadcast ? broadcast_lanes : fetch == Fetch::twin ? twin_lanes : own_lanes;
+}
+
+inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
+  switch (lanes) {
+    case broadcast_lanes: return tile_function<Fetch::broadcast, 1, TILE_SINGLE>(kind, pixels);
+    case twin_lanes: return tile_function<Fetch::twin, 1, TILE_SINGLE>(kind, pixels);
+    case own_lanes: return tile_function<Fetch::lanes, 1, TILE_SINGLE>(kind, pixels);
+    default: return tile_function<Fetch::broadcast, 2, TILE_PAIR>(kind, pixels);
+  }
+}
+
+inline TileCut cut_row(TileKind kind, TileLanes lanes, int64_t pixels) {
+  const int64_t most = lanes == pair_lanes ? TILE_PAIR : TILE_SINGLE;
+  TileCut cut;
+  cut.count = (pixels + most - 1) / most;
+  cut.pixels = pixels / cut.count;
+  cut.wide = pixels % cut.count;
+  cut.run[0] = tile_function(kind, lanes, static_cast<int>(cut.pixels));
+  cut.run[1] = cut.wide > 0 ? tile_function(kind, lanes, static_cast<int>(cut.pixels) + 1) : nullptr;
+  return cut;
 }
 
 // One residue class of output columns: which taps reach it and how its tiles are cut.
@@ -152,7 +183,7 @@ struct ColumnClass {
   int tap[3];                  // horizontal index into the packed weights, ascending offset
   int64_t offset[3];
   TileKind kind;
-  int64_t tiles[2];            // tiles per row with one and with two vectors
+  TileCut cut[tile_lanes];     // scattered taps have no pairs
 };
 
 // A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
@@ -197,8 +228,6 @@ struct Pass {
   }
 };
 
-inline int64_t tiles_for(int64_t count, int64_t most) { return (count + most - 1) / most; }
-
 inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
   p.class_count = 0;
   int64_t low = 0, high = 0;
@@ -229,8 +258,8 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
     else if (neighbours && k.source_step == 2 && k.taps == 3)
       k.kind = three_taps_step2;
     if (k.kind == two_taps && k.tap[1] - k.tap[0] != 2) k.kind = scattered;
-    k.tiles[0] = tiles_for(k.count, TILE_SINGLE);
-    k.tiles[1] = tiles_for(k.count, TILE_PAIR);
+    for (TileLanes lanes : {broadcast_lanes, twin_lanes, own_lanes, pair_lanes})
+      if (k.kind != scattered || lanes != pair_lanes) k.cut[lanes] = cut_row(k.kind, lanes, k.count);
     if (k.taps > 0) {
       low = std::min(low, k.offset[0]);
       high = std::max(high, (k.count - 1) * k.source_step + k.offset[k.taps - 1] + 1);
@@ -241,80 +270,96 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
   p.columns = std::max<int64_t>(high - low, 1);
 }
 
-// By shape alone, so that every thread count gives the same bits.
+// By shape alone, so that every thread count gives the same bits. A chunk of several vectors reads and
+// writes whole runs of cache lines; where lanes span groups its packed rows are wider.
 inline void plan_work(Pass& p) {
-  const int64_t per_cycle = std::max<int64_t>(1, p.output_per_group / LANES);
-  const int64_t narrow = p.output_per_group < LANES ? 4 : std::min<int64_t>(per_cycle, 8);
-  p.chunk = std::min(p.vectors(), std::max<int64_t>(narrow, 1));
+  const int64_t chunk = p.output_per_group < LANES ? SourcePlan::MOST / 2 : SourcePlan::MOST;
+  p.chunk = std::min(p.vectors(), chunk);
   const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
-  const int64_t wanted = (64 + tasks - 1) / tasks;
+  const int64_t wanted = (32 + tasks - 1) / tasks;
   p.stripes = std::max<int64_t>(1, std::min(wanted, p.output_h / 8));
 }
 
-struct PackedSource {
-  bool mixed;        // lanes span groups
-  int64_t group;     // uniform: its group
-  float* ring;       // packed rows
+// Where one row of a chunk goes: rows[v] at pixel w is row + v * row_floats + w * LANES.
+struct RowResult {
+  float* row;
   int64_t row_floats;
-  int64_t channel;   // first source channel
-  int64_t span;      // source channels covered
-  int32_t lane_base[LANES];
+  int64_t image, at;            // output row `at` of the image
+  int64_t first_vector, vectors;
 };
 
+constexpr int64_t EPILOGUE_PIXELS = 8;  // as in pack_row: channels before pixels
+
+// g = dx where the prologue's ReLU passed, and the sums of g and g*xhat.
 template <typename T>
-void epilogue_row(const Pass& p, const float* row, int64_t image, int64_t at, int64_t vector,
-                  Moments* moments, Vec* sums) {
-  const int64_t channel = vector * LANES;
-  const int lanes = static_cast<int>(std::min<int64_t>(LANES, p.output_channels() - channel));
-  T* out = static_cast<T*>(p.output.data) + image * p.output.stride_n + at * p.output.stride_h + channel;
+void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
   const int64_t channels = p.output_channels();
-  if (p.mask_act != nullptr) {
-    const Vec a = load_lanes(p.mask_act + channel, lanes);
-    const Vec b = load_lanes(p.mask_act + channels + channel, lanes);
-    const Vec mean = load_lanes(p.mask_act + 2 * channels + channel, lanes);
-    const Vec rstd = load_lanes(p.mask_act + 3 * channels + channel, lanes);
-    const T* x = static_cast<const T*>(p.mask_x.data) + image * p.mask_x.stride_n +
-                 at * p.mask_x.stride_h + channel;
-    Vec sum = zero(), sum_xhat = zero();
-    for (int64_t w = 0; w < p.output_w; ++w) {
-      const Vec raw = load_lanes(x + w * p.mask_x.stride_w, lanes);
-      const Vec g = rounded_to(out, relu_mask(load(row + w * LANES), fma(a, raw, b)));
-      store_lanes(out + w * p.output.stride_w, g, lanes);
-      sum = add(sum, g);
-      sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
+  for (int64_t w0 = 0; w0 < p.output_w; w0 += EPILOGUE_PIXELS)
+    for (int64_t v = 0; v < r.vectors; ++v) {
+      const int64_t channel = (r.first_vector + v) * LANES;
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
+      const Vec a = load_lanes(p.mask_act + channel, lanes);
+      const Vec b = load_lanes(p.mask_act + channels + channel, lanes);
+      const Vec mean = load_lanes(p.mask_act + 2 * channels + channel, lanes);
+      const Vec rstd = load_lanes(p.mask_act + 3 * channels + channel, lanes);
+      T* out = static_cast<T*>(p.output.data) + r.image * p.output.stride_n + r.at * p.output.stride_h +
+               channel;
+      const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel);
+      const float* row = r.row + v * r.row_floats;
+      Vec sum = sums[v][0], sum_xhat = sums[v][1];
+      for (int64_t w = w0; w < std::min(p.output_w, w0 + EPILOGUE_PIXELS); ++w) {
+        const Vec raw = load_lanes(x + w * p.mask_x.stride_w, lanes);
+        const Vec g = rounded_to(out, relu_mask(load(row + w * LANES), fma(a, raw, b)));
+        store_lanes(out + w * p.output.stride_w, g, lanes);
+        sum = add(sum, g);
+        sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
+      }
+      sums[v][0] = sum;
+      sums[v][1] = sum_xhat;
     }
-    sums[0] = add(sums[0], sum);
-    sums[1] = add(sums[1], sum_xhat);
-    return;
-  }
+}
+
+template <typename T>
+void finish_forward(const Pass& p, const RowResult& r) {
+  const int64_t channels = p.output_channels();
   const bool has_affine = p.affine != nullptr, has_residual = p.residual.data != nullptr;
-  const Vec scale = has_affine ? load_lanes(p.affine + channel, lanes) : zero();
-  const Vec shift = has_affine ? load_lanes(p.affine + channels + channel, lanes) : zero();
-  const T* residual = has_residual ? static_cast<const T*>(p.residual.data) + image * p.residual.stride_n +
-                                         at * p.residual.stride_h + channel
-                                   : nullptr;
-  Vec sum = zero();
-  for (int64_t w = 0; w < p.output_w; ++w) {
-    Vec y = load(row + w * LANES);
-    if (has_affine) y = fma(scale, y, shift);
-    if (has_residual) y = add(y, load_lanes(residual + w * p.residual.stride_w, lanes));
-    if (p.relu) y = relu(y);
-    store_lanes(out + w * p.output.stride_w, y, lanes);
-    if (moments != nullptr) sum = add(sum, rounded_to(out, y));
-  }
-  if (moments != nullptr) {
-    const Vec mean = mul(sum, set1(1.0f / static_cast<float>(p.output_w)));
-    Vec m2 = zero(), rest = zero();
-    for (int64_t w = 0; w < p.output_w; ++w) {
-      const Vec d = sub(rounded_to(out, load(row + w * LANES)), mean);
-      m2 = fma(d, d, m2);
-      rest = add(rest, d);
+  for (int64_t w0 = 0; w0 < p.output_w; w0 += EPILOGUE_PIXELS)
+    for (int64_t v = 0; v < r.vectors; ++v) {
+      const int64_t channel = (r.first_vector + v) * LANES;
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
+      const Vec scale = has_affine ? load_lanes(p.affine + channel, lanes) : zero();
+      const Vec shift = has_affine ? load_lanes(p.affine + channels + channel, lanes) : zero();
+      T* out = static_cast<T*>(p.output.data) + r.image * p.output.stride_n + r.at * p.output.stride_h +
+               channel;
+      const T* residual = has_residual ? row_pointer<T>(p.residual, r.image, r.at, channel) : nullptr;
+      const float* row = r.row + v * r.row_floats;
+      for (int64_t w = w0; w < std::min(p.output_w, w0 + EPILOGUE_PIXELS); ++w) {
+        Vec y = load(row + w * LANES);
+        if (has_affine) y = fma(scale, y, shift);
+        if (has_residual) y = add(y, load_lanes(residual + w * p.residual.stride_w, lanes));
+        if (p.relu) y = relu(y);
+        store_lanes(out + w * p.output.stride_w, y, lanes);
+      }
     }
-    // The rounding of the mean leaves a small sum of deviations: Chan, Golub & LeVeque's correction.
-    const Vec correction = mul(rest, set1(1.0f / static_cast<float>(p.output_w)));
-    moments->merge(static_cast<float>(p.output_w), add(mean, correction),
-                   sub(m2, mul(rest, correction)));
+}
+
+// Two passes over a row that is still in L1, of the values as they were stored.
+template <typename T>
+void row_moments(const Pass& p, const float* row, Moments* moments) {
+  const T* storage = nullptr;
+  const Vec per_pixel = set1(1.0f / static_cast<float>(p.output_w));
+  Vec sum = zero();
+  for (int64_t w = 0; w < p.output_w; ++w) sum = add(sum, rounded_to(storage, load(row + w * LANES)));
+  const Vec mean = mul(sum, per_pixel);
+  Vec m2 = zero(), rest = zero();
+  for (int64_t w = 0; w < p.output_w; ++w) {
+    const Vec d = sub(rounded_to(storage, load(row + w * LANES)), mean);
+    m2 = fma(d, d, m2);
+    rest = add(rest, d);
   }
+  // The rounding of the mean leaves a small sum of deviations: Chan, Golub & LeVeque's correction.
+  const Vec correction = mul(rest, per_pixel);
+  moments->merge(static_cast<float>(p.output_w), add(mean, correction), sub(m2, mul(rest, correction)));
 }
 
 inline void compute_row(const Pass& p, const PackedSource& source, int64_t ring_rows, int64_t at,
@@ -327,7 +372,7 @@ inline void compute_row(const Pass& p, const PackedSource& source, int64_t ring_
     const int64_t kh = p.transposed ? 2 - i : i;
     const int64_t source_row = p.source_row(at, kh);
     if (source_row < 0) continue;
-    first_row[args.rows] = source.ring + (source_row % ring_rows) * source.row_floats;
+    first_row[args.rows] = source.rows + (source_row % ring_rows) * source.row_floats;
     args.weight[args.rows] = p.weight + vector * vector_floats + i * 3 * LANES;
     ++args.rows;
   }
@@ -354,19 +399,23 @@ inline void compute_row(const Pass& p, const PackedSource& source, int64_t ring_
       tile.offset[t] = static_cast<int>(k.offset[t] - k.offset[0]);
       tile.tap[t] = k.tap[t];
     }
-    const int64_t tiles = k.tiles[together - 1];
+    const TileCut& cut = k.cut[lanes_of(source.fetch, together)];
+    const int64_t reach = k.offset[k.taps - 1] - k.offset[0];
     for (int v = 0; v < vectors; v += together) {
       for (int r = 0; r < args.rows; ++r) tile.weight[r] = args.weight[r] + base + v * vector_floats;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t begin = k.count * t / tiles, end = k.count * (t + 1) / tiles;
-        const int64_t column = begin * k.source_step + k.offset[0];
-        const int64_t last = (end - 1) * k.source_step + k.offset[k.taps - 1];
+      float* out = row + v * row_pair + k.first * LANES;
+      int64_t column = k.offset[0];
+      for (int64_t t = 0; t < cut.count; ++t) {
+        const bool wide = t < cut.wide;
+        const int64_t pixels = cut.pixels + wide;
         for (int r = 0; r < args.rows; ++r)
           tile.source[r] = first_row[r] + (column - p.first_column) * LANES;
         tile.skip_first = column < 0;
-        tile.skip_last = last >= p.source_w && last > column;
-        tile.out = row + v * row_pair + (k.first + begin * k.step) * LANES;
-        tile_function(k.kind, !source.mixed, together, static_cast<int>(end - begin))(tile);
+        tile.skip_last = column + (pixels - 1) * k.source_step + reach >= p.source_w;
+        tile.out = out;
+        cut.run[wide](tile);
+        column += pixels * k.source_step;
+        out += pixels * tile.out_step;
       }
     }
   }
@@ -375,86 +424,50 @@ inline void compute_row(const Pass& p, const PackedSource& source, int64_t ring_
 template <typename T>
 void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
   const int64_t first_vector = chunk * p.chunk;
-  const int64_t end_vector = std::min(p.vectors(), first_vector + p.chunk);
-  const int64_t vectors = end_vector - first_vector;
-  const int64_t reach = 2 * p.dil_h + 1;
-  const int64_t ring_rows = std::max<int64_t>(1, std::min(reach, p.source_h));
+  const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const int64_t channels = p.output_channels();
+  SourcePlan plan(first_vector, vectors, channels, p.output_per_group, p.source_per_group, p.columns);
 
-  // One packed source per group of the uniform vectors, one per mixed vector.
-  constexpr int64_t MOST = 8;
-  PackedSource sources[MOST];
-  int source_of[MOST];
-  int64_t count = 0, floats = 0, widest = 0;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t lane0 = (first_vector + v) * LANES;
-    const int64_t lane_end = std::min(lane0 + LANES, channels);
-    const int64_t group = lane0 / p.output_per_group;
-    const int64_t last_group = (lane_end - 1) / p.output_per_group;
-    if (group == last_group && count > 0 && !sources[count - 1].mixed &&
-        sources[count - 1].group == group) {
-      source_of[v] = static_cast<int>(count - 1);
-      continue;
-    }
-    PackedSource& s = sources[count];
-    s.mixed = group != last_group;
-    s.group = group;
-    s.channel = group * p.source_per_group;
-    s.span = (last_group - group + 1) * p.source_per_group;
-    const int64_t blocks = s.mixed ? p.source_per_group : (p.source_per_group + LANES - 1) / LANES;
-    s.row_floats = blocks * p.columns * LANES;
-    for (int64_t l = 0; l < LANES; ++l)
-      s.lane_base[l] = lane0 + l < lane_end
-                           ? static_cast<int32_t>(((lane0 + l) / p.output_per_group - group) * p.source_per_group)
-                           : 0;
-    widest = std::max(widest, s.span);
-    floats += ring_rows * s.row_floats;
-    source_of[v] = static_cast<int>(count++);
-  }
-  const int64_t row_pair = (p.output_w * LANES + 31) / 16 * 16;
-  const int64_t span_floats = (widest + LANES) / 16 * 16 + 16;
-  const int64_t slot_floats = ring_rows * 2 + 16;
-  float* memory = scratch.floats(floats + 2 * row_pair + span_floats + slot_floats);
-  float* row = memory + floats;
-  float* span_buffer = row + 2 * row_pair;
-  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + span_floats);  // source row of each slot
-  for (int64_t i = 0; i < count; ++i) {
-    sources[i].ring = i == 0 ? memory : sources[i - 1].ring + ring_rows * sources[i - 1].row_floats;
-  }
-  for (int64_t i = 0; i < ring_rows; ++i) slots[i] = -1;
+  // Only the source rows within reach of an output row are kept, in a ring.
+  const int64_t ring_rows = std::max<int64_t>(1, std::min(2 * p.dil_h + 1, p.source_h));
+  const int64_t row_floats = (p.output_w * LANES + 15) / 16 * 16;
+  float* ring = scratch.floats(ring_rows * (plan.row_floats + 2) + vectors * row_floats +
+                               plan.span_floats() + 16);
+  plan.place(ring, ring_rows);
+  float* row = ring + (ring_rows * plan.row_floats + 15) / 16 * 16;
+  float* span_buffer = row + vectors * row_floats;
+  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + plan.span_floats());  // row in each slot
+  std::fill(slots, slots + ring_rows, -1);
 
-  Moments moments[MOST];
-  Vec sums[MOST][2];
+  Moments moments[SourcePlan::MOST];
+  Vec sums[SourcePlan::MOST][2];
   for (int64_t v = 0; v < vectors; ++v) {
     moments[v].reset();
     sums[v][0] = sums[v][1] = zero();
   }
+  const RowColumns columns{p.first_column, p.columns, p.source_w};
   const Share rows(p.output_h, stripe, p.stripes);
   for (int64_t at = rows.begin; at < rows.end; ++at) {
     for (int64_t kh = 0; kh < 3; ++kh) {
       const int64_t source_row = p.source_row(at, kh);
       if (source_row < 0 || slots[source_row % ring_rows] == source_row) continue;
       slots[source_row % ring_rows] = source_row;
-      for (int64_t i = 0; i < count; ++i) {
-        const PackedSource& s = sources[i];
-        float* packed = s.ring + (source_row % ring_rows) * s.row_floats;
-        const RowColumns columns{p.first_column, p.columns, p.source_w};
-        if (s.mixed)
-          pack_row_mixed<T>(p.source, image, source_row, s.channel, s.span, p.source_per_group,
-                            s.lane_base, columns, packed, span_buffer);
-        else
-          pack_row_blocks<T>(p.source, image, source_row, s.channel, s.span, columns, packed);
-      }
+      pack_row<T>(p.source, plan, image, source_row, source_row % ring_rows, columns, span_buffer);
     }
     for (int64_t v = 0; v < vectors;) {
-      const PackedSource& s = sources[source_of[v]];
-      const int together = v + 1 < vectors && !s.mixed && source_of[v + 1] == source_of[v] ? 2 : 1;
-      compute_row(p, s, ring_rows, at, first_vector + v, together, row, row_pair);
-      for (int u = 0; u < together; ++u)
-        epilogue_row<T>(p, row + u * row_pair, image, at, first_vector + v + u,
-                        p.moments ? &moments[v + u] : nullptr, sums[v + u]);
-      v += together;
+      const PackedSource& s = plan.sources[plan.source_of[v]];
+      const bool pair = v + 1 < vectors && s.fetch == Fetch::broadcast &&
+                        plan.source_of[v + 1] == plan.source_of[v];
+      compute_row(p, s, ring_rows, at, first_vector + v, pair ? 2 : 1, row + v * row_floats, row_floats);
+      v += pair ? 2 : 1;
     }
+    const RowResult result{row, row_floats, image, at, first_vector, vectors};
+    if (p.mask_act != nullptr)
+      finish_input_gradient<T>(p, result, sums);
+    else
+      finish_forward<T>(p, result);
+    if (p.moments)
+      for (int64_t v = 0; v < vectors; ++v) row_moments<T>(p, row + v * row_floats, &moments[v]);
   }
   if (!p.moments && p.mask_act == nullptr) return;
   float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;

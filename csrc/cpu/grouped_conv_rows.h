@@ -1,4 +1,7 @@
-// Packing of one image row for the grouped_conv kernels: to float32, prologue applied, padding zero.
+// Packing of image rows for the grouped_conv kernels: to float32, prologue applied, padding zero.
+//
+// A packed row lies as [block][column][LANES], so that every fetch has a constant distance to the next
+// column. What a block holds depends on how the lanes of an output vector meet the groups (Fetch).
 #pragma once
 #include <type_traits>
 
@@ -30,6 +33,100 @@ struct RowColumns {
   int64_t end() const { return std::max(begin(), std::min(count, width - first)); }
 };
 
+// How a vector of outputs gets its inputs from a packed row.
+enum class Fetch {
+  broadcast,  // all lanes in one group: a block is LANES channels, one scalar feeds every lane
+  twin,       // lanes span groups of even width: a block is two channels, alternating in the lanes
+  lanes,      // lanes span groups: a block is one channel, each lane holding its own group's
+};
+
+// Input channels in one block.
+constexpr int block_channels(Fetch fetch) {
+  return fetch == Fetch::broadcast ? LANES : fetch == Fetch::twin ? 2 : 1;
+}
+
+// The value that channel PART of a block gives at packed column `at`.
+template <Fetch FETCH, int PART>
+GCONV_INLINE Vec fetch_part(const float* at) {
+  if constexpr (FETCH == Fetch::twin) return PART == 0 ? load_even_twice(at) : load_odd_twice(at);
+  return FETCH == Fetch::broadcast ? set1(at[PART]) : load(at);
+}
+
+// The input channels of one group, or those that one output vector spans, as they are packed.
+struct PackedSource {
+  Fetch fetch;
+  int64_t group;       // broadcast only
+  int64_t channel;     // first input channel
+  int64_t span;        // input channels read
+  int64_t per_group;   // input channels of one group
+  int64_t blocks;
+  float* rows;         // packed rows, one after the other
+  int64_t row_floats;
+  int32_t lane_base[LANES];  // first channel of each lane's group (twin: of each lane), from `channel`
+};
+
+// The sources that output vectors [first, first + count) read.
+struct SourcePlan {
+  static constexpr int64_t MOST = 8;  // vectors of a chunk
+  PackedSource sources[MOST];
+  int source_of[MOST];
+  int64_t count = 0, row_floats = 0, widest = 0;
+
+  SourcePlan(int64_t first, int64_t vectors, int64_t outputs, int64_t output_per_group,
+             int64_t source_per_group, int64_t columns) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane0 = (first + v) * LANES, lane_end = std::min(lane0 + LANES, outputs);
+      const int64_t group = lane0 / output_per_group, last_group = (lane_end - 1) / output_per_group;
+      const bool uniform = group == last_group;
+      if (uniform && count > 0 && sources[count - 1].fetch == Fetch::broadcast &&
+          sources[count - 1].group == group) {
+        source_of[v] = static_cast<int>(count - 1);
+        continue;
+      }
+      PackedSource& s = sources[count];
+      s.fetch = uniform ? Fetch::broadcast
+                : output_per_group % 2 == 0 && source_per_group > 1 ? Fetch::twin
+                                                                    : Fetch::lanes;
+      s.group = group;
+      s.channel = group * source_per_group;
+      s.span = (last_group - group + 1) * source_per_group;
+      s.per_group = source_per_group;
+      s.blocks = (source_per_group + block_channels(s.fetch) - 1) / block_channels(s.fetch);
+      s.row_floats = s.blocks * columns * LANES;
+      for (int64_t l = 0; l < LANES; ++l) {
+        const int64_t at = std::min(lane0 + l, lane_end - 1);  // lanes past the tail repeat the last
+        s.lane_base[l] = static_cast<int32_t>((at / output_per_group - group) * source_per_group +
+                                              (s.fetch == Fetch::twin ? l % 2 : 0));
+      }
+      row_floats += s.row_floats;
+      widest = std::max(widest, s.span);
+      source_of[v] = static_cast<int>(count++);
+    }
+  }
+
+  // The outputs' own channels, one block each: for the side of a gradient that lies in the lanes.
+  SourcePlan(int64_t first, int64_t vectors, int64_t outputs, int64_t columns) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane0 = (first + v) * LANES;
+      sources[v] = PackedSource{Fetch::broadcast, v, lane0, std::min<int64_t>(LANES, outputs - lane0),
+                                LANES, 1, nullptr, columns * LANES, {}};
+      source_of[v] = static_cast<int>(v);
+      row_floats += columns * LANES;
+    }
+    count = vectors;
+  }
+
+  // Floats that hold one pixel's span, with room for the odd channel a twin block reads past it.
+  int64_t span_floats() const { return (widest + LANES) / 16 * 16 + 16; }
+
+  void place(float* memory, int64_t rows) {
+    for (int64_t i = 0; i < count; ++i) {
+      sources[i].rows = memory;
+      memory += rows * sources[i].row_floats;
+    }
+  }
+};
+
 // Per-channel coefficients of one vector of channels. Lanes past the tail are all zero.
 template <Prologue P>
 struct Coefficients {
@@ -38,12 +135,16 @@ struct Coefficients {
     constexpr int ROWS = P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 0;
     for (int i = 0; i < ROWS; ++i) v[i] = load_lanes(s.coef + i * s.channels + channel, lanes);
   }
+  // Also fetches the row below: a pixel's channels are a small piece of a wide row, which hardware
+  // prefetchers follow badly. A prefetch past the last row does nothing.
   template <typename T>
-  GCONV_INLINE Vec apply(const T* x, const T* y, int lanes) const {
+  GCONV_INLINE Vec apply(const T* x, const T* y, const RowSource& s, int lanes) const {
+    __builtin_prefetch(x + s.x.stride_h, 0, 2);
     const Vec raw = load_lanes(x, lanes);
     if constexpr (P == Prologue::none) return raw;
     if constexpr (P == Prologue::act) return relu(fma(v[0], raw, v[1]));
     if constexpr (P == Prologue::finish) {
+      __builtin_prefetch(y + s.y.stride_h, 0, 2);
       const Vec out = load_lanes(y, lanes);
       const Vec g = relu_mask(raw, fma(v[4], out, v[5]));
       return fma(v[0], g, fma(v[1], sub(out, v[3]), v[2]));
@@ -56,100 +157,91 @@ GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int
   return static_cast<const T*>(t.data) + image * t.stride_n + row * t.stride_h + channel;
 }
 
-inline void zero_columns(float* packed, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) store(packed + i * LANES, zero());
-}
-
-// Channels [channel, channel + span) as blocks of LANES: packed[block][column][LANES].
+// Packed columns [begin, end) of one source.
 template <typename T, Prologue P>
-void pack_row_blocks(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t span,
-                     const RowColumns& columns, float* packed) {
-  const int64_t begin = columns.begin(), end = columns.end();
-  for (int64_t c = 0; c < span; c += LANES, packed += columns.count * LANES) {
-    const int lanes = static_cast<int>(std::min<int64_t>(LANES, span - c));
-    const Coefficients<P> coefficients(s, channel + c, lanes);
-    const T* x = row_pointer<T>(s.x, image, row, channel + c);
-    const T* y = P == Prologue::finish ? row_pointer<T>(s.y, image, row, channel + c) : nullptr;
-    zero_columns(packed, 0, begin);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t w = columns.first + i;
-      const T* at_y = P == Prologue::finish ? y + w * s.y.stride_w : nullptr;
-      store(packed + i * LANES, coefficients.apply(x + w * s.x.stride_w, at_y, lanes));
+void pack_columns(const RowSource& s, const PackedSource& source, const T* x, const T* y,
+                  const RowColumns& columns, int64_t begin, int64_t end, float* packed,
+                  float* span_buffer) {
+  const int64_t block = columns.count * LANES;
+  const auto x_at = [&](int64_t i) { return x + (columns.first + i) * s.x.stride_w; };
+  const auto y_at = [&](int64_t i, int64_t c) {
+    return P == Prologue::finish ? y + (columns.first + i) * s.y.stride_w + c : nullptr;
+  };
+  if (source.fetch == Fetch::broadcast) {
+    for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
+      const Coefficients<P> coefficients(s, source.channel + c, lanes);
+      for (int64_t i = begin; i < end; ++i)
+        store(packed + i * LANES, coefficients.apply(x_at(i) + c, y_at(i, c), s, lanes));
     }
-    zero_columns(packed, end, columns.count);
+    return;
   }
-}
-
-// One vector per channel of a group, each lane from its own group: packed[channel][column][LANES].
-// lane_base[l] is the first channel of lane l's group, counted from `channel`. span_buffer holds one
-// pixel's channels where they do not fit a vector.
-template <typename T, Prologue P>
-void pack_row_mixed(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t span,
-                    int64_t per_group, const int32_t* lane_base, const RowColumns& columns,
-                    float* packed, float* span_buffer) {
-  const int64_t begin = columns.begin(), end = columns.end();
-  const int64_t next = columns.count * LANES;
-  const Index base = index_load(lane_base);
-  const T* x = row_pointer<T>(s.x, image, row, channel);
-  const T* y = P == Prologue::finish ? row_pointer<T>(s.y, image, row, channel) : nullptr;
-  for (int64_t c = 0; c < per_group; ++c) {
-    zero_columns(packed + c * next, 0, begin);
-    zero_columns(packed + c * next, end, columns.count);
-  }
-  if (span <= LANES) {
-    const int lanes = static_cast<int>(span);
-    const Coefficients<P> coefficients(s, channel, lanes);
+  const Index base = index_load(source.lane_base);
+  const int32_t step = block_channels(source.fetch);
+  if (source.span <= LANES) {
+    const int lanes = static_cast<int>(source.span);
+    const Coefficients<P> coefficients(s, source.channel, lanes);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t w = columns.first + i;
-      const T* at_y = P == Prologue::finish ? y + w * s.y.stride_w : nullptr;
-      const Vec value = coefficients.apply(x + w * s.x.stride_w, at_y, lanes);
+      const Vec value = coefficients.apply(x_at(i), y_at(i, 0), s, lanes);
       float* out = packed + i * LANES;
-      for (int64_t c = 0; c < per_group; ++c, out += next)
-        store(out, permute(value, index_add(base, static_cast<int32_t>(c))));
+      Index index = base;
+      for (int64_t b = 0; b < source.blocks; ++b, out += block) {
+        store(out, permute(value, index));
+        index = index_add(index, step);
+      }
     }
     return;
   }
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t w = columns.first + i;
-    for (int64_t c = 0; c < span; c += LANES) {
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, span - c));
-      const Coefficients<P> coefficients(s, channel + c, lanes);
-      const T* at_y = P == Prologue::finish ? y + w * s.y.stride_w + c : nullptr;
-      store(span_buffer + c, coefficients.apply(x + w * s.x.stride_w + c, at_y, lanes));
+    for (int64_t c = 0; c < source.span; c += LANES) {
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
+      const Coefficients<P> coefficients(s, source.channel + c, lanes);
+      store(span_buffer + c, coefficients.apply(x_at(i) + c, y_at(i, c), s, lanes));
     }
     float* out = packed + i * LANES;
-    for (int64_t c = 0; c < per_group; ++c, out += next)
-      store(out, gather(span_buffer, index_add(base, static_cast<int32_t>(c))));
+    Index index = base;
+    for (int64_t b = 0; b < source.blocks; ++b, out += block) {
+      store(out, gather(span_buffer, index));
+      index = index_add(index, step);
+    }
   }
 }
 
-template <typename T>
-void pack_row_blocks(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t span,
-                     const RowColumns& columns, float* packed) {
-  switch (s.prologue) {
-    case Prologue::none:
-      return pack_row_blocks<T, Prologue::none>(s, image, row, channel, span, columns, packed);
-    case Prologue::act:
-      return pack_row_blocks<T, Prologue::act>(s, image, row, channel, span, columns, packed);
-    case Prologue::finish:
-      return pack_row_blocks<T, Prologue::finish>(s, image, row, channel, span, columns, packed);
+// One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
+// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart.
+template <typename T, Prologue P>
+void pack_row(const RowSource& s, SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+              const RowColumns& columns, float* span_buffer) {
+  constexpr int64_t PIXELS = 8;
+  const int64_t begin = columns.begin(), end = columns.end();
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const PackedSource& source = plan.sources[i];
+    float* packed = source.rows + slot * source.row_floats;
+    for (int64_t b = 0; b < source.blocks; ++b, packed += columns.count * LANES) {
+      for (int64_t c = 0; c < begin; ++c) store(packed + c * LANES, zero());
+      for (int64_t c = end; c < columns.count; ++c) store(packed + c * LANES, zero());
+    }
   }
+  for (int64_t at = begin; at < end; at += PIXELS)
+    for (int64_t i = 0; i < plan.count; ++i) {
+      const PackedSource& source = plan.sources[i];
+      const T* x = row_pointer<T>(s.x, image, row, source.channel);
+      const T* y = P == Prologue::finish ? row_pointer<T>(s.y, image, row, source.channel) : nullptr;
+      pack_columns<T, P>(s, source, x, y, columns, at, std::min(end, at + PIXELS),
+                         source.rows + slot * source.row_floats, span_buffer);
+    }
 }
 
 template <typename T>
-void pack_row_mixed(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t span,
-                    int64_t per_group, const int32_t* lane_base, const RowColumns& columns,
-                    float* packed, float* span_buffer) {
+void pack_row(const RowSource& s, SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+              const RowColumns& columns, float* span_buffer) {
   switch (s.prologue) {
     case Prologue::none:
-      return pack_row_mixed<T, Prologue::none>(s, image, row, channel, span, per_group, lane_base, columns,
-                                               packed, span_buffer);
+      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns, span_buffer);
     case Prologue::act:
-      return pack_row_mixed<T, Prologue::act>(s, image, row, channel, span, per_group, lane_base, columns,
-                                              packed, span_buffer);
+      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns, span_buffer);
     case Prologue::finish:
-      return pack_row_mixed<T, Prologue::finish>(s, image, row, channel, span, per_group, lane_base, columns,
-                                                 packed, span_buffer);
+      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns, span_buffer);
   }
 }
 

@@ -3,9 +3,9 @@
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset;
 //   x and dy are packed rows (prologue or BN backward applied once per element, on load).
 // Grid: split of the images x chunk of consecutive output vectors (LANES channels of dy).
-// Tile: registers hold dw of one output vector: wide groups 1 x WGRAD_CHANNELS x 3 taps over all pixels
-//   of a stripe of rows, x broadcast; narrow groups up to 3 x WGRAD_MIXED x 3 over one row of x, so each
-//   packed vector of x is fetched once for all nine taps.
+// Tile: registers hold dw of one output vector. Lanes in one group: WGRAD_CHANNELS x 3 taps over all
+//   pixels of a stripe of rows. Lanes across groups: WGRAD_ROWS x 2 x 3 over one row of x, so each packed
+//   vector of x is fetched once for all taps of the rows of dy it meets.
 // Bytes moved: x and dy once per chunk; dw of a chunk stays in L1/L2.
 // Accumulation: float32 in three levels (stripe or row, image, split), each in a fixed order.
 #pragma once
@@ -14,8 +14,8 @@
 namespace gconv {
 namespace GCONV_ISA_NS {
 
-constexpr int WGRAD_MIXED = LANES == 16 ? 2 : 1;
-constexpr int64_t STRIPE_FLOATS = 32 * 1024;  // packed rows of one stripe: half of a small L2
+constexpr int WGRAD_ROWS = LANES == 16 ? 3 : 1;
+constexpr int64_t STRIPE_FLOATS = 64 * 1024;  // packed rows of one stripe: a quarter of a megabyte
 
 struct WgradPass {
   DType dtype;
@@ -35,15 +35,28 @@ struct WgradPass {
   int64_t dy_columns() const { return shape.ow + 4; }  // two zero columns on each side
 };
 
+template <int COUNT, typename F>
+GCONV_INLINE void each_constant(F&& f) {
+  if constexpr (COUNT > 0) {
+    each_constant<COUNT - 1>(f);
+    f(std::integral_constant<int, COUNT - 1>());
+  }
+}
+
 struct WgradRow {
   const float* x;        // packed row, first channel
-  int64_t x_channel;     // floats to the next channel (mixed sources; broadcast ones lie side by side)
+  int64_t block;         // floats to the next block of channels
   const float* dy[3];    // packed row of each vertical tap
 };
 
 // acc[i][c][kw] += sum over a row of x[c] * dy[i].
-template <int ROWS, int CHANNELS, bool BROADCAST, bool SLIDING>
+template <int ROWS, int CHANNELS, Fetch FETCH, bool SLIDING>
 GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[ROWS][CHANNELS][3]) {
+  const auto value = [&](const float* x, auto channel) GCONV_LAMBDA {
+    constexpr int C = decltype(channel)::value, PER_BLOCK = block_channels(FETCH);
+    if constexpr (FETCH == Fetch::broadcast) return set1(x[C]);
+    return fetch_part<FETCH, C % PER_BLOCK>(x + C / PER_BLOCK * row.block);
+  };
   if constexpr (SLIDING) {
     const float* x = row.x - p.first_column * LANES;
     const int64_t shift = (p.shape.pad_w + 2) * LANES;
@@ -54,15 +67,14 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
         GCONV_UNROLL
         for (int t = 0; t < 3; ++t) dy[r][t] = load(row.dy[r] + at + shift - t * LANES);
       }
-      GCONV_UNROLL
-      for (int c = 0; c < CHANNELS; ++c) {
-        const Vec value = BROADCAST ? set1(x[at + c]) : load(x + at + c * row.x_channel);
+      each_constant<CHANNELS>([&](auto c) GCONV_LAMBDA {
+        const Vec x_c = value(x + at, c);
         GCONV_UNROLL
         for (int r = 0; r < ROWS; ++r) {
           GCONV_UNROLL
-          for (int t = 0; t < 3; ++t) acc[r][c][t] = fma(value, dy[r][t], acc[r][c][t]);
+          for (int t = 0; t < 3; ++t) acc[r][c][t] = fma(x_c, dy[r][t], acc[r][c][t]);
         }
-      }
+      });
     }
   } else {
     const int64_t step = p.shape.stride_w * LANES, tap = p.shape.dil_w * LANES;
@@ -71,15 +83,14 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
       Vec dy[ROWS];
       GCONV_UNROLL
       for (int r = 0; r < ROWS; ++r) dy[r] = load(row.dy[r] + (ow + 2) * LANES);
-      GCONV_UNROLL
-      for (int c = 0; c < CHANNELS; ++c) {
+      each_constant<CHANNELS>([&](auto c) GCONV_LAMBDA {
         GCONV_UNROLL
         for (int t = 0; t < 3; ++t) {
-          const Vec value = BROADCAST ? set1(x[t * tap + c]) : load(x + t * tap + c * row.x_channel);
+          const Vec x_c = value(x + t * tap, c);
           GCONV_UNROLL
-          for (int r = 0; r < ROWS; ++r) acc[r][c][t] = fma(value, dy[r], acc[r][c][t]);
+          for (int r = 0; r < ROWS; ++r) acc[r][c][t] = fma(x_c, dy[r], acc[r][c][t]);
         }
-      }
+      });
     }
   }
 }
@@ -100,9 +111,9 @@ void wgrad_stripe(const WgradPass& p, const WgradStripe& s, float* out) {
     GCONV_UNROLL
     for (int t = 0; t < 3; ++t) acc[0][c][t] = zero();
   }
-  WgradRow row{s.x, 1, {s.dy, nullptr, nullptr}};
+  WgradRow row{s.x, 0, {s.dy, nullptr, nullptr}};
   for (int64_t r = 0; r < s.rows; ++r) {
-    wgrad_row<1, CHANNELS, true, SLIDING>(p, row, acc);
+    wgrad_row<1, CHANNELS, Fetch::broadcast, SLIDING>(p, row, acc);
     row.x += s.x_row;
     row.dy[0] += p.dy_columns() * LANES;
   }
@@ -124,9 +135,9 @@ void wgrad_stripe(const WgradPass& p, const WgradStripe& s, int64_t channels, fl
   p.sliding() ? wgrad_stripe<CHANNELS, true>(p, s, out) : wgrad_stripe<CHANNELS, false>(p, s, out);
 }
 
-// dw of CHANNELS mixed channels from one row of x and the ROWS rows of dy it meets; adds to dw.
-template <int ROWS, int CHANNELS, bool SLIDING>
-void wgrad_mixed(const WgradPass& p, const WgradRow& row, float* const* out) {
+// dw of CHANNELS channels from one row of x and the ROWS rows of dy it meets; adds to out.
+template <int ROWS, int CHANNELS, Fetch FETCH, bool SLIDING>
+void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
   Vec acc[ROWS][CHANNELS][3];
   GCONV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
@@ -136,7 +147,7 @@ void wgrad_mixed(const WgradPass& p, const WgradRow& row, float* const* out) {
       for (int t = 0; t < 3; ++t) acc[r][c][t] = load(out[r] + (c * 9 + t) * LANES);
     }
   }
-  wgrad_row<ROWS, CHANNELS, false, SLIDING>(p, row, acc);
+  wgrad_row<ROWS, CHANNELS, FETCH, SLIDING>(p, row, acc);
   GCONV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     GCONV_UNROLL
@@ -147,63 +158,72 @@ void wgrad_mixed(const WgradPass& p, const WgradRow& row, float* const* out) {
   }
 }
 
-template <int CHANNELS, bool SLIDING>
-void wgrad_mixed(const WgradPass& p, const WgradRow& row, int rows, float* const* out) {
-  if (rows == 3)
-    wgrad_mixed<3, CHANNELS, SLIDING>(p, row, out);
-  else if (rows == 2)
-    wgrad_mixed<2, CHANNELS, SLIDING>(p, row, out);
-  else if (rows == 1)
-    wgrad_mixed<1, CHANNELS, SLIDING>(p, row, out);
+using PairsFunction = void (*)(const WgradPass&, const WgradRow&, float* const*);
+
+template <int ROWS, int CHANNELS>
+PairsFunction pairs_function(Fetch fetch, bool sliding) {
+  switch (fetch) {
+    case Fetch::broadcast:
+      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::broadcast, true>
+                     : wgrad_pairs<ROWS, CHANNELS, Fetch::broadcast, false>;
+    case Fetch::twin:
+      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::twin, true>
+                     : wgrad_pairs<ROWS, CHANNELS, Fetch::twin, false>;
+    default:
+      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::lanes, true>
+                     : wgrad_pairs<ROWS, CHANNELS, Fetch::lanes, false>;
+  }
 }
 
-template <int CHANNELS>
-void wgrad_mixed(const WgradPass& p, const WgradRow& row, int rows, float* const* out) {
-  p.sliding() ? wgrad_mixed<CHANNELS, true>(p, row, rows, out)
-              : wgrad_mixed<CHANNELS, false>(p, row, rows, out);
+// By the rows of dy taken together (1 to WGRAD_ROWS) and the channels (1 or 2).
+inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, bool sliding) {
+  const bool two = channels > 1;
+  if constexpr (WGRAD_ROWS == 3) {
+    if (rows == 3) return two ? pairs_function<3, 2>(fetch, sliding) : pairs_function<3, 1>(fetch, sliding);
+    if (rows == 2) return two ? pairs_function<2, 2>(fetch, sliding) : pairs_function<2, 1>(fetch, sliding);
+  }
+  return two ? pairs_function<1, 2>(fetch, sliding) : pairs_function<1, 1>(fetch, sliding);
 }
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Vectors [first, end) all lie in one group: one packed stripe of x serves them all.
+// Every vector's lanes lie in one group: x and dy of a stripe are packed, then dw of each block of
+// channels and each vertical tap takes all pixels of the stripe without leaving the registers.
 template <typename T>
-void wgrad_uniform(const WgradPass& p, int64_t image, int64_t first, int64_t end, float* dw,
-                   Scratch& scratch) {
+void wgrad_by_stripes(const WgradPass& p, int64_t image, int64_t vectors, SourcePlan& x, SourcePlan& dy,
+                      float* dw, Scratch& scratch) {
   const GroupedConvShape& s = p.shape;
-  const int64_t channel = first * LANES / p.output_per_group * p.source_per_group;
   const int64_t block = p.columns * LANES;
-  const int64_t blocks = (p.source_per_group + LANES - 1) / LANES;
-  const int64_t x_row = blocks * block, dy_row = p.dy_columns() * LANES;
-  const int64_t most = std::max<int64_t>(1, STRIPE_FLOATS / (x_row * s.stride_h + dy_row));
+  const int64_t most = std::max<int64_t>(1, STRIPE_FLOATS / (x.row_floats * s.stride_h + dy.row_floats));
   const int64_t stripe = std::min(most, s.oh);
-  const int64_t x_rows = (stripe - 1) * s.stride_h + 2 * s.dil_h + 1;
-  float* x = scratch.floats(x_rows * x_row + stripe * dy_row);
-  float* dy = x + x_rows * x_row;
+  const int64_t reach = 2 * s.dil_h + 1, x_rows = (stripe - 1) * s.stride_h + reach;
+  float* memory = scratch.floats(x_rows * x.row_floats + stripe * dy.row_floats);
+  x.place(memory, x_rows);
+  dy.place(memory + x_rows * x.row_floats, stripe);
+  const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
   for (int64_t begin = 0; begin < s.oh; begin += stripe) {
     const int64_t rows = std::min(stripe, s.oh - begin);
     const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
-    for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
+    for (int64_t i = 0; i < (rows - 1) * s.stride_h + reach; ++i)
       if (origin + i >= 0 && origin + i < s.h)
-        pack_row_blocks<T>(p.x, image, origin + i, channel, p.source_per_group,
-                           RowColumns{p.first_column, p.columns, s.w}, x + i * x_row);
-    for (int64_t v = first; v < end; ++v) {
-      const int64_t k = v * LANES;
-      for (int64_t i = 0; i < rows; ++i)
-        pack_row_blocks<T>(p.dy, image, begin + i, k, std::min<int64_t>(LANES, s.k - k),
-                           RowColumns{-2, p.dy_columns(), s.ow}, dy + i * dy_row);
-      float* out = dw + (v - first) * p.vector_floats();
+        pack_row<T>(p.x, x, image, origin + i, i, x_columns, nullptr);
+    for (int64_t i = 0; i < rows; ++i) pack_row<T>(p.dy, dy, image, begin + i, i, dy_columns, nullptr);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const PackedSource& source = x.sources[x.source_of[v]];
+      const PackedSource& gradient = dy.sources[v];
+      float* out = dw + v * p.vector_floats();
       for (int64_t kh = 0; kh < 3; ++kh) {
         const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
         const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
         const int64_t high = std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1);
         if (low >= high) continue;
+        const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
         for (int64_t c = 0; c < p.source_per_group;) {
           const int64_t here = std::min<int64_t>(
               {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
-          const WgradStripe part{
-              x + (kh * s.dil_h + low * s.stride_h) * x_row + c / LANES * block + c % LANES,
-              s.stride_h * x_row, dy + low * dy_row, high - low};
+          const WgradStripe part{first + c / LANES * block + c % LANES, s.stride_h * source.row_floats,
+                                 gradient.rows + low * gradient.row_floats, high - low};
           wgrad_stripe<WGRAD_CHANNELS>(p, part, here, out + (c * 9 + kh * 3) * LANES);
           c += here;
         }
@@ -212,55 +232,50 @@ void wgrad_uniform(const WgradPass& p, int64_t image, int64_t first, int64_t end
   }
 }
 
-// The lanes of vector v span groups: x as one vector per channel, row by row.
+// Some vector's lanes span groups: x row by row, against the rows of dy that it meets.
 template <typename T>
-void wgrad_spanning(const WgradPass& p, int64_t image, int64_t v, float* dw, Scratch& scratch) {
+void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePlan& x, SourcePlan& dy,
+                   float* dw, Scratch& scratch) {
   const GroupedConvShape& s = p.shape;
-  const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, s.k - k);
-  const int64_t group = k / p.output_per_group, last_group = (k + lanes - 1) / p.output_per_group;
-  const int64_t span = (last_group - group + 1) * p.source_per_group;
-  const int64_t channel = group * p.source_per_group;
-  int32_t lane_base[LANES];
-  for (int64_t l = 0; l < LANES; ++l)
-    lane_base[l] = l < lanes
-                       ? static_cast<int32_t>(((k + l) / p.output_per_group - group) * p.source_per_group)
-                       : 0;
-  const int64_t next = p.columns * LANES, dy_row = p.dy_columns() * LANES;
   const int64_t ring = std::min(s.oh, 2 * s.dil_h + 1);
-  const int64_t x_floats = p.source_per_group * next, span_floats = (span + LANES) / 16 * 16 + 16;
-  float* x = scratch.floats(x_floats + ring * dy_row + span_floats + 2 * ring + 16);
-  float* dy = x + x_floats;
-  float* span_buffer = dy + ring * dy_row;
-  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + span_floats);  // dy row of each slot
-  for (int64_t i = 0; i < ring; ++i) slots[i] = -1;
+  float* memory =
+      scratch.floats(x.row_floats + ring * (dy.row_floats + 2) + x.span_floats() + 32);
+  x.place(memory, 1);
+  dy.place(memory + x.row_floats, ring);
+  float* span_buffer = memory + (x.row_floats + ring * dy.row_floats + 15) / 16 * 16;
+  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + x.span_floats());  // dy row in each slot
+  std::fill(slots, slots + ring, -1);
+  const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
   for (int64_t at = 0; at < s.h; ++at) {
-    WgradRow row{x, next, {nullptr, nullptr, nullptr}};
-    int taps[3], rows = 0;
+    int taps[3], meets = 0;
+    int64_t slot[3];
     for (int kh = 0; kh < 3; ++kh) {
       const int64_t shifted = at + s.pad_h - kh * s.dil_h;
       if (shifted < 0 || shifted % s.stride_h != 0 || shifted / s.stride_h >= s.oh) continue;
       const int64_t oh = shifted / s.stride_h;
-      float* packed = dy + oh % ring * dy_row;
-      if (slots[oh % ring] != oh) {
-        slots[oh % ring] = oh;
-        pack_row_blocks<T>(p.dy, image, oh, k, lanes, RowColumns{-2, p.dy_columns(), s.ow}, packed);
-      }
-      row.dy[rows] = packed;
-      taps[rows++] = kh;
+      slot[meets] = oh % ring;
+      taps[meets++] = kh;
+      if (slots[oh % ring] == oh) continue;
+      slots[oh % ring] = oh;
+      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns, nullptr);
     }
-    if (rows == 0) continue;
-    pack_row_mixed<T>(p.x, image, at, channel, span, p.source_per_group, lane_base,
-                      RowColumns{p.first_column, p.columns, s.w}, x, span_buffer);
-    for (int64_t c = 0; c < p.source_per_group;) {
-      float* out[3];
-      for (int r = 0; r < rows; ++r) out[r] = dw + (c * 9 + taps[r] * 3) * LANES;
-      row.x = x + c * next;
-      if (WGRAD_MIXED <= p.source_per_group - c) {
-        wgrad_mixed<WGRAD_MIXED>(p, row, rows, out);
-        c += WGRAD_MIXED;
-      } else {
-        wgrad_mixed<1>(p, row, rows, out);
-        ++c;
+    if (meets == 0) continue;
+    pack_row<T>(p.x, x, image, at, 0, x_columns, span_buffer);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const PackedSource& source = x.sources[x.source_of[v]];
+      const PackedSource& gradient = dy.sources[v];
+      for (int first = 0; first < meets; first += WGRAD_ROWS) {
+        const int rows = std::min(WGRAD_ROWS, meets - first);
+        WgradRow row{nullptr, p.columns * LANES, {nullptr, nullptr, nullptr}};
+        for (int r = 0; r < rows; ++r) row.dy[r] = gradient.rows + slot[first + r] * gradient.row_floats;
+        for (int64_t c = 0; c < p.source_per_group; c += 2) {
+          const int per_block = block_channels(source.fetch);
+          row.x = source.rows + c / per_block * row.block + (source.fetch == Fetch::broadcast ? c % LANES : 0);
+          float* out[3];
+          for (int r = 0; r < rows; ++r)
+            out[r] = dw + v * p.vector_floats() + (c * 9 + taps[first + r] * 3) * LANES;
+          pairs_function(rows, p.source_per_group - c, source.fetch, p.sliding())(p, row, out);
+        }
       }
     }
   }
@@ -268,30 +283,23 @@ void wgrad_spanning(const WgradPass& p, int64_t image, int64_t v, float* dw, Scr
 
 template <typename T>
 void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, Scratch& rows, Scratch& image_dw) {
-  const int64_t first = chunk * p.chunk, end = std::min(p.vectors(), first + p.chunk);
-  const int64_t floats = (end - first) * p.vector_floats();
+  const int64_t first = chunk * p.chunk, vectors = std::min(p.vectors(), first + p.chunk) - first;
+  const int64_t floats = vectors * p.vector_floats();
   float* total = p.partials + (split * p.vectors() + first) * p.vector_floats();
   float* dw = image_dw.floats(floats);
+  SourcePlan x(first, vectors, p.shape.k, p.output_per_group, p.source_per_group, p.columns);
+  SourcePlan dy(first, vectors, p.shape.k, p.dy_columns());
+  const bool uniform = std::all_of(x.sources, x.sources + x.count, [](const PackedSource& source) {
+    return source.fetch == Fetch::broadcast;
+  });
   std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
   const Share images(p.shape.n, split, p.splits);
   for (int64_t image = images.begin; image < images.end; ++image) {
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
-    for (int64_t v = first; v < end;) {
-      const auto group_of = [&](int64_t channel) { return channel / p.output_per_group; };
-      const auto uniform = [&](int64_t u) {
-        return group_of(u * LANES) == group_of(std::min((u + 1) * LANES, p.shape.k) - 1);
-      };
-      float* out = dw + (v - first) * p.vector_floats();
-      if (!uniform(v)) {
-        wgrad_spanning<T>(p, image, v, out, rows);
-        ++v;
-        continue;
-      }
-      int64_t u = v + 1;
-      while (u < end && uniform(u) && group_of(u * LANES) == group_of(v * LANES)) ++u;
-      wgrad_uniform<T>(p, image, v, u, out, rows);
-      v = u;
-    }
+    if (uniform)
+      wgrad_by_stripes<T>(p, image, vectors, x, dy, dw, rows);
+    else
+      wgrad_by_rows<T>(p, image, vectors, x, dy, dw, rows);
     for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
 }
@@ -307,8 +315,8 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.dweight = q.dweight;
   p.partials = q.workspace;
-  p.chunk = std::min<int64_t>(p.vectors(), std::min<int64_t>(8, std::max<int64_t>(1, p.output_per_group / LANES)));
-  p.splits = std::max<int64_t>(1, std::min(s.n, 64 / p.chunks()));
+  p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST / 2 : SourcePlan::MOST);
+  p.splits = std::max<int64_t>(1, std::min(s.n, 32 / p.chunks()));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
   return p;

@@ -39,6 +39,7 @@
 // Loops over accumulators must unroll completely, or the accumulators live in memory.
 #define GCONV_UNROLL _Pragma("GCC unroll 64")
 #define GCONV_INLINE inline __attribute__((always_inline))
+#define GCONV_LAMBDA __attribute__((always_inline))
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -135,9 +136,13 @@ GCONV_INLINE Vec relu_mask(Vec g, Vec z) {
 }
 GCONV_INLINE Index index_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm512_add_epi32(i, _mm512_set1_epi32(n)); }
-// lane l of the result is lane index[l] of a.
+// lane l of the result is lane index[l] (modulo LANES) of a.
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm512_permutexvar_ps(i, a.v)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm512_i32gather_ps(i, p, 4)}; }
+
+// Each even (odd) element twice. From memory these cost a load and no shuffle.
+GCONV_INLINE Vec load_even_twice(const float* p) { return {_mm512_moveldup_ps(_mm512_loadu_ps(p))}; }
+GCONV_INLINE Vec load_odd_twice(const float* p) { return {_mm512_movehdup_ps(_mm512_loadu_ps(p))}; }
 
 GCONV_INLINE Vec load_as(const float* p) { return load(p); }
 GCONV_INLINE Vec load_as(const bf16* p) {
@@ -222,6 +227,9 @@ GCONV_INLINE Index index_load(const int32_t* p) {
 GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm256_add_epi32(i, _mm256_set1_epi32(n)); }
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm256_permutevar8x32_ps(a.v, i)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm256_i32gather_ps(p, i, 4)}; }
+
+GCONV_INLINE Vec load_even_twice(const float* p) { return {_mm256_moveldup_ps(_mm256_loadu_ps(p))}; }
+GCONV_INLINE Vec load_odd_twice(const float* p) { return {_mm256_movehdup_ps(_mm256_loadu_ps(p))}; }
 
 GCONV_INLINE Vec from_bf16(__m128i bits) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
@@ -317,8 +325,10 @@ GCONV_INLINE Index index_load(const int32_t* p) {
 GCONV_INLINE Index index_add(Index i, int32_t n) { return i + Int4{n, n, n, n}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {Float4{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
 GCONV_INLINE Vec permute(Vec a, Index i) {
-  return {Float4{a.v[i[0]], a.v[i[1]], a.v[i[2]], a.v[i[3]]}};
+  return {Float4{a.v[i[0] & 3], a.v[i[1] & 3], a.v[i[2] & 3], a.v[i[3] & 3]}};
 }
+GCONV_INLINE Vec load_even_twice(const float* p) { return {Float4{p[0], p[0], p[2], p[2]}}; }
+GCONV_INLINE Vec load_odd_twice(const float* p) { return {Float4{p[1], p[1], p[3], p[3]}}; }
 
 GCONV_INLINE float value_of(float x) { return x; }
 GCONV_INLINE float value_of(bf16 x) { return bf16_value(x.bits); }
