@@ -207,8 +207,21 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
+def _to_channels_last(x: Tensor) -> Tensor:
+    """x in channels_last, which gconv's kernels read in place; the layers that follow keep to it."""
+    if x.dim() != 4:
+        return x
+    if x.shape[1] == 1:
+        # One channel is contiguous in both formats; only a copy gets the strides that say channels_last.
+        return x.clone(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class ResNet(nn.Module):
     """ResNet of any of the kinds above: images [N, in_channels, H, W] -> logits [N, num_classes].
+
+    Images of either memory format are taken to channels_last once and stay so: what a hook on a stage sees
+    has torchvision's values in channels_last strides. (A stock model keeps the format of the images.)
 
     The arguments up to `norm_layer` are torchvision's. The rest, by keyword:
         in_channels: channels of the images.
@@ -341,7 +354,7 @@ class ResNet(nn.Module):
         if _calls_modules(self, x):
             x = self.relu(self.bn1(self.conv1(x)))
         else:
-            x = fuse_modules_forward(x, self.conv1, self.bn1)
+            x = fuse_modules_forward(_to_channels_last(x), self.conv1, self.bn1)
         x = self.maxpool(x)
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)

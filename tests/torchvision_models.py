@@ -1,0 +1,100 @@
+"""torchvision's models where torchvision is installed, and a list of their names and shapes where it is not.
+
+`python tests/torchvision_models.py` writes tests/data/torchvision_resnets.json from the torchvision at hand.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+NAMES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+DATA = Path(__file__).parent / "data" / "torchvision_resnets.json"
+# Models whose initial weights with seed 0 are listed too: one of each kind of block.
+SEEDED = ("resnet18", "resnext50_32x4d")
+
+_library = None
+
+
+def import_torchvision():
+    """The module torchvision, or None where it is not installed.
+
+    Its wheel's own ops do not load beside a torch for the CPU alone; the two that are declared at import get
+    a schema here, which is all that its models need.
+    """
+    global _library
+    if _library is None:
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in (
+            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        ):
+            name = schema.partition("(")[0]
+            if not hasattr(torch.ops.torchvision, name):
+                _library.define(schema)
+    try:
+        import torchvision
+    except ImportError:
+        return None
+    return torchvision
+
+
+def require_torchvision():
+    """The module torchvision; skips the test where it is not installed."""
+    torchvision = import_torchvision()
+    if torchvision is None:
+        pytest.skip("torchvision is not installed: pip install --no-deps torchvision==0.28.0")
+    return torchvision
+
+
+def names_and_shapes(model):
+    """{name: shape} of the model's state dict, in its order."""
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def first_values(model, count=4):
+    """{name: its first values} of every tensor of more than one value that initialisation draws at random."""
+    return {
+        name: [round(value, 7) for value in tensor.flatten()[:count].tolist()]
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and tensor.flatten()[:count].unique().numel() > 1
+    }
+
+
+def main():
+    torchvision = import_torchvision()
+    if torchvision is None:
+        raise SystemExit("torchvision is not installed: pip install --no-deps torchvision==0.28.0")
+    shapes, seeded = {}, {}
+    for name in NAMES:
+        with torch.device("meta"):
+            shapes[name] = names_and_shapes(getattr(torchvision.models, name)())
+    for name in SEEDED:
+        torch.manual_seed(0)
+        seeded[name] = first_values(getattr(torchvision.models, name)())
+    version = torchvision.__version__.partition("+")[0]
+    sections = [f'"torchvision": "{version}"']
+    for title, content in (("names_and_shapes", shapes), ("first_values_with_seed_0", seeded)):
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}"
+            for name, value in content.items()
+        ]
+        sections.append(f'"{title}": {{\n' + ",\n".join(lines) + "\n}")
+    DATA.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+    print(f"{DATA}: {len(shapes)} models of torchvision {version}")
+
+
+if __name__ == "__main__":
+    main()
