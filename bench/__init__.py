@@ -1,1 +1,2 @@
-"""Benchmarks of gconv: `python -m gconv.bench --help`. The method is written down in NOTES.md beside this file."""
+"""Benchmarks of gconv: `python -m gconv.bench --help`. The method is written down in NOTES.md beside this
+file."""

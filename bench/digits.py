@@ -13,10 +13,12 @@ TRAIN = 0.75
 
 
 def load(seed: int = 0) -> dict[str, Tensor]:
-    """x_train [1348, 1, 32, 32], y_train, x_test [449, 1, 32, 32], y_test; float32, standardised by the training part.
+    """x_train [1348, 1, 32, 32], y_train, x_test [449, 1, 32, 32], y_test; float32, standardised by the
+    training part.
 
-    The split is drawn from `seed`. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI
-    Machine Learning Repository, 1998. Raises ModuleNotFoundError, naming the cure, where scikit-learn is missing.
+    The split is drawn from `seed`. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
+    Digits, UCI Machine Learning Repository, 1998. Raises ModuleNotFoundError, naming the cure, where
+    scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits

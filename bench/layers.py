@@ -1,4 +1,5 @@
-"""The layer benchmark: conv + BN + ReLU of named layers against the best of what torch offers, checked, then timed."""
+"""The layer benchmark: conv + BN + ReLU of named layers against the best of what torch offers, checked,
+then timed."""
 
 from __future__ import annotations
 
@@ -156,7 +157,15 @@ def _cells(row: dict, shape: ConvShape) -> list[Cell]:
     head = [Cell(row["layer"]), Cell(shape.describe()), Cell(row["mode"])]
     if not row["match"]:
         blank = Cell("–")
-        return [*head, Cell("✗", "bad"), blank, best, Cell(LABELS[row["best"]]), Cell("wrong", "bad"), *[blank] * 4]
+        return [
+            *head,
+            Cell("✗", "bad"),
+            blank,
+            best,
+            Cell(LABELS[row["best"]]),
+            Cell("wrong", "bad"),
+            *[blank] * 4,
+        ]
     return [
         *head,
         Cell(f"✓ {row['error_ratio']:.2f}×", "good"),

@@ -25,7 +25,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of the checkout this file is in, with "+" if tracked source files differ from it, or "installed"."""
+    """The commit of the checkout this file is in, with "+" if tracked source files differ from it, or
+    "installed"."""
     if not os.path.exists(os.path.join(_ROOT, ".git")):
         return "installed"
     sha = _git("rev-parse", "--short=12", "HEAD")

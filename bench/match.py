@@ -15,14 +15,16 @@ __all__ = ["ALLOWED", "NONSENSE", "Problem", "Verdict", "compare", "exact_result
 
 ALLOWED = 2.0  # our error may be this many times torch's own, plus one unit in the last place
 NONSENSE = 100.0  # a rival is left out only if it is plainly wrong
-# ReLU's derivative jumps at 0. Where the exact value lies within this distance of 0, rounding alone decides the side and
-# two right answers differ by the whole gradient; there the upstream gradient is set to 0, for everyone.
+# ReLU's derivative jumps at 0. Where the exact value lies within this distance of 0, rounding alone decides
+# the side and two right answers differ by the whole gradient; there the upstream gradient is set to 0, for
+# everyone.
 KINK = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
 class Problem:
-    """One layer with its data: what every rival is given. The modules share names, so state dicts go both ways."""
+    """One layer with its data: what every rival is given. The modules share names, so state dicts go both
+    ways."""
 
     shape: ConvShape
     batch: int
@@ -33,7 +35,8 @@ class Problem:
 
     @classmethod
     def make(cls, shape: ConvShape, batch: int, dtype: torch.dtype, seed: int = 0) -> Problem:
-        """Random weights, data and batch norm parameters; the convolution's weight and the activations have `dtype`."""
+        """Random weights, data and batch norm parameters; the convolution's weight and the activations have
+        `dtype`."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> Tensor:
@@ -41,7 +44,13 @@ class Problem:
 
         bn = nn.BatchNorm2d(shape.out_channels)
         conv = nn.Conv2d(
-            shape.in_channels, shape.out_channels, 3, shape.stride, shape.padding, groups=shape.groups, bias=False
+            shape.in_channels,
+            shape.out_channels,
+            3,
+            shape.stride,
+            shape.padding,
+            groups=shape.groups,
+            bias=False,
         )
         with torch.no_grad():
             conv.weight.copy_(normal(*conv.weight.shape) * (2 / (9 * shape.channels_per_group)) ** 0.5)
@@ -55,7 +64,8 @@ class Problem:
         return cls(shape, batch, dtype, stock, x, dy)
 
     def without_kinks(self) -> Problem:
-        """The same problem with the upstream gradient zeroed where the exact input of the ReLU is next to 0."""
+        """The same problem with the upstream gradient zeroed where the exact input of the ReLU is next to
+        0."""
         exact = _double(self.stock).train()
         with torch.no_grad():
             near = exact.bn(exact.conv(self.x.double())).abs() < KINK[self.dtype]
@@ -68,7 +78,13 @@ def _double(module: nn.Module) -> nn.Sequential:
     copy = nn.Sequential(
         OrderedDict(
             conv=nn.Conv2d(
-                conv.in_channels, conv.out_channels, 3, conv.stride, conv.padding, groups=conv.groups, bias=False
+                conv.in_channels,
+                conv.out_channels,
+                3,
+                conv.stride,
+                conv.padding,
+                groups=conv.groups,
+                bias=False,
             ),
             bn=nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum),
             relu=nn.ReLU(),
@@ -81,8 +97,9 @@ def _double(module: nn.Module) -> nn.Sequential:
 def results(
     module: nn.Module, problem: Problem, mode: str, layout: torch.memory_format, call: Callable | None = None
 ) -> dict[str, Tensor]:
-    """What `module` (or `call`, its compiled form) makes of the problem in this memory layout: y, and in training every
-    gradient and running statistic. The module starts from the problem's state and is left in it."""
+    """What `module` (or `call`, its compiled form) makes of the problem in this memory layout: y, and in
+    training every gradient and running statistic. The module starts from the problem's state and is left in
+    it."""
     call = call or module
     module.load_state_dict(problem.stock.state_dict())
     dtype = module.conv.weight.dtype
@@ -144,7 +161,8 @@ def compare(
     torchs: list[dict[str, Tensor]],
     allowed: float = ALLOWED,
 ) -> Verdict:
-    """Checks every tensor of `exact`: error <= allowed x torch's own (the larger of `torchs`) + one ulp, RMS and max."""
+    """Checks every tensor of `exact`: error <= allowed x torch's own (the larger of `torchs`) + one ulp,
+    RMS and max."""
     worst_ratio, worst, failed = 0.0, "", []
     for key, want in exact.items():
         if key not in got or got[key] is None:

@@ -1,4 +1,5 @@
-"""CSV records of the layer benchmark: one row per layer, mode and dtype of a run; rows are only ever appended."""
+"""CSV records of the layer benchmark: one row per layer, mode and dtype of a run; rows are only ever
+appended."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "records")
 
 _WHERE = ("date", "commit", "machine", "device", "cores", "isa", "threads", "gconv", "torch", "python")
 _WHAT = (
-    "model", "layer", "count", "in_channels", "out_channels", "groups", "size", "stride", "batch", "dtype", "mode"
+    "model", "layer", "count", "in_channels", "out_channels", "groups", "size", "stride", "batch", "dtype",
+    "mode",
 )  # fmt: skip
 # "error_ratio" is our worst error as a multiple of torch's own; without a match there are no times of ours.
 _HOW = ("kernel", "match", "error_ratio", "worst")
@@ -22,14 +24,14 @@ _TIMES = tuple(
     f"{name}_ms{suffix}" for name in ("gconv", *RIVALS) for suffix in ("", "_p20", "_p80")
 )  # medians, and the 20th and 80th percentile
 _CONCLUSION = (
-    "best", "ratio", "ratio_low", "ratio_high", "gflops", "gbps", "flops", "bytes", "roof_ms", "roof_percent", "bound",
-    "copy_gbps", "gemm_gflops", "gconv_peak_mb", "best_peak_mb", "rounds", "dropped", "noisy", "note",
+    "best", "ratio", "ratio_low", "ratio_high", "gflops", "gbps", "flops", "bytes", "roof_ms", "roof_percent",
+    "bound", "copy_gbps", "gemm_gflops", "gconv_peak_mb", "best_peak_mb", "rounds", "dropped", "noisy", "note",
 )  # fmt: skip
 COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
 
 _TEXT = {
-    "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype", "mode",
-    "kernel", "match", "worst", "best", "bound", "note",
+    "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype",
+    "mode", "kernel", "match", "worst", "best", "bound", "note",
 }  # fmt: skip
 _FLAGS = {"match": ("no", "yes"), "noisy": ("no", "yes")}
 
@@ -54,7 +56,8 @@ def _parse(key: str, text: str):
 
 
 def append(path: str, rows: Iterable[dict]) -> None:
-    """Appends the rows; a new file gets the heading. ValueError if the file has other columns or a row unknown keys."""
+    """Appends the rows; a new file gets the heading. ValueError if the file has other columns or a row
+    unknown keys."""
     rows = list(rows)
     for row in rows:
         unknown = set(row) - set(COLUMNS)
@@ -65,7 +68,9 @@ def append(path: str, rows: Iterable[dict]) -> None:
         with open(path, newline="", encoding="utf-8") as file:
             heading = tuple(next(csv.reader(file)))
         if heading != COLUMNS:
-            raise ValueError(f"records: {path}: want the columns {', '.join(COLUMNS)}, got {', '.join(heading)}")
+            raise ValueError(
+                f"records: {path}: want the columns {', '.join(COLUMNS)}, got {', '.join(heading)}"
+            )
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -80,7 +85,9 @@ def load(path: str) -> list[dict]:
         reader = csv.DictReader(file)
         missing = set(COLUMNS) - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"records: {path}: want the columns of the layer benchmark, missing {sorted(missing)}")
+            raise ValueError(
+                f"records: {path}: want the columns of the layer benchmark, missing {sorted(missing)}"
+            )
         return [{key: _parse(key, row[key]) for key in COLUMNS} for row in reader]
 
 

@@ -1,4 +1,5 @@
-"""The implementations of conv + BN + ReLU that are timed against each other, each on the same weights and data."""
+"""The implementations of conv + BN + ReLU that are timed against each other, each on the same weights and
+data."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ LABELS = {
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
 }
-# Inputs rotate so that a call finds its data where a network leaves it, in the outer caches, and never only in the
-# innermost ones: enough buffers to fill this much, but at most so many.
+# Inputs rotate so that a call finds its data where a network leaves it, in the outer caches, and never only
+# in the innermost ones: enough buffers to fill this much, but at most so many.
 ROTATE_BYTES = 24 << 20
 MAX_BUFFERS = 8
 
@@ -36,10 +37,13 @@ class Unavailable(Exception):
 
 
 class Rival:
-    """A callable with its rotating inputs. Training is a whole step of the layer: forward, then backward to the gradients
-    of x, weight, gamma and beta, running statistics updated, gradients of the step before already dropped."""
+    """A callable with its rotating inputs. Training is a whole step of the layer: forward, then backward to
+    the gradients of x, weight, gamma and beta, running statistics updated, gradients of the step before
+    already dropped."""
 
-    def __init__(self, name: str, module: nn.Module, problem: Problem, mode: str, layout: torch.memory_format):
+    def __init__(
+        self, name: str, module: nn.Module, problem: Problem, mode: str, layout: torch.memory_format
+    ):
         self.name, self.module, self.problem, self.mode, self.layout = name, module, problem, mode, layout
         self.call: Callable[[Tensor], Tensor] = module
         size = problem.x.numel() * problem.x.element_size()
@@ -101,7 +105,8 @@ def _gconv(problem: Problem, mode: str) -> Rival:
 
 
 def _compile(problem: Problem, mode: str) -> Rival:
-    """torch.compile (inductor) at its best: channels_last, static shapes, weights frozen into the code for inference."""
+    """torch.compile (inductor) at its best: channels_last, static shapes, weights frozen into the code for
+    inference."""
     import torch._dynamo
     import torch._inductor.config as inductor
 
@@ -126,7 +131,9 @@ def _onnxruntime(problem: Problem, mode: str) -> Rival:
 
     import onnxruntime
 
-    rival = Rival("onnxruntime", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format)
+    rival = Rival(
+        "onnxruntime", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format
+    )
     file = io.BytesIO()
     torch.onnx.export(rival.module, (rival.xs[0],), file, dynamo=False, input_names=["x"], output_names=["y"])
     options = onnxruntime.SessionOptions()
@@ -148,10 +155,14 @@ def _openvino(problem: Problem, mode: str) -> Rival:
         raise Unavailable("openvino is not installed")
     import openvino
 
-    rival = Rival("openvino", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format)
+    rival = Rival(
+        "openvino", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format
+    )
     converted = openvino.convert_model(rival.module, example_input=rival.xs[0], input=[list(problem.x.shape)])
     compiled = openvino.compile_model(
-        converted, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        converted,
+        "CPU",
+        {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"},
     )
     request = compiled.create_infer_request()
     rival.call = lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])

@@ -1,4 +1,5 @@
-"""What this machine can do at best, measured in the same run: a copy and a matrix product. And the roofline from them."""
+"""What this machine can do at best, measured in the same run: a copy and a matrix product. And the roofline
+from them."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def _best_seconds(call, repeats: int = REPEATS) -> float:
 
 
 def measure(dtype: torch.dtype, gemm_size: int = GEMM_SIZE, copy_mib: tuple[int, ...] = COPY_MIB) -> Roofs:
-    """The fastest of a few repeats: a roof is an upper bound, and interference only ever lowers what one sees."""
+    """The fastest of a few repeats: a roof is an upper bound, and interference only ever lowers what one
+    sees."""
     copy = 0.0
     for mib in copy_mib:
         source = torch.ones(mib << 20, dtype=torch.uint8)
@@ -55,7 +57,8 @@ def measure(dtype: torch.dtype, gemm_size: int = GEMM_SIZE, copy_mib: tuple[int,
 
 
 def roof_ms(flops: float, nbytes: float, roofs: Roofs) -> float:
-    """The least time of a direct algorithm: arithmetic at the GEMM's rate or traffic at the copy's, the slower one."""
+    """The least time of a direct algorithm: arithmetic at the GEMM's rate or traffic at the copy's, the
+    slower one."""
     return max(flops / roofs.gemm_gflops, nbytes / roofs.copy_gbps) / 1e6
 
 

@@ -1,6 +1,7 @@
 """A live table with progress bars in a terminal; plain lines where stdout is a file or rich is not installed.
 
-Nothing refreshes in the background: a thread that redraws the screen would take a core from what is being measured.
+Nothing refreshes in the background: a thread that redraws the screen would take a core from what is being
+measured.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Sequence
 try:
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
     from rich.text import Text
 except ImportError:
@@ -69,7 +77,9 @@ class Screen:
         if self.console is None:
             print(f"\n{self.title}", flush=True)
             return self
-        self.table = Table(title=self.title, title_justify="left", title_style="bold", expand=False, pad_edge=False)
+        self.table = Table(
+            title=self.title, title_justify="left", title_style="bold", expand=False, pad_edge=False
+        )
         for heading, justify in self.columns:
             self.table.add_column(heading, justify=justify, no_wrap=True)
         self.progress = Progress(

@@ -1,4 +1,5 @@
-"""Named 3x3 layers of real models, with the operations and bytes that none of their implementations can avoid."""
+"""Named 3x3 layers of real models, with the operations and bytes that none of their implementations can
+avoid."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ __all__ = ["MODELS", "ConvShape", "select"]
 
 # Floating-point operations of forward + backward in units of the forward: y, dx and dweight cost the same.
 TRAINING_FLOPS = 3
-# Activation-sized passes over memory of conv + BN + ReLU in training, (input-sized, output-sized), when the batch
-# statistics force a barrier in the forward and the backward and nothing is read twice without need:
-#   forward   read x, write y | read y, write z               (mean and variance of y are known only at the end)
-#   backward  read dz, y | read dz, y, x, write dx            (dgamma and dbeta are known only at the end)
+# Activation-sized passes over memory of conv + BN + ReLU in training, (input-sized, output-sized), when the
+# batch statistics force a barrier in the forward and the backward and nothing is read twice without need:
+#   forward   read x, write y | read y, write z         (mean and variance of y are known only at the end)
+#   backward  read dz, y | read dz, y, x, write dx      (dgamma and dbeta are known only at the end)
 TRAINING_PASSES = (3, 7)
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """One 3x3 convolution followed by batch norm and ReLU. Images are square; padding keeps the size at stride 1."""
+    """One 3x3 convolution followed by batch norm and ReLU. Images are square; padding keeps the size at
+    stride 1."""
 
     model: str
     layer: str
@@ -51,7 +53,8 @@ class ConvShape:
         return forward * (TRAINING_FLOPS if mode == "training" else 1)
 
     def bytes(self, batch: int, mode: str, itemsize: int) -> int:
-        """Compulsory traffic: each operand once (inference), or once per side of a batch-wide barrier (training)."""
+        """Compulsory traffic: each operand once (inference), or once per side of a batch-wide barrier
+        (training)."""
         x = batch * self.in_channels * self.size**2
         y = batch * self.out_channels * self.out_size**2
         if mode == "inference":
@@ -69,7 +72,8 @@ class ConvShape:
 def _resnet_layers(
     model: str, groups: int, width_per_group: int, depths: tuple[int, ...], first: int = 56
 ) -> tuple[ConvShape, ...]:
-    """The 3x3 layers of a bottleneck ResNet (arXiv 1512.03385, 1611.05431): "s2" is stage 2, "s2d" its strided one."""
+    """The 3x3 layers of a bottleneck ResNet (arXiv 1512.03385, 1611.05431): "s2" is stage 2, "s2d" its
+    strided one."""
     layers = []
     for stage, depth in enumerate(depths):
         width = int(64 * 2**stage * width_per_group / 64) * groups
@@ -91,7 +95,9 @@ def regnet_stages(
         s_j = round(math.log((w_0 + w_a * j) / w_0) / math.log(w_m))
         widths.append(int(round(w_0 * w_m**s_j / 8) * 8))
     stages = sorted(set(widths))
-    return tuple(_whole_groups(w, min(group_width, w)) for w in stages), tuple(widths.count(w) for w in stages)
+    return tuple(_whole_groups(w, min(group_width, w)) for w in stages), tuple(
+        widths.count(w) for w in stages
+    )
 
 
 def _whole_groups(width: int, group_width: int) -> int:
@@ -100,7 +106,9 @@ def _whole_groups(width: int, group_width: int) -> int:
     return rounded if rounded >= 0.9 * width else rounded + group_width
 
 
-def _regnet_layers(model: str, depth: int, w_0: int, w_a: float, w_m: float, group_width: int) -> tuple[ConvShape, ...]:
+def _regnet_layers(
+    model: str, depth: int, w_0: int, w_a: float, w_m: float, group_width: int
+) -> tuple[ConvShape, ...]:
     """The 3x3 layers of a RegNet: every stage, the first included, halves the 112x112 images of the stem."""
     widths, depths = regnet_stages(depth, w_0, w_a, w_m, group_width)
     layers = []
@@ -128,7 +136,8 @@ MODELS: dict[str, tuple[ConvShape, ...]] = {
 
 
 def select(model: str, layers: str | None = None) -> tuple[ConvShape, ...]:
-    """The layers of `model`, or those of them named in the comma-separated `layers`. ValueError names what exists."""
+    """The layers of `model`, or those of them named in the comma-separated `layers`. ValueError names what
+    exists."""
     if model not in MODELS:
         raise ValueError(f"bench: model: want one of {', '.join(MODELS)}, got {model!r}")
     shapes = {shape.layer: shape for shape in MODELS[model]}

@@ -1,13 +1,15 @@
 """Times several rivals against each other so that a shared, drifting machine treats them alike.
 
-The rivals take turns (A B C, B C A, C A B, ...). A turn of a fast rival is one untimed call, in which its threads wake
-up and the code of its predecessor leaves the caches, and then a few timed ones; a turn of a slow rival is one timed
-call. Figures are percentiles over all timed calls, and the interval of a ratio comes from resampling whole rounds.
+The rivals take turns (A B C, B C A, C A B, ...). A turn of a fast rival is one untimed call, in which its
+threads wake up and the code of its predecessor leaves the caches, and then a few timed ones; a turn of a
+slow rival is one timed call. Figures are percentiles over all timed calls, and the interval of a ratio
+comes from resampling whole rounds.
 
-Interference is recognised by its cause first: the kernel counts how often it took a core away from this process
-(involuntary context switches) and for how long the host did (steal time). A round in which either moved by more than a
-little is dropped for all rivals alike. Jumps the guest cannot see (a call more than JUMP_MS and JUMP_RATIO above its
-rival's own median) drop their round too. If too few rounds survive, all are kept and the result is marked noisy.
+Interference is recognised by its cause first: the kernel counts how often it took a core away from this
+process (involuntary context switches) and for how long the host did (steal time). A round in which either
+moved by more than a little is dropped for all rivals alike. Jumps the guest cannot see (a call more than
+JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds survive, all
+are kept and the result is marked noisy.
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ class _Flush:
         self.buffer += 1
 
 
-def _turn(rival: Rival, index: int, calls: int, lead_in: bool, flush: Callable[[], None] | None) -> np.ndarray:
+def _turn(
+    rival: Rival, index: int, calls: int, lead_in: bool, flush: Callable[[], None] | None
+) -> np.ndarray:
     times = np.empty(calls)
     for k in range(-1 if lead_in else 0, calls):
         rival.prepare(index + k + 1)
@@ -120,20 +124,25 @@ def _turn(rival: Rival, index: int, calls: int, lead_in: bool, flush: Callable[[
         start = time.perf_counter_ns()
         output = rival.run()
         stop = time.perf_counter_ns()
-        del output  # outside the clock for everyone, and before the next call, so that memory is reused as in a network
+        # Freed outside the clock for everyone, and before the next call, which reuses the memory as in a network.
+        del output
         if k >= 0:
             times[k] = (stop - start) / 1e6
     return times
 
 
-def interleave(rivals: Sequence[Rival], plan: Plan, on_round: Callable[[int, int], None] | None = None) -> Result:
+def interleave(
+    rivals: Sequence[Rival], plan: Plan, on_round: Callable[[int, int], None] | None = None
+) -> Result:
     """Times the rivals in turns; `on_round(done, expected)` is called between rounds, outside every clock."""
     flush = _Flush() if plan.flush else None
     estimates = {}
     for rival in rivals:
         warm = _turn(rival, 0, max(2, plan.warmup), True, flush)
         estimates[rival.name] = float(warm.min())
-    calls = {name: int(np.clip(TURN_MS // max(t, 1e-3), 1, MAX_CALLS_PER_TURN)) for name, t in estimates.items()}
+    calls = {
+        name: int(np.clip(TURN_MS // max(t, 1e-3), 1, MAX_CALLS_PER_TURN)) for name, t in estimates.items()
+    }
     lead_in = {name: t < TURN_MS for name, t in estimates.items()}
 
     samples: dict[str, list[np.ndarray]] = {rival.name: [] for rival in rivals}
@@ -177,7 +186,9 @@ def _kept_rounds(samples: dict[str, list[np.ndarray]], disturbed: Sequence[bool]
     return keep
 
 
-def ratio_interval(slow: Timing, fast: Timing, confidence: float = 0.95, draws: int = 1000) -> tuple[float, float]:
+def ratio_interval(
+    slow: Timing, fast: Timing, confidence: float = 0.95, draws: int = 1000
+) -> tuple[float, float]:
     """Bootstrap interval of median(slow) / median(fast): whole rounds are redrawn, the same ones for both."""
     rounds = min(len(slow.rounds), len(fast.rounds))
     rng = np.random.default_rng(0)
@@ -193,7 +204,8 @@ def ratio_interval(slow: Timing, fast: Timing, confidence: float = 0.95, draws: 
 def peak_memory_mb(call: Callable[[], Any]) -> float | None:
     """Memory one call needs at its peak above what was resident before it, or None where Linux does not tell.
 
-    Free heap pages go back to the kernel first (glibc's malloc_trim), so memory that the call merely reuses counts too.
+    Free heap pages go back to the kernel first (glibc's malloc_trim), so memory that the call merely reuses
+    counts too.
     """
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,9 +1,11 @@
-"""Trains a small ResNeXt on handwritten digits with stock torch.nn and with gconv, and holds the loss curves together.
+"""Trains a small ResNeXt on handwritten digits with stock torch.nn and with gconv, and holds the loss
+curves together.
 
-Three contestants start from the same seed: stock torch.nn, gconv, and a float-noise twin: stock torch.nn again, in the
-other memory layout and with every weight moved by at most one unit in the last place. Training amplifies rounding, so
-how far two right runs may drift apart is not a constant: the twin measures it, in this run, on this machine. Each runs in
-a process of its own (its peak memory is its own) and they take turns epoch by epoch (a slow minute hits all of them).
+Three contestants start from the same seed: stock torch.nn, gconv, and a float-noise twin: stock torch.nn
+again, in the other memory layout and with every weight moved by at most one unit in the last place.
+Training amplifies rounding, so how far two right runs may drift apart is not a constant: the twin measures
+it, in this run, on this machine. Each runs in a process of its own (its peak memory is its own) and they
+take turns epoch by epoch (a slow minute hits all of them).
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ import gconv
 from . import digits
 from .screen import Cell, Screen
 
-__all__ = ["CurvesDiffer", "Options", "Contestant", "Training", "check_curves", "run"]
+__all__ = ["Contestant", "Options", "Training", "Verdict", "WorkerDied", "check_curves", "run"]
 
-# A right implementation may stray this much further than the twin did up to the same step: two independent draws of
-# float noise under the same amplification differ by a small factor, a wrong gradient by orders of magnitude.
+# A right implementation may stray this much further than the twin did up to the same step: two independent
+# draws of float noise under the same amplification differ by a small factor, a wrong gradient by orders of
+# magnitude.
 FACTOR = 10.0
 FLOOR_ULPS = 64  # of the loss: what one step's own rounding may do before anything is amplified
 
 
-class CurvesDiffer(RuntimeError):
-    """The loss curves of stock torch.nn and gconv are not the same curve."""
+class WorkerDied(RuntimeError):
+    """A training process ended before it was told to; the message ends with the last lines it wrote."""
 
 
 @dataclass
@@ -70,7 +73,8 @@ class Contestant:
 
 @dataclass
 class Verdict:
-    """ok; where the margin was smallest; and the curves of the plot: deviation of gconv, and what is allowed."""
+    """ok; where the margin was smallest; and the curves of the plot: deviation of gconv, and what is
+    allowed."""
 
     ok: bool
     text: str
@@ -93,15 +97,20 @@ class Training:
     @classmethod
     def from_dict(cls, data: dict) -> Training:
         return cls(
-            Options(**data["options"]), [Contestant(**c) for c in data["contestants"]], Verdict(**data["verdict"])
+            Options(**data["options"]),
+            [Contestant(**c) for c in data["contestants"]],
+            Verdict(**data["verdict"]),
         )
 
 
 def check_curves(stock: list[float], ours: list[float], twin: list[float]) -> Verdict:
-    """Compares the losses step by step: |ours - stock| <= FACTOR x the twin's largest |twin - stock| so far + rounding."""
+    """Compares the losses step by step: |ours - stock| <= FACTOR x the twin's largest |twin - stock| so far
+    + rounding."""
     a, b, c = (np.asarray(curve, dtype=np.float64) for curve in (stock, ours, twin))
     if not len(a) == len(b) == len(c):
-        raise ValueError(f"check_curves: want curves of one length, got {len(a)}, {len(b)} and {len(c)} steps")
+        raise ValueError(
+            f"check_curves: want curves of one length, got {len(a)}, {len(b)} and {len(c)} steps"
+        )
     deviation = np.abs(b - a)
     floor = FLOOR_ULPS * np.finfo(np.float32).eps * np.maximum(np.abs(a), 1.0)
     allowed = FACTOR * np.maximum.accumulate(np.abs(c - a)) + floor
@@ -112,15 +121,17 @@ def check_curves(stock: list[float], ours: list[float], twin: list[float]) -> Ve
         step = int(np.argmax(deviation / allowed))
         ok = True
         text = (
-            f"the loss curves agree within float noise: at most {deviation[step] / allowed[step]:.2f} of what is allowed "
-            f"(at step {step + 1} of {len(a)}: {deviation[step]:.1e} of {allowed[step]:.1e})"
+            f"the loss curves agree within float noise: at most {deviation[step] / allowed[step]:.2f} of "
+            f"what is allowed (at step {step + 1} of {len(a)}: {deviation[step]:.1e} of "
+            f"{allowed[step]:.1e})"
         )
     else:
         ok = False
         step = int(np.argmin(inside))
         text = (
-            f"the loss curves of stock torch.nn and gconv part at step {step + 1} of {len(a)}: {a[step]:.6g} and "
-            f"{b[step]:.6g} differ by {deviation[step]:.1e}, float noise allows {allowed[step]:.1e}"
+            f"the loss curves of stock torch.nn and gconv part at step {step + 1} of {len(a)}: "
+            f"{a[step]:.6g} and {b[step]:.6g} differ by {deviation[step]:.1e}, float noise allows "
+            f"{allowed[step]:.1e}"
         )
     return Verdict(ok, text, deviation.tolist(), allowed.tolist())
 
@@ -130,7 +141,7 @@ class _Worker:
 
     def __init__(self, contestant: Contestant, options: Options, data: str):
         self.contestant = contestant
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the process lives)
         command = [
             sys.executable, "-m", "gconv.bench.train_worker", "--data", data, "--kind", contestant.kind,
             "--layout", contestant.layout, "--seed", str(options.seed), "--epochs", str(options.epochs),
@@ -143,7 +154,12 @@ class _Worker:
         path = os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": path, "GCONV_FALLBACK": "silent"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
         )
 
     def tell(self, word: str) -> None:
@@ -165,11 +181,11 @@ class _Worker:
                 on_step(message)
         raise self.failure()
 
-    def failure(self) -> RuntimeError:
+    def failure(self) -> WorkerDied:
         self.process.wait()
         self.errors.seek(0)
         tail = self.errors.read().decode(errors="replace").strip().splitlines()[-12:]
-        return RuntimeError(
+        return WorkerDied(
             f"the training process of {self.contestant.label} ended with status {self.process.returncode}:\n"
             + "\n".join(tail)
         )
@@ -193,18 +209,22 @@ def contestants(layout: str) -> list[Contestant]:
 
 
 def run(options: Options) -> Training:
-    """Trains all three in turns and checks the curves; whether they agree is in the verdict. RuntimeError if one dies."""
+    """Trains all three in turns and checks the curves; whether they agree is in the verdict. WorkerDied if
+    one dies."""
     everyone = contestants(options.layout)
     columns = (
-        ("epoch", "right"), ("contestant", "left"), ("layout", "left"), ("mean loss", "right"), ("test accuracy", "right"),
-        ("seconds", "right"), ("|loss − stock|", "right"),
+        ("epoch", "right"), ("contestant", "left"), ("layout", "left"), ("mean loss", "right"),
+        ("test accuracy", "right"), ("seconds", "right"), ("|loss − stock|", "right"),
     )  # fmt: skip
     title = (
-        f"ResNeXt on 1,797 digits at 32×32, {options.epochs} epochs, batch {options.batch}, SGD {options.rate:g}, "
-        f"seed {options.seed}, {options.threads or torch.get_num_threads()} threads"
+        f"ResNeXt on 1,797 digits at 32×32, {options.epochs} epochs, batch {options.batch}, SGD "
+        f"{options.rate:g}, seed {options.seed}, {options.threads or torch.get_num_threads()} threads"
     )
     workers: list[_Worker] = []
-    with tempfile.TemporaryDirectory() as folder, Screen(title, columns, options.epochs * 3, "epochs") as screen:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Screen(title, columns, options.epochs * 3, "epochs") as screen,
+    ):
         try:
             screen.step("start")
             data = os.path.join(folder, "digits.pt")

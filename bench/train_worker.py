@@ -1,7 +1,8 @@
 """One contestant of the training comparison, in a process of its own so that its memory is its own.
 
-It speaks JSON lines: told "epoch" on stdin it trains one epoch and reports every step's loss; told "stop" it reports its
-memory and leaves. Between epochs it waits, so that contestants can take turns on the machine.
+It speaks JSON lines: told "epoch" on stdin it trains one epoch and reports every step's loss; told "stop"
+it reports its memory and leaves. Between epochs it waits, so that contestants can take turns on the
+machine.
 """
 
 from __future__ import annotations
@@ -108,7 +109,13 @@ def main() -> None:
     warnings.simplefilter("ignore", gconv.FallbackWarning)  # what ran is reported as "kernels" instead
     data = torch.load(options.data, weights_only=True)
     trainer = Trainer(
-        data, options.kind == "stock", options.layout, options.seed, options.epochs, options.batch, options.rate
+        data,
+        options.kind == "stock",
+        options.layout,
+        options.seed,
+        options.epochs,
+        options.batch,
+        options.rate,
     )
     if options.nudge:
         _nudge(trainer.model)

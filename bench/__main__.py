@@ -1,0 +1,251 @@
+"""`python -m gconv.bench`: trains beside stock PyTorch, times layers against its best, and reports both."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+EPILOG = """\
+examples
+  python -m gconv.bench demo                              train, time the layers, write one page (minutes)
+  python -m gconv.bench layers --quick                    all layers, few repeats
+  python -m gconv.bench layers --layers s1,s2d --mode training --no-compile
+  python -m gconv.bench layers --dtype bfloat16 --record  append the rows to bench/records/<machine>.csv
+  python -m gconv.bench train --seed 1                    only the training comparison
+  python -m gconv.bench report --out gconv-report         draw the page again from its results.json
+  python -m gconv.bench readme --check                    fail if README.md's table is not the newest record's
+  python -m gconv.bench compare before.csv after.csv      fail on a regression
+
+exit status: 0 all is well; 1 a wrong result, loss curves that differ, a regression, an outdated table;
+2 wrong usage or something missing.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gconv.bench",
+        description="Benchmarks of gconv against the best that torch offers here. Correct first, then timed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    demo = command("demo", "train on real images and time the layers, then one HTML page of both")
+    layers = command("layers", "time conv + BN + ReLU on named layers of a real model")
+    train = command(
+        "train", "train a small ResNeXt on digits with stock torch.nn and gconv and compare the loss curves"
+    )
+    for parser_ in (demo, layers, train):
+        parser_.add_argument(
+            "--out", default="gconv-report", help="folder for the page, the pictures and results.json"
+        )
+        parser_.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
+    for parser_ in (demo, layers):
+        parser_.add_argument(
+            "--model", default="resnext50_32x4d", help="whose layers; a wrong name lists them"
+        )
+        parser_.add_argument("--layers", default=None, help="some of them, as in s1,s2d; all if not given")
+        parser_.add_argument("--batch", type=int, default=8, help="images per call")
+        parser_.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+        parser_.add_argument("--mode", choices=("inference", "training", "both"), default="both")
+        parser_.add_argument(
+            "--no-compile", action="store_true", help="leave out torch.compile (it compiles for seconds)"
+        )
+        parser_.add_argument(
+            "--repeats", type=int, default=None, help="exactly so many rounds instead of a time budget"
+        )
+        parser_.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
+        parser_.add_argument(
+            "--flush", action="store_true", help="overwrite 64 MiB before every call: cold caches"
+        )
+        parser_.add_argument(
+            "--record", action="store_true", help="append the rows to bench/records/<machine>.csv"
+        )
+    for parser_ in (demo, train):
+        parser_.add_argument("--epochs", type=int, default=8)
+        parser_.add_argument("--seed", type=int, default=0)
+        parser_.add_argument(
+            "--layout", choices=("channels_last", "nchw"), default="channels_last", help="of stock and gconv"
+        )
+
+    report = command("report", "draw the page of a finished run again")
+    report.add_argument("--out", default="gconv-report", help="the folder with its results.json")
+
+    readme = command("readme", "write the newest record into the benchmark table of README.md")
+    readme.add_argument("--readme", default="README.md", help="the file with the markers")
+    readme.add_argument(
+        "--record", default=None, help="a CSV record; the newest of bench/records if not given"
+    )
+    readme.add_argument(
+        "--check", action="store_true", help="change nothing, fail if the table is out of date"
+    )
+
+    compare = command("compare", "compare two records and fail on a regression")
+    compare.add_argument("before")
+    compare.add_argument("after")
+    compare.add_argument(
+        "--metric", choices=("ratio", "ms"), default="ratio", help="speed-up over the best, or own time"
+    )
+    compare.add_argument(
+        "--tolerance", type=float, default=0.05, help="a change by less than this share is none"
+    )
+    return parser
+
+
+def _layer_options(options: argparse.Namespace, seconds: float):
+    from . import layers, rivals, shapes, timing
+
+    plan = timing.Plan(seconds=seconds)
+    if options.quick:
+        plan = timing.Plan(min_rounds=3, seconds=seconds / 5)
+    if options.repeats is not None:
+        plan = timing.Plan(min_rounds=options.repeats, max_rounds=options.repeats)
+    plan.flush = options.flush
+    return layers.Options(
+        shapes=shapes.select(options.model, options.layers),
+        batch=options.batch,
+        dtype=options.dtype,
+        modes=layers.MODES if options.mode == "both" else (options.mode,),
+        rivals=tuple(name for name in rivals.RIVALS if not (options.no_compile and name == "compile")),
+        plan=plan,
+    )
+
+
+def _train(options: argparse.Namespace):
+    from . import train
+    from .screen import say
+
+    result = train.run(
+        train.Options(
+            seed=options.seed, epochs=options.epochs, layout=options.layout, threads=options.threads
+        )
+    )
+    say()
+    for c in result.contestants:
+        memory = "" if c.training_mb is None else f", {c.training_mb:.0f} MB of it training"
+        say(
+            f"{c.label} ({c.layout}): test accuracy {100 * c.accuracy[-1]:.2f} %, {c.epoch_seconds:.2f} s "
+            f"per epoch, peak memory {c.peak_mb:.0f} MB{memory}"
+        )
+    verdict = result.verdict
+    say(("OK: " if verdict.ok else "FAILED: ") + verdict.text, "good" if verdict.ok else "bad")
+    return result
+
+
+def _layers(options: argparse.Namespace, seconds: float):
+    from . import layers
+    from .screen import say
+
+    result = layers.run(_layer_options(options, seconds))
+    roofs = result.roofs
+    say(
+        f"roofs of this run: copy {roofs.copy_gbps:.1f} GB/s, matrix product {roofs.gemm_gflops:.0f} "
+        f"GFLOP/s ({roofs.dtype})"
+    )
+    for label, reason in result.skipped.items():
+        say(f"left out: {label}: {reason}", "dim")
+    if any(row["noisy"] for row in result.rows):
+        say(
+            "* more than half of the rounds were disturbed by something else on this machine; all were kept",
+            "dim",
+        )
+    for note in dict.fromkeys(
+        f"{row['layer']} {row['mode']}: {row['note']}" for row in result.rows if row["note"]
+    ):
+        say(note, "bad")
+    for row in result.wrong:
+        say(f"FAILED: wrong result on {row['layer']} {row['mode']}: {row['note']}", "bad")
+    return result
+
+
+def _finish(options: argparse.Namespace, layers, training) -> int:
+    from . import machine, records, report
+    from .screen import say
+
+    facts = layers.facts if layers else machine.facts()
+    if layers:
+        path = os.path.join(options.out, "layers.csv")
+        if os.path.exists(path):
+            os.remove(path)
+        records.append(path, layers.rows)
+        if options.record:
+            path = os.path.join(records.FOLDER, facts["machine"] + ".csv")
+            records.append(path, layers.rows)
+            say(f"recorded: {path}")
+    page = report.write(options.out, layers, training, facts)
+    say()
+    say(f"report: {page}", "good")
+    bad = bool(layers and layers.wrong) or bool(training and not training.verdict.ok)
+    if bad:
+        say("FAILED: see above", "bad")
+    return int(bad)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if getattr(options, "threads", 0):
+        import torch
+
+        torch.set_num_threads(options.threads)
+    from .train import WorkerDied
+
+    began = time.perf_counter()
+    try:
+        if options.command == "demo":
+            training = _train(options)
+            layers = _layers(options, seconds=2.0)
+            status = _finish(options, layers, training)
+            print(f"done in {time.perf_counter() - began:.0f} s")
+            return status
+        if options.command == "layers":
+            return _finish(options, _layers(options, seconds=5.0), None)
+        if options.command == "train":
+            return _finish(options, None, _train(options))
+        if options.command == "report":
+            from . import report
+
+            print(report.write(options.out, *report.load(options.out)))
+            return 0
+        if options.command == "readme":
+            return _readme(options)
+        return _compare(options)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, WorkerDied) as error:
+        print(f"gconv.bench {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from . import readme
+
+    with open(options.readme, encoding="utf-8") as file:
+        text = file.read()
+    wanted = readme.update(text, readme.newest_rows(options.record))
+    if options.check:
+        if wanted != text:
+            print(
+                f"{options.readme}: the benchmark table is not that of the newest record: run `python -m "
+                "gconv.bench readme`"
+            )
+        return int(wanted != text)
+    with open(options.readme, "w", encoding="utf-8") as file:
+        file.write(wanted)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare, show
+
+    findings = compare(options.before, options.after, options.metric, options.tolerance)
+    print(show(findings, options.metric))
+    return int(any(finding.regression for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The pictures of the report, as PNG bytes. Colours are Okabe and Ito's, told apart by people with colour
+blindness."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from .rivals import LABELS, RIVALS
+from .train import Training
+
+__all__ = ["TITLES", "by_mode", "missing", "roofline", "times", "training"]
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#767676"
+)  # fmt: skip
+COLOURS = {
+    "gconv": BLUE, "eager_nchw": GREY, "eager_channels_last": ORANGE, "compile": RED, "onnxruntime": GREEN,
+    "openvino": PURPLE,
+}  # fmt: skip
+MARKERS = {
+    "gconv": "D", "eager_nchw": "v", "eager_channels_last": "s", "compile": "o", "onnxruntime": "^",
+    "openvino": "P",
+}  # fmt: skip
+DPI = 160
+
+
+def missing() -> str | None:
+    """Why no picture can be drawn, in one line, or None."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return "pictures need matplotlib, which is not installed: pip install matplotlib"
+    return None
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs):
+    # Figure without pyplot: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _plain_ticks(axis) -> None:
+    """1, 2, 5, 10, 20, … in plain digits on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def training(result: Training) -> bytes:
+    """Loss of every step, stock and gconv on each other, and below how far apart they are against what is
+    allowed."""
+    stock, ours = result["stock"], result["gconv"]
+    steps = np.arange(1, len(stock.losses) + 1)
+    per_epoch = len(steps) / result.options.epochs
+    figure, axes = _figure(9, 6.4, rows=2, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+    top, bottom = axes[0, 0], axes[1, 0]
+
+    top.plot(steps, stock.losses, color=ORANGE, linewidth=4.5, solid_capstyle="round", label="stock torch.nn")
+    top.plot(steps, ours.losses, color=BLUE, linewidth=1.3, label="gconv")
+    top.set_ylabel("training loss (cross entropy)")
+    top.set_ylim(bottom=0)
+    finding = "the loss curves lie on each other" if result.verdict.ok else "THE LOSS CURVES DIFFER"
+    top.set_title(f"A small ResNeXt on handwritten digits: {finding}", loc="left", fontsize=12)
+    top.legend(frameon=False, fontsize=10, loc="upper right")
+
+    allowed, deviation = np.asarray(result.verdict.allowed), np.asarray(result.verdict.deviation)
+    tiny = allowed.min() / 1e3
+    twin = np.abs(np.subtract(result["twin"].losses, stock.losses))
+    bottom.fill_between(steps, tiny, allowed, color=GREY, alpha=0.18, linewidth=0, label="allowed")
+    bottom.plot(
+        steps,
+        np.maximum(twin, tiny),
+        color=ORANGE,
+        linewidth=1,
+        alpha=0.9,
+        label="|twin − stock|: torch.nn against itself",
+    )
+    bottom.plot(steps, np.maximum(deviation, tiny), color=BLUE, linewidth=1, label="|gconv − stock|")
+    bottom.set_yscale("log")
+    bottom.set_ylim(bottom=tiny)
+    bottom.set_ylabel("difference of the loss")
+    bottom.set_xlabel(f"training step ({per_epoch:.0f} per epoch, batch {result.options.batch})")
+    bottom.set_xlim(0, len(steps))
+    bottom.legend(frameon=False, fontsize=9, loc="lower right", ncols=3)
+    for ax in (top, bottom):
+        for epoch in range(1, result.options.epochs):
+            ax.axvline(epoch * per_epoch, color=BLACK, alpha=0.08, linewidth=0.8)
+    return _png(figure)
+
+
+def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
+    modes: dict[str, list[dict]] = {}
+    for row in rows:
+        modes.setdefault(row["mode"], []).append(row)
+    return modes
+
+
+TITLES = {"inference": "inference", "training": "training (forward + backward)"}
+
+
+def roofline(rows: list[dict]) -> bytes:
+    """GFLOP/s over arithmetic intensity under the roofs of the same run; one arrow per layer, best rival to
+    gconv."""
+    modes = by_mode(rows)
+    figure, axes = _figure(6.2 * len(modes), 5.6, columns=len(modes), sharey=True)
+    speeds = [
+        r["flops"] / r[key] / 1e6 for r in rows for key in ("gconv_ms", f"{r['best']}_ms") if r.get(key)
+    ]
+    low, high = min(speeds) / 1.6, max(r["gemm_gflops"] for r in rows) * 1.6
+    for ax, (mode, group) in zip(axes[0], modes.items()):
+        copy, gemm = group[0]["copy_gbps"], group[0]["gemm_gflops"]
+        intensity = np.array([r["flops"] / r["bytes"] for r in group])
+        x = np.geomspace(intensity.min() / 2.2, intensity.max() * 2.2, 200)
+        ax.plot(x, np.minimum(gemm, copy * x), color=BLACK, linewidth=1.8)
+        ridge = gemm / copy
+        ax.text(
+            x[-1], gemm * 1.04, f"matrix product: {gemm:.0f} GFLOP/s", ha="right", va="bottom", fontsize=9
+        )
+        if x[0] < ridge:
+            ax.text(
+                x[0] * 1.06, copy * x[0] * 2, f"copy: {copy:.1f} GB/s", ha="left", va="bottom", fontsize=9
+            )
+        for r, i in zip(group, intensity):
+            best = r["flops"] / r[f"{r['best']}_ms"] / 1e6
+            ax.plot(
+                i,
+                best,
+                marker="o",
+                markersize=7,
+                markerfacecolor="white",
+                markeredgecolor=RED,
+                linestyle="none",
+            )
+            if r.get("gconv_ms"):
+                ours = r["flops"] / r["gconv_ms"] / 1e6
+                ax.annotate(
+                    "",
+                    (i, ours),
+                    (i, best),
+                    arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 4, "shrinkB": 4},
+                )
+                ax.plot(i, ours, marker="D", markersize=7, color=BLUE, linestyle="none")
+                ax.annotate(
+                    r["layer"], (i, ours), xytext=(8, 2), textcoords="offset points", fontsize=9, color=BLUE
+                )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_ylim(low, high)
+        ax.set_xlim(x[0], x[-1])
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        _plain_ticks(ax.yaxis)
+        ax.grid(True, which="major", alpha=0.2)
+        ax.set_xlabel("arithmetic intensity (FLOP per compulsory byte)")
+        ax.set_title(TITLES[mode], fontsize=11, loc="left")
+    axes[0, 0].set_ylabel("GFLOP/s")
+    ours = axes[0, 0].plot([], [], marker="D", markersize=7, color=BLUE, linestyle="none", label="gconv")
+    best = axes[0, 0].plot(
+        [], [], marker="o", markersize=7, markerfacecolor="white", markeredgecolor=RED, linestyle="none",
+        label="best of the others",
+    )  # fmt: skip
+    axes[0, 0].legend(handles=[*ours, *best], frameon=False, fontsize=9, loc="lower right")
+    first = rows[0]
+    figure.suptitle(
+        f"Roofline of conv 3×3 + BN + ReLU: {first['model']}, batch {first['batch']}, {first['dtype']}, "
+        f"{first['threads']} threads", fontsize=12,
+    )  # fmt: skip
+    return _png(figure)
+
+
+def times(rows: list[dict]) -> bytes:
+    """Median time of every contestant by layer with a p20 to p80 whisker, the roof, and the speed-up
+    above."""
+    modes = by_mode(rows)
+    names = [n for n in (*RIVALS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
+    figure, axes = _figure(10, 3.5 * len(modes), rows=len(modes))
+    step = 0.6 / max(1, len(names) - 1)
+    for ax, (mode, group) in zip(axes[:, 0], modes.items()):
+        at = np.arange(len(group))
+        for k, name in enumerate(names):
+            low, middle, high = (
+                np.array([r.get(f"{name}_ms{end}") or np.nan for r in group], dtype=float)
+                for end in ("_p20", "", "_p80")
+            )
+            ours = name == "gconv"
+            ax.errorbar(
+                at + (k - (len(names) - 1) / 2) * step, middle, np.maximum([middle - low, high - middle], 0),
+                fmt=MARKERS[name], markersize=9 if ours else 7, color=COLOURS[name], label=LABELS[name],
+                elinewidth=1.4, zorder=3 if ours else 2,
+            )  # fmt: skip
+        for i, r in enumerate(group):
+            ax.plot([i - 0.4, i + 0.4], [r["roof_ms"]] * 2, color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)))
+            if i:
+                ax.axvline(i - 0.5, color=BLACK, alpha=0.08, linewidth=0.8)
+            wins = (r.get("ratio") or 0) >= 1
+            ax.text(
+                i, 0.985, f"{r['ratio']:.2f}×" if r.get("ratio") else "wrong", ha="center", va="top",
+                fontsize=10, fontweight="bold", color=BLUE if wins else RED, transform=ax.get_xaxis_transform(),
+            )  # fmt: skip
+        ax.plot([], [], color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)), label="roof of this machine")
+        ax.set_yscale("log")
+        _plain_ticks(ax.yaxis)
+        ax.set_xlim(-0.5, len(group) - 0.5)
+        ax.set_xticks(
+            at, [f"{r['layer']}\n{r['in_channels'] // r['groups']} per group, {r['size']}²" for r in group]
+        )
+        ax.set_ylabel("ms (log scale)")
+        ax.set_title(f"{TITLES[mode]}: ms, and gconv's speed-up over the best other", fontsize=11, loc="left")
+        ax.grid(True, axis="y", which="major", alpha=0.25)
+        ax.set_axisbelow(True)
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top * (top / bottom) ** 0.12)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    return _png(figure)
