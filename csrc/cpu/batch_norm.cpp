@@ -23,7 +23,7 @@ const BatchNormTable& table(Isa isa) {
 }  // namespace
 
 int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p) {
-  return BatchNormSlabs(p.shape).slabs * 2 * p.shape.c;
+  return (BatchNormSlabs(p.shape).slabs * 2 + 1) * p.shape.c;
 }
 
 void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
@@ -33,6 +33,7 @@ void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nt
 void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
   const BatchNormSlabs plan(p.shape);
   const int64_t channels = p.shape.c;
+  const float* pivot = p.workspace + plan.slabs * 2 * channels;
   for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
     double count = 0, mean = 0, m2 = 0;
     for (int64_t s = 0; s < plan.slabs; ++s) {
@@ -44,7 +45,7 @@ void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int6
       count = total;
     }
     const bool empty = plan.rows == 0;
-    p.mean[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(mean);
+    p.mean[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(pivot[c] + mean);
     p.var[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(m2 / count);
   }
 }

@@ -80,11 +80,11 @@ GCONV_INLINE Vec sum_rows(F&& f) {
 
 constexpr int64_t PANEL = BatchNormSlabs::PANEL;
 
-// Mean and M2 of rows [begin, end) of channels [c0, c1), merged into the slab's. `before` rows are in it
-// already.
+// Mean and M2 of x - pivot in rows [begin, end) of channels [c0, c1), merged into the slab's, where `before`
+// rows are already. The pivot, a row of x itself, keeps float32 means as small as the spread of the values.
 template <typename T>
-void stats_block(const Rows<T>& x, int64_t begin, int64_t end, int64_t c0, int64_t c1, int64_t before,
-                 float* mean, float* m2) {
+void stats_block(const Rows<T>& x, const float* pivot, int64_t begin, int64_t end, int64_t c0, int64_t c1,
+                 int64_t before, float* mean, float* m2) {
   alignas(64) float centre[PANEL], off[PANEL], square[PANEL];
   const int64_t width = c1 - c0;
   std::fill(centre, centre + width, 0.f);
@@ -95,7 +95,8 @@ void stats_block(const Rows<T>& x, int64_t begin, int64_t end, int64_t c0, int64
     const T* p[ROWS];
     for (int i = 0; i < ROWS; ++i) p[i] = x.row(r + i) + c0;
     for_channels(0, width, [&](int64_t c, int lanes) {
-      const Vec sum = sum_rows<ROWS>([&](int i) { return load_lanes(p[i] + c, lanes); });
+      const Vec at = load_lanes(pivot + c, lanes);
+      const Vec sum = sum_rows<ROWS>([&](int i) { return sub(load_lanes(p[i] + c, lanes), at); });
       store_lanes(centre + c, add(load_lanes(centre + c, lanes), sum), lanes);
     });
   });
@@ -109,9 +110,9 @@ void stats_block(const Rows<T>& x, int64_t begin, int64_t end, int64_t c0, int64
     const T* p[ROWS];
     for (int i = 0; i < ROWS; ++i) p[i] = x.row(r + i) + c0;
     for_channels(0, width, [&](int64_t c, int lanes) {
-      const Vec at = load_lanes(centre + c, lanes);
+      const Vec at = load_lanes(pivot + c, lanes), centred = load_lanes(centre + c, lanes);
       Vec d[ROWS];
-      for (int i = 0; i < ROWS; ++i) d[i] = sub(load_lanes(p[i] + c, lanes), at);
+      for (int i = 0; i < ROWS; ++i) d[i] = sub(sub(load_lanes(p[i] + c, lanes), at), centred);
       const Vec sum = sum_rows<ROWS>([&](int i) { return d[i]; });
       const Vec sum2 = sum_rows<ROWS>([&](int i) { return mul(d[i], d[i]); });
       store_lanes(off + c, add(load_lanes(off + c, lanes), sum), lanes);
@@ -151,10 +152,16 @@ void stats(T*, const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
   for_slabs(
       p.shape, ith, nth,
       [&](const BatchNormSlabs& plan, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+        alignas(64) float pivot[PANEL];
+        const T* first = x.row(0) + c0;
+        for_channels(0, c1 - c0, [&](int64_t c, int lanes) {
+          store_lanes(pivot + c, load_lanes(first + c, lanes), lanes);
+        });
+        if (slab == 0) std::copy(pivot, pivot + (c1 - c0), p.workspace + plan.slabs * 2 * p.shape.c + c0);
         float* mean = p.workspace + slab * 2 * p.shape.c + c0;
         float* m2 = mean + p.shape.c;
         for (int64_t r = begin; r < end; r += plan.block_rows)
-          stats_block(x, r, std::min(r + plan.block_rows, end), c0, c1, r - begin, mean, m2);
+          stats_block(x, pivot, r, std::min(r + plan.block_rows, end), c0, c1, r - begin, mean, m2);
       });
 }
 
@@ -228,8 +235,7 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
               Vec g[ROWS], gx[ROWS];
               for (int i = 0; i < ROWS; ++i) {
                 const Vec value = load_lanes(x_row[i] + c, lanes);
-                g[i] =
-                    masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i], a, b, c, lanes);
+                g[i] = masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i], a, b, c, lanes);
                 gx[i] = mul(g[i], sub(value, centre));
               }
               const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
