@@ -1,14 +1,15 @@
 """How every op is wired to autograd: the parts that grouped_conv, batch_norm and conv_bn_relu share.
 
-Each C++ op is used through an `autograd.Function` with `setup_context` and `vmap` and without `jvp`, and also carries
-`register_autograd` and a fake. Both are needed: under torch.compile of a torch.func.grad the Function is inlined and
-only the op's own formula is seen, and with the op's formula alone forward-mode AD would silently be zero.
+Each C++ op is used through an `autograd.Function` with `setup_context` and `vmap` and without `jvp`, and also
+carries `register_autograd` and a fake. Both are needed: a compiler may inline the Function and then sees only
+the op's own formula, and with the op's formula alone forward-mode AD would silently be zero.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -21,8 +22,8 @@ def op(name: str, ref: Callable) -> Callable:
 
 
 def call(fn: Callable, *args):
-    """Calls an op from inside an autograd.Function, where the op's own autograd formula has nothing to add and
-    would cost more than a small layer's kernel."""
+    """Calls an op from inside an autograd.Function, where the op's own autograd formula has nothing to add
+    and would cost more than a small layer's kernel."""
     if torch.compiler.is_compiling():
         return fn(*args)
     with _AutoDispatchBelowAutograd():
@@ -30,8 +31,8 @@ def call(fn: Callable, *args):
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply` without the 0.1 ms it spends inspecting the forward's signature to bind keyword arguments;
-    the arguments must be positional and complete."""
+    """`function.apply` without the 0.1 ms it spends inspecting the forward's signature to bind keyword
+    arguments; the arguments must be positional and complete."""
     plain_apply = super(torch.autograd.Function, function).apply
 
     def apply(*args):
@@ -43,8 +44,8 @@ def applier(function: type[torch.autograd.Function]) -> Callable:
 
 
 def untracked() -> bool:
-    """True if nothing watches the tensors: no gradient mode, function transform, forward-mode AD or tracing. Then an
-    op may be called without its Function."""
+    """True if nothing watches the tensors: no gradient mode, function transform, forward-mode AD or tracing.
+    Then a forward may call its op without the Function."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -53,11 +54,43 @@ def untracked() -> bool:
     )
 
 
-def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) -> tuple:
-    """Gradients of `ref(*args)` to the arguments whose `wanted` is true (None for the rest), differentiable again.
+def decide(op_name: str, x, *args) -> backend.Decision:
+    """`backend.choose`, but torch for an x [N, C, H, W] without pixels, and for function transforms and
+    forward-mode AD inside torch.compile, which inlines a Function's forward there: gradients of gradients and
+    tangents would silently be zero."""
+    decision = backend.choose(op_name, x, *args)
+    if decision.backend != "cpu":
+        return decision
+    reason = None
+    if x.numel() == 0 and 0 in x.shape[1:]:
+        reason = f"x: want at least one channel and pixel, got {list(x.shape)}"
+    elif torch.compiler.is_compiling() and (
+        _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        reason = "a function transform or forward-mode AD inside torch.compile"
+    if reason is None:
+        return decision
+    return backend.Decision("torch", decision.kernel.replace("cpu.", "torch."), reason, True)
 
-    `wanted` may be shorter than `args`. `grads` has one entry per output of `ref`; None stands for zeros. Outputs of
-    `ref` that are None are left out.
+
+def first_order() -> bool:
+    """The same for a backward. Compilers trace it as plain ops: they differentiate once, or by the ops'
+    formulas."""
+    return torch.compiler.is_compiling() or untracked()
+
+
+def distinct(x, other):
+    """`other`, as a view where it is `x` itself: torch.compile refuses a Function that takes one tensor
+    twice."""
+    return other.view_as(other) if other is x and torch.compiler.is_compiling() else other
+
+
+def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) -> tuple:
+    """Gradients of `ref(*args)` to the arguments whose `wanted` is true (None for the rest), differentiable
+    again.
+
+    `wanted` may be shorter than `args`. `grads` has one entry per output of `ref`; None stands for zeros.
+    Outputs of `ref` that are None are left out.
     """
     places = [i for i, want in enumerate(wanted) if want]
     result: list = [None] * len(args)
@@ -76,7 +109,8 @@ def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) ->
 
     values, pullback = torch.func.vjp(outputs, *(args[i] for i in places))
     cotangents = tuple(
-        torch.zeros_like(value) if grads[i] is None else grads[i].to(value.dtype) for i, value in zip(there, values)
+        torch.zeros_like(value) if grads[i] is None else grads[i].to(value.dtype)
+        for i, value in zip(there, values)
     )
     for i, grad in zip(places, pullback(cotangents)):
         result[i] = grad
@@ -84,10 +118,11 @@ def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) ->
 
 
 def register(name: str, fake: Callable, ref: Callable, formula: Callable | None = None) -> None:
-    """Registers the fake and the autograd formula of torch.ops.gconv.<name>; nothing to do without the extension.
+    """Registers the fake and the autograd formula of torch.ops.gconv.<name>; nothing to do without the
+    extension.
 
-    `formula(args, outputs, grads, wanted)` returns one gradient (or None) per argument, or NotImplemented to leave
-    the case to the reference, which also serves where no formula is given.
+    `formula(args, outputs, grads, wanted)` returns one gradient (or None) per argument, or NotImplemented to
+    leave the case to the reference, which also serves where no formula is given.
     """
     if not backend.extension_loaded():
         return
@@ -137,15 +172,31 @@ def vmap_by(fn: Callable, info, in_dims: tuple, args: tuple):
         return tuple(value for value in result if value is not None)
 
     results = iter(
-        torch.vmap(outputs, tuple(dims[i] for i in tensors), randomness=info.randomness)(*(args[i] for i in tensors))
+        torch.vmap(outputs, tuple(dims[i] for i in tensors), randomness=info.randomness)(
+            *(args[i] for i in tensors)
+        )
     )
     values = tuple(next(results) if there else None for there in present)
     return values, tuple(0 if there else None for there in present)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` as the kernels read it in place: unit stride between channels. Anything else is copied once."""
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    """`x` as the kernels read it in place: unit stride between channels. Anything else is copied once, here
+    or, under a function transform (or autograd's is_grads_batched), where memory formats mean nothing yet, by
+    the op."""
+    if x.stride(1) == 1:
+        return x
+    if not torch.compiler.is_compiling() and (
+        _are_functorch_transforms_active() or is_legacy_batchedtensor(x)
+    ):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def stored(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A reference's result as an op stores it: rounded, channels_last."""
+    y = y.to(dtype)
+    return y if _are_functorch_transforms_active() else y.contiguous(memory_format=torch.channels_last)
 
 
 def empty_channels_last(like: torch.Tensor, size) -> torch.Tensor:
@@ -153,7 +204,8 @@ def empty_channels_last(like: torch.Tensor, size) -> torch.Tensor:
 
 
 def suggests_channels_last(x: torch.Tensor) -> bool:
-    """torch's rule (c10's is_channels_last_strides_2d): channels_last by strides, ambiguous strides being NCHW."""
+    """torch's rule (c10's is_channels_last_strides_2d): channels_last by strides, ambiguous strides being
+    NCHW."""
     n, c, h, w = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()
     if stride_c == 0 or stride_w < stride_c * c or n == 0 or c == 0 or h == 0 or w == 0:

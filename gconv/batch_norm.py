@@ -1,7 +1,8 @@
 """Batch normalisation (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1; inference by algorithm 2).
 
-The ops are stages: statistics, fold into one affine per channel, apply (+ residual)(+ ReLU), and in the backward a
-reduction and an application. Running statistics are updated outside of them, once per training forward.
+The ops are stages: statistics, fold into one affine per channel, apply (+ residual)(+ ReLU), and in the
+backward a reduction and an application. Running statistics are updated outside of them, once per training
+forward.
 """
 
 import torch
@@ -15,16 +16,20 @@ from gconv.autograd import (
     applier,
     call,
     channels_last,
+    decide,
+    distinct,
     empty_channels_last,
+    first_order,
     in_format,
     op,
     register,
+    stored,
     suggests_channels_last,
     untracked,
     vjp_by_reference,
     vmap_by,
 )
-from gconv.grouped_conv import per_channel, stored, wide
+from gconv.grouped_conv import per_channel, wide
 
 PIXELS = (0, 2, 3)
 
@@ -39,8 +44,9 @@ def batch_norm_stats_ref(x):
 
 
 def batch_norm_fold_ref(mean, var, gamma, beta, eps):
-    """(rstd, affine): rstd = 1/sqrt(var + eps) [C], affine [2, C] = (gamma*rstd; beta - mean*gamma*rstd), so that
-    algorithm 1, lines 3 and 4 are affine[0]*x + affine[1]. Computed in float64, returned in mean's dtype."""
+    """(rstd, affine): rstd = 1/sqrt(var + eps) [C], affine [2, C] = (gamma*rstd; beta - mean*gamma*rstd), so
+    that algorithm 1, lines 3 and 4 are affine[0]*x + affine[1]. Computed in float64, returned in mean's
+    dtype."""
     rstd = torch.rsqrt(var.double() + eps)
     scale = rstd if gamma is None else gamma * rstd
     shift = -mean * scale if beta is None else beta - mean * scale
@@ -56,7 +62,8 @@ def batch_norm_apply_ref(x, affine, residual=None, relu=False):
 
 
 def _masked(dz, x, affine, z):
-    """dz where the ReLU let through, in float32: by its output z, else by the sign of a*x + b, else everywhere."""
+    """dz where the ReLU let through, in float32: by its output z, else by the sign of a*x + b, else
+    everywhere."""
     g = dz.to(wide(dz))
     if z is not None:
         return torch.where(z <= 0, 0, g)
@@ -68,7 +75,8 @@ def _masked(dz, x, affine, z):
 def batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, affine, z):
     """(dgamma, dbeta, coef): the sums of the backward (the paper's section 3) over g, dz masked by the ReLU.
 
-    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; coef [4, C] = (A; B; C; mean) with dx = A*g + B*(x - mean) + C.
+    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; coef [4, C] = (A; B; C; mean) with dx = A*g + B*(x - mean)
+    + C.
     """
     g = _masked(dz, x, affine, z)
     count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -92,7 +100,9 @@ def batch_norm_ref(
     relu=False,
 ):  # fmt: skip
     """The definition of `batch_norm`: torch.nn.functional.batch_norm, + residual, ReLU."""
-    return tail(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), residual, relu)
+    return tail(
+        F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps), residual, relu
+    )
 
 
 def tail(y, residual, relu):
@@ -120,7 +130,8 @@ def normalize(x, gamma, eps):
 
 
 def relu_mask(y, affine, z, relu):
-    """Where the ReLU after a normalisation was shut, or None: by its stored output, or by the affine of the input."""
+    """Where the ReLU after a normalisation was shut, or None: by its stored output, or by the affine of the
+    input."""
     if not relu:
         return None
     return (z if z is not None else per_channel(affine[0]) * y + per_channel(affine[1])) <= 0
@@ -134,7 +145,8 @@ def train_composed(x, gamma, beta, residual, eps, relu):
 
 
 def pull_back(forward, dz, primals, shut):
-    """(g, gradients of forward to primals) for z = relu?(forward(*primals) + beta + residual); None primals skipped.
+    """(g, gradients of forward to primals) for z = relu?(forward(*primals) + beta + residual); None primals
+    skipped.
 
     g is dz where the ReLU was open (`shut` is the mask of the rest): the gradient of the residual.
     """
@@ -147,7 +159,8 @@ def only(wanted, grads):
 
 
 class BatchNorm(Function):
-    """Training: (z, mean, var, rstd, affine) with z = relu?(batch_norm(x) + residual); z alone is differentiable.
+    """Training: (z, mean, var, rstd, affine) with z = relu?(batch_norm(x) + residual); z alone is
+    differentiable.
 
     gamma and beta [C] float32 and residual may be None.
     """
@@ -172,7 +185,7 @@ class BatchNorm(Function):
         wanted = tuple(ctx.needs_input_grad[:4])
         if dz is None:
             return (None,) * 6
-        run = BatchNormBackward.forward if untracked() else _backward_apply
+        run = BatchNormBackward.forward if first_order() else _backward_apply
         *grads, dresidual = run(dz, *ctx.saved_tensors, wanted, ctx.eps, ctx.relu)
         return *grads, dz if wanted[3] and not ctx.relu else dresidual, None, None
 
@@ -182,8 +195,8 @@ class BatchNorm(Function):
 
 
 class BatchNormBackward(Function):
-    """(dx, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is dz otherwise.
-    Its own derivative is that of the composition."""
+    """(dx, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is dz
+    otherwise. Its own derivative is that of the composition."""
 
     @staticmethod
     def forward(dz, x, gamma, mean, rstd, affine, z, wanted, eps, relu):
@@ -259,7 +272,7 @@ _backward_apply = applier(BatchNormBackward)
 _affine_apply = applier(BatchNormAffine)
 
 
-# ----------------------------------------------------------------- what the ops are to autograd and to compilers
+# -------------------------------------------------------------- what the ops are to autograd and to compilers
 
 
 def _fold_fake(mean, var, gamma, beta, eps):
@@ -290,22 +303,25 @@ register("batch_norm_bwd_reduce", _bwd_reduce_fake, batch_norm_bwd_reduce_ref)
 register("batch_norm_bwd_apply", _bwd_apply_fake, batch_norm_bwd_apply_ref)
 
 
-# ---------------------------------------------------------------------------------------- a module's statistics
+# -------------------------------------------------------------------------------------- a module's statistics
 
 
 def is_frozen(bn) -> bool:
-    """True for the FrozenBatchNorm2d of torchvision and detectron2: an affine by its buffers, in train mode too."""
+    """True for the FrozenBatchNorm2d of torchvision and detectron2: an affine by its buffers, in train mode
+    too."""
     return type(bn).__name__ == "FrozenBatchNorm2d" and not isinstance(bn, _BatchNorm)
 
 
 def uses_batch_statistics(bn) -> bool:
-    """Whether `bn` normalises by the batch at hand: in train mode, and in eval mode without running statistics."""
+    """Whether `bn` normalises by the batch at hand: in train mode, and in eval mode without running
+    statistics."""
     return not is_frozen(bn) and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
 def count_batch(bn):
-    """What nn.BatchNorm2d.forward does to its state before normalising: returns the momentum of this step, None
-    if running statistics stay as they are. A cumulative average (momentum None) gives 1/batches as a tensor."""
+    """What nn.BatchNorm2d.forward does to its state before normalising: returns the momentum of this step,
+    None if running statistics stay as they are. A cumulative average (momentum None) gives 1/batches as a
+    tensor."""
     if not (bn.training and bn.track_running_stats):
         return None
     momentum = bn.momentum
@@ -317,8 +333,8 @@ def count_batch(bn):
 
 
 def update_running(running_mean, running_var, mean, var, count, momentum, shift=None) -> None:
-    """running <- (1 - momentum)*running + momentum*new, with the unbiased variance; `shift` [C] is added to the
-    mean (the bias of the convolution before)."""
+    """running <- (1 - momentum)*running + momentum*new, with the unbiased variance; `shift` [C] is added to
+    the mean (the bias of the convolution before)."""
     with torch.no_grad():
         unbiased = count / (count - 1)
         if shift is not None:
@@ -335,7 +351,9 @@ def check_count(name: str, shape) -> int:
     """N*H*W; ValueError where one value per channel leaves nothing to normalise, as in torch."""
     count = shape[0] * shape[2] * shape[3]
     if count == 1:
-        raise ValueError(f"{name}: x: Expected more than 1 value per channel when training, got input size {list(shape)}")
+        raise ValueError(
+            f"{name}: x: Expected more than 1 value per channel when training, got input size {list(shape)}"
+        )
     return count
 
 
@@ -357,7 +375,9 @@ def kernels_run(x, shape, training, running_mean, running_var, gamma, beta) -> b
         return False
     for v in (running_mean, running_var, gamma, beta):
         if v is not None and not (
-            (v.dtype is torch.float32 or v.dtype == x.dtype) and v.device == x.device and v.shape == (shape[1],)
+            (v.dtype is torch.float32 or v.dtype == x.dtype)
+            and v.device == x.device
+            and v.shape == (shape[1],)
         ):
             return False
     return (shape[0] > 0 and shape[2] > 0 and shape[3] > 0) if training else running_mean is not None
@@ -368,8 +388,8 @@ def as_float(vector):
 
 
 def inference_affine(running_mean, running_var, gamma, beta, eps, bias=None):
-    """(scale, shift) [C] of a normalisation by running statistics, after a convolution with this bias; gradients
-    flow to gamma, beta and bias."""
+    """(scale, shift) [C] of a normalisation by running statistics, after a convolution with this bias;
+    gradients flow to gamma, beta and bias."""
     scale = torch.rsqrt(as_float(running_var) + eps)
     if gamma is not None:
         scale = scale * as_float(gamma)
@@ -387,7 +407,7 @@ def train(x, gamma, beta, residual, eps, relu):
     if untracked():
         z, mean, var, *_ = BatchNorm.forward(x, gamma, beta, residual, eps, relu)
     else:
-        z, mean, var, *_ = _train_apply(x, gamma, beta, residual, eps, relu)
+        z, mean, var, *_ = _train_apply(x, gamma, beta, distinct(x, residual), eps, relu)
     return in_format(z, keep), mean, var
 
 
@@ -400,7 +420,9 @@ def infer(x, running_mean, running_var, gamma, beta, residual, eps, relu):
         _, affine = call(fold, *vectors, eps)
         z = call(apply_affine, x, affine, residual, relu)
     else:
-        z = _affine_apply(x, *inference_affine(running_mean, running_var, gamma, beta, eps), residual, relu)
+        z = _affine_apply(
+            x, *inference_affine(running_mean, running_var, gamma, beta, eps), distinct(x, residual), relu
+        )
     return in_format(z, keep)
 
 
@@ -408,22 +430,25 @@ def infer(x, running_mean, running_var, gamma, beta, residual, eps, relu):
 
 
 def _to_torch(decision):
-    """The decision for a call that the kernels would take but whose parameters only torch knows what to do with."""
+    """The decision for a call that the kernels would take but whose parameters only torch knows what to do
+    with."""
     if decision.backend != "cpu":
         return decision
-    return backend.Decision("torch", "torch.batch_norm", "by design: an empty batch or uncommon parameters", False)
+    return backend.Decision(
+        "torch", "torch.batch_norm", "by design: an empty batch or uncommon parameters", False
+    )
 
 
 def batch_norm(
     x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, residual=None,
     relu=False,
 ):  # fmt: skip
-    """Batch normalisation of [N, C, H, W], torch.nn.functional.batch_norm's signature and results, and optionally
-    + residual and ReLU in the same pass.
+    """Batch normalisation of [N, C, H, W], torch.nn.functional.batch_norm's signature and results, and
+    optionally + residual and ReLU in the same pass.
 
-    Training (Ioffe & Szegedy 2015, algorithm 1): y = weight*(x - mean)/sqrt(var + eps) + bias with the mean and biased
-    variance of the batch; running_mean and running_var move by `momentum` towards the mean and the unbiased variance.
-    Otherwise (algorithm 2) the running statistics normalise.
+    Training (Ioffe & Szegedy 2015, algorithm 1): y = weight*(x - mean)/sqrt(var + eps) + bias with the mean
+    and biased variance of the batch; running_mean and running_var move by `momentum` towards the mean and the
+    unbiased variance. Otherwise (algorithm 2) the running statistics normalise.
 
     Args:
         x: [N, C, H, W] float32, bfloat16 or float16 on a CPU for the kernels; anything else runs on torch.
@@ -447,10 +472,12 @@ def batch_norm(
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"batch_norm: eps: want a positive number, got {eps}")
     if x.dim() != 4:
-        decision = backend.Decision("torch", "torch.batch_norm", f"x: want [N, C, H, W], got {x.dim()} dimensions", True)
+        decision = backend.Decision(
+            "torch", "torch.batch_norm", f"x: want [N, C, H, W], got {x.dim()} dimensions", True
+        )
         covered = False
     else:
-        decision = backend.choose("batch_norm", x)
+        decision = decide("batch_norm", x)
         vectors = (running_mean, running_var, weight, bias)
         covered = decision.backend == "cpu" and kernels_run(x, x.shape, training, *vectors)
     if covered and training:
@@ -470,12 +497,12 @@ def batch_norm(
 
 
 def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
-    """relu?(bn(x) + residual) with the parameters, buffers and mode of `bn`, an nn.BatchNorm2d or FrozenBatchNorm2d,
-    whose state changes exactly as by calling it."""
-    if residual is not None and torch.is_autocast_enabled(x.device.type):
+    """relu?(bn(x) + residual) with the parameters, buffers and mode of `bn`, an nn.BatchNorm2d or
+    FrozenBatchNorm2d, whose state changes exactly as by calling it."""
+    if residual is not None and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         residual = residual.to(x.dtype)
     check_residual("batch_norm", residual, x.shape, x)
-    decision = backend.choose("batch_norm", x)
+    decision = decide("batch_norm", x)
     training = uses_batch_statistics(bn)
     vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     if decision.backend != "cpu" or not kernels_run(x, x.shape, training, *vectors):

@@ -1,21 +1,23 @@
 """Convolution, batch normalisation, + residual and ReLU as one operation with one autograd Function.
 
-Training stores the convolution's raw output and its statistics, never the normalised value (unless a residual makes
-the ReLU's mask depend on it); the backward of normalisation and ReLU is applied where the convolution's gradients
-load it. Inference folds the normalisation into the convolution's epilogue.
+Training stores the convolution's raw output and its statistics, never the normalised value (unless a residual
+makes the ReLU's mask depend on it); the backward of normalisation and ReLU is applied where the convolution's
+gradients load it. Inference folds the normalisation into the convolution's epilogue.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
-from torch.nn.modules import module as _module
 
 from gconv import backend
 from gconv.autograd import (
     applier,
     call,
     channels_last,
+    decide,
+    distinct,
+    first_order,
     in_format,
     op,
     suggests_channels_last,
@@ -59,8 +61,8 @@ from gconv.grouped_conv import (
     wide,
 )
 
-# Where the backward of normalisation and ReLU is applied to the gradient: True as the convolution's two gradients
-# load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
+# Where the backward of normalisation and ReLU is applied to the gradient: True as the convolution's two
+# gradients load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
 FINISH_ON_LOAD = True
 
 _fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
@@ -87,9 +89,10 @@ def _conv_train_composed(x, weight, bias, gamma, beta, residual, eps, relu, *con
 
 
 class ConvBatchNorm(Function):
-    """Training: (z, y, mean, var, rstd, affine), z = relu?(batch_norm(y) + residual), y = conv(x, weight); z alone
-    is differentiable. The convolution's bias is no part of y: it moves the mean of y and nothing else, so its gradient
-    is zero; whoever keeps running statistics adds it to the mean. bias, gamma, beta and residual may be None.
+    """Training: (z, y, mean, var, rstd, affine), z = relu?(batch_norm(y) + residual), y = conv(x, weight); z
+    alone is differentiable. The convolution's bias is no part of y: it moves the mean of y and nothing else,
+    so its gradient is zero; whoever keeps running statistics adds it to the mean. bias, gamma, beta and
+    residual may be None.
     """
 
     @staticmethod
@@ -116,7 +119,7 @@ class ConvBatchNorm(Function):
         bias, *saved = ctx.saved_tensors
         want_x, want_weight, want_bias, *rest, want_residual = ctx.needs_input_grad[:6]
         wanted = (want_x, want_weight, *rest, want_residual)
-        run = ConvBatchNormBackward.forward if untracked() else _backward_apply
+        run = ConvBatchNormBackward.forward if first_order() else _backward_apply
         dx, dweight, dgamma, dbeta, dresidual = run(dz, *saved, wanted, ctx.eps, ctx.relu, *ctx.conf)
         dbias = torch.zeros_like(bias) if want_bias else None
         if want_residual and not ctx.relu:
@@ -129,8 +132,8 @@ class ConvBatchNorm(Function):
 
 
 class ConvBatchNormBackward(Function):
-    """(dx, dweight, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is dz
-    otherwise. Its own derivative is that of the composition."""
+    """(dx, dweight, dgamma, dbeta, dresidual), None where not wanted; dresidual only after a ReLU, for it is
+    dz otherwise. Its own derivative is that of the composition."""
 
     @staticmethod
     def forward(dz, x, weight, gamma, y, mean, rstd, affine, z, wanted, eps, relu, *conf):
@@ -177,7 +180,9 @@ class ConvBatchNormBackward(Function):
     @staticmethod
     def vmap(info, in_dims, dz, x, weight, gamma, y, mean, rstd, affine, z, *rest):
         dims = (*in_dims[:5], *in_dims[7:])
-        return vmap_by(ConvBatchNormBackward.composed, info, dims, (dz, x, weight, gamma, y, affine, z, *rest))
+        return vmap_by(
+            ConvBatchNormBackward.composed, info, dims, (dz, x, weight, gamma, y, affine, z, *rest)
+        )
 
 
 def _open_mask(affine):
@@ -197,7 +202,8 @@ def _train(x, weight, bias, bn, residual, relu, conf, count):
     run = ConvBatchNorm.forward if untracked() else _train_apply
     gamma, beta = as_float(bn.weight), as_float(bn.bias)
     momentum = count_batch(bn)
-    z, _, mean, var, *_ = run(channels_last(x), weight, bias, gamma, beta, residual, bn.eps, relu, *conf)
+    x = channels_last(x)
+    z, _, mean, var, *_ = run(x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
     if momentum is not None and bn.running_mean is not None:
         update_running(bn.running_mean, bn.running_var, mean, var, count, momentum, bias)
     return in_format(z, keep)
@@ -207,25 +213,30 @@ def _infer(x, weight, bias, bn, residual, relu, conf):
     if untracked():
         keep = suggests_channels_last(x) or suggests_channels_last(weight)
         mean = as_float(bn.running_mean) if bias is None else as_float(bn.running_mean) - bias
-        _, affine = call(fold, as_float(mean), as_float(bn.running_var), as_float(bn.weight), as_float(bn.bias), bn.eps)
+        _, affine = call(
+            fold, as_float(mean), as_float(bn.running_var), as_float(bn.weight), as_float(bn.bias), bn.eps
+        )
         return in_format(call(fwd, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
     scale, shift = inference_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bias)
     return run_conv(x, weight, scale, shift, residual, relu, conf)
 
 
-def conv_bn_relu(x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True):
-    """relu?(bn(conv2d(x, weight, bias)) + residual) as one operation (grouped convolution: Xie et al. 2017; batch
+def conv_bn_relu(
+    x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True
+):
+    """relu?(bn(conv2d(x, weight, bias)) + residual) as one operation (grouped convolution: Xie et al. 2017;
+    batch
     normalisation: Ioffe & Szegedy 2015, algorithms 1 and 2).
 
-    In training the convolution's raw output is stored and normalised by its own statistics, and the running statistics
-    of `bn` move once; otherwise the normalisation is the epilogue of the convolution. What the kernels do not cover
-    (see `grouped_conv`) runs on torch, each part for itself.
+    In training the convolution's raw output is stored and normalised by its own statistics, and the running
+    statistics of `bn` move once; otherwise the normalisation is the epilogue of the convolution. What the
+    kernels do not cover (see `grouped_conv`) runs on torch, each part for itself.
 
     Args:
         x, weight, bias, stride, padding, dilation, groups: as in `grouped_conv`; x is [N, C, H, W].
-        bn: an nn.BatchNorm2d of K channels, or a FrozenBatchNorm2d (buffers weight, bias, running_mean, running_var,
-            eps), which normalises by its buffers in train mode too. Its parameters, buffers and mode are used and its
-            state changes exactly as by calling it; its hooks do not run.
+        bn: an nn.BatchNorm2d of K channels, or a FrozenBatchNorm2d (buffers weight, bias, running_mean,
+            running_var, eps), which normalises by its buffers in train mode too. Its parameters, buffers and
+            mode are used and its state changes exactly as by calling it; its hooks do not run.
         residual: [N, K, OH, OW], added before the ReLU: dtype and device of x, any strides.
         relu: ReLU last; NaN stays NaN.
 
@@ -233,8 +244,8 @@ def conv_bn_relu(x, weight, bn, bias=None, stride=1, padding=0, dilation=1, grou
         [N, K, OH, OW], dtype of x; channels_last if x or weight is, else contiguous.
 
     Raises:
-        ValueError: what does not fit together, naming the argument, what is wanted and what was given; one value per
-            channel in training.
+        ValueError: what does not fit together, naming the argument, what is wanted and what was given; one
+            value per channel in training.
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
@@ -245,7 +256,7 @@ def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residu
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     stride, padding, dilation = resolve("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups)
     conf = (stride, padding, dilation, groups)
-    decision = backend.choose("conv_bn_relu", x, weight, None, *conf, by_design)
+    decision = decide("conv_bn_relu", x, weight, None, *conf, by_design)
     if decision.backend != "cpu":
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)
@@ -283,12 +294,13 @@ def _not_fusable(conv, bn) -> str | None:
 
 
 def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu: bool = True):
-    """relu?(bn(conv(x)) + residual), fused where the modules allow it: what blocks made of torch's modules call.
+    """relu?(bn(conv(x)) + residual), fused where the modules allow it: what blocks made of torch's modules
+    call.
 
-    A 3x3 convolution runs as `conv_bn_relu`; any other (1x1, 7x7) runs on torch and normalisation, residual and ReLU
-    follow in one pass. Where a module has hooks, a replaced forward or a type other than Conv2d, BatchNorm2d or
-    FrozenBatchNorm2d (SyncBatchNorm, a parametrized convolution), the modules are called one by one, and
-    `gconv.trace` says why. Global module hooks are not run for the fused modules.
+    A 3x3 convolution runs as `conv_bn_relu`; any other (1x1, 7x7) runs on torch and normalisation, residual
+    and ReLU follow in one pass. Where a module has hooks, a replaced forward or a type other than Conv2d,
+    BatchNorm2d or FrozenBatchNorm2d (SyncBatchNorm, a parametrized convolution), the modules are called one
+    by one, and `gconv.trace` says why. Global module hooks are not run for the fused modules.
 
     Args:
         x: [N, C, H, W].
@@ -307,7 +319,9 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         reason = _not_fusable(conv, bn)
         if reason is not None:
             z = tail(bn(conv(x)), residual, relu)
-            backend.record(backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z)
+            backend.record(
+                backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z
+            )
             return z
         padding = conv.padding
         if conv.padding_mode != "zeros":
@@ -315,5 +329,15 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
             padding = (0, 0)
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         return _conv_bn_relu(
-            x, conv.weight, bn, conv.bias, conv.stride, padding, conv.dilation, conv.groups, residual, relu, by_design
+            x,
+            conv.weight,
+            bn,
+            conv.bias,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            residual,
+            relu,
+            by_design,
         )

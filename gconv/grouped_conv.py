@@ -1,8 +1,9 @@
-"""Grouped convolution (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks", section 3).
+"""Grouped convolution (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks",
+section 3).
 
-Each op has its definition in plain PyTorch beside it (`<op>_ref`): the oracle of the tests, the fallback, and the
-formula of rare derivatives. Three autograd Functions, forward and both gradients, are each other's derivatives, so
-any order of differentiation runs on the kernels.
+Each op has its definition in plain PyTorch beside it (`<op>_ref`): the oracle of the tests, the fallback, and
+the formula of rare derivatives. Three autograd Functions, forward and both gradients, are each other's
+derivatives, so any order of differentiation runs on the kernels.
 """
 
 import torch
@@ -16,10 +17,14 @@ from gconv.autograd import (
     batched,
     call,
     channels_last,
+    decide,
+    distinct,
     empty_channels_last,
+    first_order,
     in_format,
     op,
     register,
+    stored,
     suggests_channels_last,
     untracked,
 )
@@ -51,17 +56,14 @@ def _finish_ref(dy, y, finish):
     return scale * g + slope * (y - mean) + offset
 
 
-def stored(y, dtype):
-    return y.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
 def grouped_conv_fwd_ref(
     x, weight, stride, padding, dilation, groups, act=None, affine=None, residual=None, relu=False
 ):
-    """y = conv(relu(a*x + b), weight); c*y + d; + residual; ReLU: each but the convolution optional, in this order.
+    """y = conv(relu(a*x + b), weight); c*y + d; + residual; ReLU: each but the convolution optional, in this
+    order.
 
-    x [N, C, H, W], weight [K, C/groups, R, S], act [2, C] = (a; b), affine [2, K] = (c; d), residual like y. Padding
-    comes after act. Computes in float32 (float64 for float64); y has x's dtype and is channels_last.
+    x [N, C, H, W], weight [K, C/groups, R, S], act [2, C] = (a; b), affine [2, K] = (c; d), residual like y.
+    Padding comes after act. Computes in float32 (float64 for float64); y has x's dtype and is channels_last.
     """
     y = F.conv2d(_act_ref(x, act), weight.to(wide(x)), None, stride, padding, dilation, groups)
     if affine is not None:
@@ -85,8 +87,8 @@ def grouped_conv_bwd_input_ref(
 
     finish [6, K] = (A; B; C; mean; a; b), with y [N, K, OH, OW]: dy becomes A*(dy*[not a*y + b <= 0]) +
     B*(y - mean) + C first, the backward of a batch normalisation and its ReLU.
-    act [4, C] = (a; b; mean; rstd), with x [N, C, H, W]: dx is masked by [not a*x + b <= 0] and sums [2, C] are
-    (sum dx; sum dx*(x - mean)*rstd); without act sums has shape [0].
+    act [4, C] = (a; b; mean; rstd), with x [N, C, H, W]: dx is masked by [not a*x + b <= 0] and sums [2, C]
+    are (sum dx; sum dx*(x - mean)*rstd); without act sums has shape [0].
     """
     g = _finish_ref(dy, y, finish)
     dx = conv2d_input(input_size, weight.to(g.dtype), g, stride, padding, dilation, groups)
@@ -123,9 +125,10 @@ bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
 
 
 def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, want_weight: bool):
-    """(dx, dweight) of conv(x, weight), None where not wanted; differentiable again where anything watches."""
+    """(dx, dweight) of conv(x, weight), None where not wanted; differentiable again where anything
+    watches."""
     conf = (stride, padding, dilation, groups)
-    run = (_bwd_input_of, _bwd_weight_of) if untracked() else (bwd_input_apply, bwd_weight_apply)
+    run = (_bwd_input_of, _bwd_weight_of) if first_order() else (bwd_input_apply, bwd_weight_apply)
     dx = run[0](dy, weight, tuple(x.shape), *conf) if want_x else None
     dweight = run[1](dy, x, tuple(weight.shape), *conf) if want_weight else None
     return dx, dweight
@@ -142,9 +145,9 @@ def _bwd_weight_of(dy, x, weight_size, *conf):
 def _epilogue_grads(dz, x, weight, scale, z, conf, wanted):
     """Gradients of relu?(scale*conv(x, weight) + shift + residual) to (x, weight, scale, shift, residual).
 
-    `z` is the output if there was a ReLU, else None. The scale goes into the weight, not into the gradient: with
-    g the masked gradient, dx = conv_transpose(g, scale*weight), and as sum g*conv(x, weight) = <dweight of g, weight>
-    the scale's gradient needs neither the convolution's output nor a pass over the image.
+    `z` is the output if there was a ReLU, else None. The scale goes into the weight, not into the gradient:
+    with g the masked gradient, dx = conv_transpose(g, scale*weight), and as sum g*conv(x, weight) = <dweight
+    of g, weight> the scale's gradient needs neither the convolution's output nor a pass over the image.
     """
     want_x, want_weight, want_scale, want_shift, want_residual = wanted
     g = channels_last(dz) if z is None else torch.ops.aten.threshold_backward(channels_last(dz), z, 0)
@@ -291,7 +294,7 @@ bwd_input_apply = applier(GroupedConvBwdInput)
 bwd_weight_apply = applier(GroupedConvBwdWeight)
 
 
-# ----------------------------------------------------------------- what the ops are to autograd and to compilers
+# -------------------------------------------------------------- what the ops are to autograd and to compilers
 
 
 def conv_output_size(x, weight, stride, padding, dilation) -> tuple:
@@ -442,11 +445,12 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
 def autocast(*tensors):
     """The tensors in autocast's dtype where it is on, as torch casts a convolution's arguments."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask about
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
+        for t in tensors
     )
 
 
@@ -457,18 +461,19 @@ def run_conv(x, weight, scale, shift, residual, relu, conf):
     if untracked():
         y = call(fwd, x, weight, *conf, None, _stacked(scale, shift), residual, relu)
     else:
-        y = conv_apply(x, weight, scale, shift, residual, relu, *conf)
+        y = conv_apply(x, weight, scale, shift, distinct(x, residual), relu, *conf)
     return in_format(y, keep)
 
 
 def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """2-D convolution in groups, torch.nn.functional.conv2d's signature and results.
 
-    y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section 3.2).
+    y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section
+    3.2).
 
     3x3 kernels with stride 1 or 2 and padding 0 to 2 in float32, bfloat16 and float16 on a CPU run on gconv's
-    kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say what
-    and why). Differentiable to any order in reverse mode; forward-mode AD raises on the kernels.
+    kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say
+    what and why). Differentiable to any order in reverse mode; forward-mode AD raises on the kernels.
 
     Args:
         x: [N, C, H, W] or [C, H, W]; N may be 0.
@@ -490,7 +495,7 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
         return grouped_conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
     stride, padding, dilation = resolve("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
-    decision = backend.choose("grouped_conv", x, weight, None, stride, padding, dilation, groups)
+    decision = decide("grouped_conv", x, weight, None, stride, padding, dilation, groups)
     if decision.backend == "cpu":
         shift = None if bias is None else bias.float()
         y = run_conv(x, weight, None, shift, None, False, (stride, padding, dilation, groups))
