@@ -1,0 +1,56 @@
+"""Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads."""
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+from checks import ISAS
+
+
+@pytest.fixture(scope="session")
+def ops():
+    """torch.ops.gconv with the C++ ops loaded; a suite without them proves nothing, hence an error and not a skip."""
+    import gconv  # noqa: F401  (loads the extension)
+
+    if not hasattr(torch.ops.gconv, "grouped_conv_fwd"):
+        pytest.fail("the C++ extension gconv._C is not built: run `make build`")
+    return torch.ops.gconv
+
+
+def select_isa(name):
+    try:
+        torch.ops.gconv.set_cpu_isa(name)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"this machine cannot run the {name} path: {error}")
+    assert torch.ops.gconv.cpu_isa() == name
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, ops):
+    """Runs the test once on each instruction set this machine has."""
+    before = ops.cpu_isa()
+    select_isa(request.param)
+    yield request.param
+    ops.set_cpu_isa(before)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """torch.empty returns NaN, so that an element nobody wrote cannot pass for a result."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(64).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
