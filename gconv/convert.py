@@ -473,6 +473,8 @@ def _check_model(function: str, model) -> None:
 
 def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
     """Puts gconv's kernels into `model`, in place; names, parameters, state_dict keys, hooks and mode stay.
+    torch.compile and torch.export take the converted model, torch.fx sees the blocks' own nodes; TorchScript
+    needs `revert` first.
 
     Args:
         model: any module; also a single convolution. Converting twice changes nothing more.

@@ -31,17 +31,21 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and isinstance(input, torch.fx.Proxy):
+        if torch.jit.is_scripting():  # TorchScript cannot call us: the scripted layer is torch's
+            return self._conv_forward(input, self.weight, self.bias)
+        elif isinstance(input, torch.fx.Proxy):
             leaf = fx_leaf(self, input)
-            return nn.Conv2d._conv_forward(self, input, self.weight, self.bias) if leaf is None else leaf
-        return self._conv_forward(input, self.weight, self.bias)
+            return self._conv_forward(input, self.weight, self.bias) if leaf is None else leaf
+        else:
+            return self._run(input)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    @torch.jit.unused
+    def _run(self, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return grouped_conv(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return grouped_conv(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     @classmethod
     def from_torch(cls, conv: nn.Conv2d) -> "Conv2d":
@@ -125,15 +129,22 @@ class ConvBNReLU(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):
-            args = (x,) if residual is None else (x, residual)
-            leaf = fx_leaf(self, *args)
+        if torch.jit.is_scripting():
+            return self._forward_children(x, residual)
+        elif isinstance(x, torch.fx.Proxy):
+            leaf = fx_leaf(self, x) if residual is None else fx_leaf(self, x, residual)
             return self._forward_children(x, residual) if leaf is None else leaf
+        else:
+            return self._run(x, residual)
+
+    @torch.jit.unused
+    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return fuse_modules_forward(x, self.conv, self.bn, residual, self.relu)
 
     def _forward_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = self.bn(self.conv(x))
-        y = y if residual is None else y + residual
+        if residual is not None:
+            y = y + residual
         return F.relu(y) if self.relu else y
 
     @classmethod
