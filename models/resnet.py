@@ -208,13 +208,16 @@ class Bottleneck(nn.Module):
 
 
 def _to_channels_last(x: Tensor) -> Tensor:
-    """x in channels_last, which gconv's kernels read in place; the layers that follow keep to it."""
+    """x in channels_last, which gconv's kernels read in place; the layers that follow keep to it.
+
+    By permute, since under torch.func.vmap there is no Tensor.contiguous(memory_format=...).
+    """
     if x.dim() != 4:
         return x
     if x.shape[1] == 1:
-        # One channel is contiguous in both formats; only a copy gets the strides that say channels_last.
-        return x.clone(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last)
+        # One channel is contiguous in both formats; a view gets the strides that say channels_last.
+        return x.reshape(x.shape[0], x.shape[2], x.shape[3], 1).permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class ResNet(nn.Module):

@@ -389,6 +389,48 @@ def test_compiled_inference():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(images), want, rtol=1e-5, atol=1e-5)
 
 
+def test_export_with_any_batch_size():
+    model = small().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    assert any("gconv.grouped_conv_fwd" in str(node.target) for node in exported.graph.nodes)
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_each_image_by_vmap():
+    fused, stock, images = pair("resnext_digits", size=16, batch=3, in_channels=1)
+
+    def gradients(model, one_by_one):
+        model.eval()
+        state = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(state, image):
+            return torch.func.functional_call(model, state, (image[None],)).square().mean()
+
+        if one_by_one:
+            each = [torch.func.grad(loss)(state, image) for image in images.to(state["fc.weight"].dtype)]
+            return {name: torch.stack([grads[name] for grads in each]) for name in state}
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(state, images)
+
+    exact = gradients(copy.deepcopy(stock).double(), True)
+    baseline = gradients(stock, True)
+    with gconv.set_policy("silent"):
+        actual = gradients(fused, False)
+    for name, want in exact.items():
+        assert_as_good(actual[name], baseline[name], want, name, floor=1e-5)
+
+
+def test_sync_batch_norm_keeps_the_names():
+    fused, stock, images = pair("resnext_digits", size=32, batch=4, in_channels=1)
+    names = list(fused.state_dict())
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(fused).eval()
+    assert list(synced.state_dict()) == names
+    with gconv.set_policy("silent"), torch.no_grad():
+        torch.testing.assert_close(synced(images), stock.eval()(images), rtol=1e-4, atol=1e-4)
+
+
 def test_convert_leaves_our_models_as_they_are():
     fused, _, images = pair("resnext_digits", size=16, batch=4, in_channels=1)
     want = fused.eval()(images)

@@ -1,0 +1,98 @@
+"""README.md: its code runs, its tables say what the code does, and the files it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision_models import require_torchvision
+
+import gconv
+from gconv import backend, info
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def table(heading):
+    """The cells of the first table under a heading, without the table's own heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+@pytest.mark.parametrize("index", range(len(CODE)))
+def test_python_code_runs(index, ops, capsys):
+    if "torchvision" in CODE[index]:
+        require_torchvision()
+    names = {}
+    with gconv.set_policy("error"):
+        exec(compile(CODE[index], f"README.md, Python block {index + 1}", "exec"), names)
+    printed = capsys.readouterr().out
+    if "calls" in names:
+        assert names["logits"].shape == (2, 10) and "cpu." in printed
+        assert len(CODE[index].strip().splitlines()) <= 18, "the example is to stay short"
+    else:
+        assert "layer1.0.conv2+bn2+relu → fused" in printed
+
+
+def test_there_is_code():
+    assert len(CODE) == 2
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("row", table("What runs where"), ids=lambda row: row[0])
+def test_support_table(row, ops):
+    name, *cells = row
+    stem = re.match(r"`(\w+)`", name)
+    op = stem[1] if stem else "grouped_conv"
+    size = 5 if "other kernel size" in name else 3
+    device = "meta" if "not on the CPU" in name else "cpu"
+    for dtype, cell in zip(DTYPES, cells, strict=True):
+        x = torch.empty(1, 8, 8, 8, dtype=dtype, device=device)
+        weight = None if op == "batch_norm" else torch.empty(8, 2, size, size, dtype=dtype, device=device)
+        decision = backend.choose(op, x, weight, stride=1, padding=1, groups=4)
+        assert decision.backend == cell, f"{name}, {dtype}: the table says {cell}, choose says {decision}"
+
+
+def test_geometry_in_words():
+    text = " ".join(README.split())
+    assert f"stride 1 or 2, padding 0 to {backend.MAX_PADDING}, any dilation" in text
+    assert backend.geometry_reason(2, backend.MAX_PADDING, 7) is None
+    assert backend.geometry_reason(3, 0, 1) and backend.geometry_reason(1, backend.MAX_PADDING + 1, 1)
+
+
+def test_environment_variables_are_all_there():
+    assert {row[0].strip("`") for row in table("Environment variables")} == set(info.VARIABLES)
+
+
+def test_names_of_gconv_exist():
+    for path in set(re.findall(r"`gconv\.([\w.]+)", README)):
+        value = gconv
+        for part in path.split("."):
+            if path in ("info", "bench"):
+                break
+            value = getattr(value, part)
+
+
+def test_make_verbs_exist():
+    verbs = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.MULTILINE))
+    assert {"demo", "test"} <= named <= verbs
+
+
+def test_paths_exist():
+    named = set(re.findall(r"(?:csrc|gconv|models|bench|tests)/[\w/]+\.(?:py|h|cpp)", README)) | {"LICENSE"}
+    assert len(named) > 5
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    for file in re.findall(r"`(\w+\.(?:py|cpp))`", README.split("## How to add an op")[1].split("\n## ")[0]):
+        assert list(ROOT.glob(f"*/{file}")), file
+
+
+def test_markers_of_the_benchmark_table():
+    from gconv.bench import readme
+
+    assert readme.update(README, []).count(readme.START) == 1
