@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 
 from gconv import backend
@@ -38,7 +37,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable:
     def apply(*args):
         if torch.compiler.is_compiling() or _are_functorch_transforms_active():
             return function.apply(*args)
-        return plain_apply(*unwrap_dead_wrappers(args))
+        return plain_apply(*[unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
 
     return apply
 
@@ -68,9 +67,7 @@ def decide(op_name: str, x, *args) -> backend.Decision:
         _are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         reason = "a function transform or forward-mode AD inside torch.compile"
-    if reason is None:
-        return decision
-    return backend.Decision("torch", decision.kernel.replace("cpu.", "torch."), reason, True)
+    return decision if reason is None else backend.fall_back(op_name, reason)
 
 
 def first_order() -> bool:

@@ -7,6 +7,7 @@ has a reason, shown by `trace` and `explain`, and `set_policy` says whether it i
 an error.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -251,6 +252,15 @@ def choose(
         if _mode == "auto" and weight is not None and dense_to_torch(groups, weight.shape[1]):
             return Decision("torch", _torch_kernel(op), "by design: torch runs dense convolutions")
         return Decision("cpu", "cpu." + op)
+    return fall_back(op, reason)
+
+
+def fall_back(op: str, reason: str) -> Decision:
+    """The decision for a call of `op` that our kernels do not cover, and why.
+
+    Raises:
+        RuntimeError: `use_backend("cpu")` or `set_policy("error")` forbids torch.
+    """
     if _mode == "cpu" and not _explaining:
         raise RuntimeError(f"gconv.{op}: use_backend('cpu') does not cover this call: {reason}")
     if _policy == "error" and not _explaining:
@@ -451,7 +461,7 @@ class Trace:
         return len(self._rows)
 
     def to_dict(self) -> dict:
-        return {"rows": [dataclasses.asdict(row) for row in self.rows]}
+        return {"rows": [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows]}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
@@ -522,6 +532,7 @@ def explain(module: nn.Module, x) -> Trace:
         FakeTensorMode,
     )
 
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
     if not isinstance(module, nn.Module):
         raise TypeError(f"explain: module: want a torch.nn.Module, got {type(module).__name__}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -539,7 +550,10 @@ def explain(module: nn.Module, x) -> Trace:
         _explaining, _layers.stack = True, []
         for bn in cumulative:
             bn.momentum = 0.0
-        with result, mode:
+        # Compiled code records nothing; a module can be compiled only where dynamo is already imported.
+        compiled = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        with eager, result, mode:
             torch.func.functional_call(module, state, args)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise RuntimeError(

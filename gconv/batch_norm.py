@@ -96,8 +96,8 @@ def batch_norm_bwd_apply_ref(dz, x, coef, affine, z, want_g):
 
 
 def batch_norm_ref(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, residual=None,
-    relu=False,
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
+    residual=None, relu=False,
 ):  # fmt: skip
     """The definition of `batch_norm`: torch.nn.functional.batch_norm, + residual, ReLU."""
     return tail(
@@ -312,6 +312,11 @@ def is_frozen(bn) -> bool:
     return type(bn).__name__ == "FrozenBatchNorm2d" and not isinstance(bn, _BatchNorm)
 
 
+def state_of(bn) -> tuple:
+    """(running_mean, running_var, gamma, beta), each a tensor or None; a module reads attributes slowly."""
+    return bn.running_mean, bn.running_var, bn.weight, bn.bias
+
+
 def uses_batch_statistics(bn) -> bool:
     """Whether `bn` normalises by the batch at hand: in train mode, and in eval mode without running
     statistics."""
@@ -334,17 +339,15 @@ def count_batch(bn):
 
 def update_running(running_mean, running_var, mean, var, count, momentum, shift=None) -> None:
     """running <- (1 - momentum)*running + momentum*new, with the unbiased variance; `shift` [C] is added to
-    the mean (the bias of the convolution before)."""
-    with torch.no_grad():
-        unbiased = count / (count - 1)
-        if shift is not None:
-            mean = mean + shift
-        if isinstance(momentum, torch.Tensor):
-            running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
-            running_var.copy_(torch.lerp(running_var.to(var.dtype), var * unbiased, momentum))
+    the mean (the bias of the convolution before). mean and var carry no gradient."""
+    unbiased = count / (count - 1)
+    if shift is not None:
+        mean = mean + shift.detach()
+    for running, new, factor in ((running_mean, mean, 1.0), (running_var, var, unbiased)):
+        if running.dtype is torch.float32 and not isinstance(momentum, torch.Tensor):
+            running.mul_(1 - momentum).add_(new, alpha=momentum * factor)
         else:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+            running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
 
 
 def check_count(name: str, shape) -> int:
@@ -355,6 +358,11 @@ def check_count(name: str, shape) -> int:
             f"{name}: x: Expected more than 1 value per channel when training, got input size {list(shape)}"
         )
     return count
+
+
+def check_eps(name: str, eps: float, training: bool) -> None:
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"{name}: eps: want a positive number, got {eps}")
 
 
 def check_residual(name: str, residual, shape, like) -> None:
@@ -440,8 +448,8 @@ def _to_torch(decision):
 
 
 def batch_norm(
-    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, residual=None,
-    relu=False,
+    x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
+    residual=None, relu=False,
 ):  # fmt: skip
     """Batch normalisation of [N, C, H, W], torch.nn.functional.batch_norm's signature and results, and
     optionally + residual and ReLU in the same pass.
@@ -469,12 +477,9 @@ def batch_norm(
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
     check_residual("batch_norm", residual, x.shape, x)
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"batch_norm: eps: want a positive number, got {eps}")
+    check_eps("batch_norm", eps, training)
     if x.dim() != 4:
-        decision = backend.Decision(
-            "torch", "torch.batch_norm", f"x: want [N, C, H, W], got {x.dim()} dimensions", True
-        )
+        decision = backend.fall_back("batch_norm", f"x: want [N, C, H, W], got {x.dim()} dimensions")
         covered = False
     else:
         decision = decide("batch_norm", x)
@@ -503,18 +508,21 @@ def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
         residual = residual.to(x.dtype)
     check_residual("batch_norm", residual, x.shape, x)
     decision = decide("batch_norm", x)
-    training = uses_batch_statistics(bn)
-    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    if decision.backend != "cpu" or not kernels_run(x, x.shape, training, *vectors):
+    training, state = uses_batch_statistics(bn), state_of(bn)
+    if decision.backend != "cpu" or not kernels_run(x, x.shape, training, *state):
         decision = _to_torch(decision)
         y = tail(bn(x), residual, relu)
-    elif training:
+        backend.record(decision, "batch_norm", x, y)
+        return y
+    check_eps("batch_norm", bn.eps, training)
+    running_mean, running_var, gamma, beta = state
+    if training:
         count = check_count("batch_norm", x.shape)
         momentum = count_batch(bn)
-        y, mean, var = train(x, bn.weight, bn.bias, residual, bn.eps, relu)
-        if momentum is not None and bn.running_mean is not None:
-            update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
+        y, mean, var = train(x, gamma, beta, residual, bn.eps, relu)
+        if momentum is not None and running_mean is not None:
+            update_running(running_mean, running_var, mean, var, count, momentum)
     else:
-        y = infer(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual, bn.eps, relu)
+        y = infer(x, running_mean, running_var, gamma, beta, residual, bn.eps, relu)
     backend.record(decision, "batch_norm", x, y)
     return y

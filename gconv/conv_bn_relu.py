@@ -33,6 +33,7 @@ from gconv.batch_norm import (
     bwd_apply,
     bwd_reduce,
     check_count,
+    check_eps,
     check_residual,
     count_batch,
     fold,
@@ -43,6 +44,7 @@ from gconv.batch_norm import (
     only,
     pull_back,
     relu_mask,
+    state_of,
     tail,
     train_composed,
     update_running,
@@ -197,36 +199,33 @@ _backward_apply = applier(ConvBatchNormBackward)
 # ------------------------------------------------------------------------------------------- the functions
 
 
-def _train(x, weight, bias, bn, residual, relu, conf, count):
+def _train(x, weight, bias, bn, state, residual, relu, conf, count):
+    running_mean, running_var, gamma, beta = state
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     run = ConvBatchNorm.forward if untracked() else _train_apply
-    gamma, beta = as_float(bn.weight), as_float(bn.bias)
     momentum = count_batch(bn)
-    x = channels_last(x)
+    x, gamma, beta = channels_last(x), as_float(gamma), as_float(beta)
     z, _, mean, var, *_ = run(x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
-    if momentum is not None and bn.running_mean is not None:
-        update_running(bn.running_mean, bn.running_var, mean, var, count, momentum, bias)
+    if momentum is not None and running_mean is not None:
+        update_running(running_mean, running_var, mean, var, count, momentum, bias)
     return in_format(z, keep)
 
 
-def _infer(x, weight, bias, bn, residual, relu, conf):
-    if untracked():
-        keep = suggests_channels_last(x) or suggests_channels_last(weight)
-        mean = as_float(bn.running_mean) if bias is None else as_float(bn.running_mean) - bias
-        _, affine = call(
-            fold, as_float(mean), as_float(bn.running_var), as_float(bn.weight), as_float(bn.bias), bn.eps
-        )
-        return in_format(call(fwd, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
-    scale, shift = inference_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, bias)
-    return run_conv(x, weight, scale, shift, residual, relu, conf)
+def _infer(x, weight, bias, eps, state, residual, relu, conf):
+    if not untracked():
+        scale, shift = inference_affine(*state, eps, bias)
+        return run_conv(x, weight, scale, shift, residual, relu, conf)
+    mean, var, gamma, beta = map(as_float, state)
+    _, affine = call(fold, mean if bias is None else mean - bias, var, gamma, beta, eps)
+    keep = suggests_channels_last(x) or suggests_channels_last(weight)
+    return in_format(call(fwd, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
 
 
 def conv_bn_relu(
     x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True
 ):
     """relu?(bn(conv2d(x, weight, bias)) + residual) as one operation (grouped convolution: Xie et al. 2017;
-    batch
-    normalisation: Ioffe & Szegedy 2015, algorithms 1 and 2).
+    batch normalisation: Ioffe & Szegedy 2015, algorithms 1 and 2).
 
     In training the convolution's raw output is stored and normalised by its own statistics, and the running
     statistics of `bn` move once; otherwise the normalisation is the epilogue of the convolution. What the
@@ -263,18 +262,22 @@ def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residu
         return batch_norm_module(y, bn, residual, relu)
     shape = conv_output_size(x, weight, stride, padding, dilation)
     check_residual("conv_bn_relu", residual, shape, x)
-    training = uses_batch_statistics(bn)
-    if not kernels_run(x, shape, training, bn.running_mean, bn.running_var, bn.weight, bn.bias):
+    training, state = uses_batch_statistics(bn), state_of(bn)
+    if not kernels_run(x, shape, training, *state):
         y = run_conv(x, weight, None, as_float(bias), None, False, conf)
         backend.record(decision, "conv_bn_relu", x, y)
         return batch_norm_module(y, bn, residual, relu)
+    check_eps("conv_bn_relu", bn.eps, training)
     if training:
         count = check_count("conv_bn_relu", shape)
-        z = _train(x, weight, bias, bn, residual, relu, conf, count)
+        z = _train(x, weight, bias, bn, state, residual, relu, conf, count)
     else:
-        z = _infer(x, weight, bias, bn, residual, relu, conf)
+        z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf)
     backend.record(decision, "conv_bn_relu", x, z)
     return z
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _not_fusable(conv, bn) -> str | None:
@@ -284,11 +287,10 @@ def _not_fusable(conv, bn) -> str | None:
     if type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
         return f"conv: want Conv2d, got {type(conv).__name__}"
     for name, child in (("conv", conv), ("bn", bn)):
-        if (
-            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
-        ):  # fmt: skip
+        attributes = child.__dict__
+        if any(map(attributes.get, _HOOKS)):
             return f"{name}: has hooks"
-        if "forward" in child.__dict__:
+        if "forward" in attributes:
             return f"{name}: its forward is replaced"
     return None
 
@@ -328,16 +330,6 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = (0, 0)
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
-        return _conv_bn_relu(
-            x,
-            conv.weight,
-            bn,
-            conv.bias,
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-            residual,
-            relu,
-            by_design,
-        )
+        weight, bias = conv.weight, conv.bias
+        conf = (conv.stride, padding, conv.dilation, conv.groups)
+        return _conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)

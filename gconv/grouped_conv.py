@@ -383,6 +383,8 @@ def pair(name: str, value, least: int) -> tuple:
     """An int or a pair of them as a pair; ValueError naming the argument otherwise."""
     if type(value) is int:
         value = (value, value)
+    elif type(value) is tuple and len(value) == 2:
+        pass
     elif isinstance(value, (tuple, list, torch.Size)) and len(value) in (1, 2):
         value = (value[0], value[-1])
     else:
