@@ -288,7 +288,7 @@ def test_trace_names_layers_kernels_shapes_and_reasons(ops):
     assert lines[0].split() == ["layer", "kernel", "shape,", "dtype,", "layout", "calls", "reason"]
     assert len(lines) == 2 + len(t) and "2x3x8x8 float32 channels_last" in lines[2]
     assert lines[2][lines[0].index("calls")] == "1", "columns are aligned"
-    assert json.loads(t.to_json()) == t.to_dict() and t.to_dict()["rows"][0]["shape"] == (2, 3, 8, 8)
+    assert json.loads(t.to_json()) == t.to_dict() and t.to_dict()["rows"][0]["shape"] == [2, 3, 8, 8]
 
 
 def test_trace_changes_no_bit_of_the_result(ops):
@@ -425,3 +425,15 @@ def test_compile_inside_a_trace_has_no_graph_break(ops):
     with gconv.trace() as t, torch.no_grad():
         compiled(x)
     assert "torch.compile" in str(t)
+
+
+def test_explain_sees_through_compiled_modules(ops):
+    torch._dynamo.reset()
+    net, x = gconv.ConvBNReLU(4, 4, 3, groups=2).eval(), torch.randn(1, 4, 8, 8)
+    expected = gconv.explain(net, x).to_dict()
+    assert expected["rows"]
+    wrapped = torch.compile(net, backend="eager")
+    assert gconv.explain(wrapped, x).to_dict() == expected
+    net.compile(backend="eager")
+    net(x)
+    assert gconv.explain(net, x).to_dict() == expected
