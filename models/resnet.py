@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gconv import backend
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.layers import Conv2d
 
@@ -63,12 +64,14 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
+    """True if calling the module does more than its class says: hooks, or a forward of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -77,21 +80,26 @@ def _calls_modules(owner: nn.Module, x: Tensor) -> bool:
 
     So it is in a stock model, under torch.fx tracing (the graph then has torchvision's nodes), and where
     `relu` is no longer a bare nn.ReLU: a hook on it must fire, another activation put in its place must be
-    the one that runs.
+    the one that runs. The last is shown by gconv.trace.
     """
-    return (
-        owner.stock
-        or isinstance(x, torch.fx.Proxy)
-        or type(owner.relu) is not nn.ReLU
-        or _has_hooks(owner.relu)
+    if owner.stock or isinstance(x, torch.fx.Proxy):
+        return True
+    if type(owner.relu) is nn.ReLU and not _is_watched(owner.relu):
+        return False
+    relu = type(owner.relu).__name__
+    reason = (
+        "relu: has hooks or its forward is replaced" if relu == "ReLU" else f"relu: want ReLU, got {relu}"
     )
+    decision = backend.Decision("torch", "modules", f"called one by one: {reason}")
+    backend.record(decision, type(owner).__name__, x)
+    return True
 
 
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     """The identity branch: x itself, or 1x1 convolution and batch norm without ReLU."""
     if downsample is None:
         return x
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _has_hooks(downsample):
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _is_watched(downsample):
         conv, bn = downsample
         if isinstance(conv, nn.Conv2d):
             return fuse_modules_forward(x, conv, bn, relu=False)

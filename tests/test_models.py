@@ -321,9 +321,13 @@ def test_hooks_fire_and_replaced_modules_run():
             model.get_submodule(path).register_forward_hook(
                 lambda module, args, output, kind=kind, path=path: seen[kind].append((path, output.clone()))
             )
-    with gconv.set_policy("silent"), torch.no_grad():
+    with gconv.set_policy("silent"), torch.no_grad(), gconv.trace() as trace:
         actual, want = fused(images), stock(images)
     torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+    reasons = {row.layer: row.reason for row in trace if row.kernel == "modules"}
+    assert reasons["layer1.0"] == "called one by one: relu: want ReLU, got SiLU"
+    assert reasons["layer2.0"] == "called one by one: relu: has hooks or its forward is replaced"
+    assert "GroupNorm" in reasons["layer2.1.conv2"]
     assert sorted(path for path, _ in seen["fused"]) == sorted(path for path, _ in seen["stock"])
     stock_outputs = dict(seen["stock"])
     for path, output in seen["fused"]:
