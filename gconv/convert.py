@@ -413,6 +413,12 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
     ]
 
 
+def _runs_fused_itself(module: nn.Module) -> bool:
+    """True for ConvBNReLU and for the models and blocks of gconv.models, unless those were asked to be stock."""
+    ours = isinstance(module, ConvBNReLU) or type(module).__module__.startswith("gconv.models.")
+    return ours and not getattr(module, "stock", False)
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
@@ -482,7 +488,7 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
             it.
 
     Returns:
-        a report, one line per convolution: print it.
+        a report, one line per convolution (one for each part that was gconv's already): print it.
 
     Raises:
         TypeError: `model` is no module, or `filter_fn` cannot be called.
@@ -500,17 +506,19 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
         return answers[id(conv)]
 
     modules = list(model.named_modules())
-    made_fused = [module for _, module in modules if isinstance(module, ConvBNReLU)]
-    inside = {id(child) for module in made_fused for child in module.modules()}
+    ready = [module for _, module in modules if _runs_fused_itself(module)]
+    inside = {id(child) for module in ready for child in module.modules() if child is not module}
     entries: dict[int, Entry] = {}
     for name, module in modules:
-        if id(module) not in inside:
+        if id(module) not in inside and not _runs_fused_itself(module):
             _convert_runs(name, module, ask, entries)
     report = []
     for name, module in modules:
-        if isinstance(module, ConvBNReLU):
+        if id(module) in inside:
+            continue
+        if _runs_fused_itself(module):
             report.append(Entry(name or type(module).__name__, "fused", "already"))
-        elif isinstance(module, nn.Conv2d) and id(module) not in inside:
+        elif isinstance(module, nn.Conv2d):
             report.append(_convert_conv(name, module, ask, entries.get(id(module))))
     return Report(report)
 

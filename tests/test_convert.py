@@ -277,6 +277,13 @@ def test_revert_leaves_layers_that_were_ours_from_the_start():
     assert anatomy(model) == before
 
 
+def test_our_own_models_are_left_as_they_are():
+    model = nn.Sequential(gconv.models.resnet18(num_classes=10), nn.Flatten())
+    before = anatomy(model)
+    assert str(gconv.convert(model)) == "0 → fused (already)\n1 fused"
+    assert anatomy(model) == before
+
+
 def test_convert_twice_is_convert_once():
     _, ours, first = net_and_converted()
     once = anatomy(ours)
