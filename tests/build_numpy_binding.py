@@ -1,7 +1,7 @@
 """Compiles tests/numpy_binding.cpp with the torch-free kernels into the module gconv_kernels_numpy.
 
-As a program: python tests/build_numpy_binding.py [--sanitize] [--run [pytest options]]. With --run the kernel tests
-follow, under AddressSanitizer and UndefinedBehaviorSanitizer if --sanitize is given.
+As a program: python tests/build_numpy_binding.py [--sanitize] [--run [pytest options]]. With --run the kernel
+tests follow, under AddressSanitizer and UndefinedBehaviorSanitizer if --sanitize is given.
 """
 
 import importlib.util
@@ -16,9 +16,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "gconv_kernels_numpy"
-FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-maybe-uninitialized",
+]
 OPTIMIZED = ["-O3"]
-SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]
 
 
 def kernel_sources():
@@ -81,8 +94,8 @@ def run_tests(path, sanitize, options):
     """The exit status of the kernel tests on the module at path."""
     environment = dict(os.environ, GCONV_KERNELS_NUMPY=str(path))
     if sanitize:
-        # Python itself is not instrumented, so the runtime must be there before anything else is loaded; libstdc++
-        # too, or AddressSanitizer does not find the functions that throw. Python's own leaks are not ours.
+        # Python itself is not instrumented, so the runtime must be there before anything else is loaded;
+        # libstdc++ too, or AddressSanitizer does not find what throws. Python's own leaks are not ours.
         runtimes = [library_path("libasan.so"), library_path("libubsan.so"), library_path("libstdc++.so")]
         environment["LD_PRELOAD"] = " ".join(filter(None, runtimes))
         environment["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0"
@@ -95,7 +108,9 @@ def run_tests(path, sanitize, options):
 
 def library_path(name):
     """Where the compiler keeps a runtime library, or None."""
-    answer = subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [*compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
     path = answer.stdout.strip()
     return path if os.path.isabs(path) else None
 

@@ -1,0 +1,561 @@
+"""The torch-free kernels on NumPy arrays: every instruction set, storage type and width, against float64.
+
+Small integers (and halves) make every sum exact, so results are compared bit by bit. Each case runs twice: on
+arrays of exact size with one thread, and inside guarded buffers with three; the two must agree bitwise.
+`make sanitize` runs this file under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import itertools
+import os
+import pathlib
+
+import build_numpy_binding
+import numpy as np
+import pytest
+from numpy_oracle import (
+    DTYPES,
+    EPSILON,
+    Exact,
+    Guarded,
+    act,
+    bits,
+    conv,
+    conv_bwd_input,
+    conv_bwd_weight,
+    finished,
+    keep,
+    output_size,
+    store,
+    value,
+)
+
+ISAS = ("portable", "avx2", "avx512")
+# (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
+WIDTHS = [
+    (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (5, 5, 3), (8, 8, 4), (16, 16, 2), (24, 24, 2),
+    (32, 32, 2), (48, 48, 1), (56, 56, 1), (64, 64, 1), (112, 112, 1), (1, 2, 9), (2, 1, 9), (3, 5, 4),
+    (4, 8, 3), (8, 4, 3), (16, 24, 2), (5, 16, 2), (24, 8, 2), (3, 64, 1), (2, 32, 3),
+]  # fmt: skip
+# n, (h, w), stride, padding, dilation
+GEOMETRIES = [
+    (2, (7, 9), (1, 1), (1, 1), (1, 1)),
+    (1, (9, 31), (1, 1), (1, 1), (1, 1)),
+    (1, (8, 11), (2, 2), (1, 1), (1, 1)),
+    (2, (3, 3), (1, 1), (0, 0), (1, 1)),
+    (1, (1, 1), (1, 1), (1, 1), (1, 1)),
+    (1, (5, 17), (2, 1), (2, 0), (1, 1)),
+    (1, (6, 10), (1, 2), (0, 2), (1, 1)),
+    (1, (9, 12), (1, 1), (2, 2), (2, 2)),
+    (1, (11, 8), (2, 2), (2, 1), (3, 2)),
+    (0, (5, 5), (1, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The module of the kernels: the one GCONV_KERNELS_NUMPY names, else one built here."""
+    named = os.environ.get("GCONV_KERNELS_NUMPY")
+    if named:
+        return build_numpy_binding.load(pathlib.Path(named))
+    pytest.importorskip("pybind11", reason="the NumPy binding of the kernels is written with pybind11")
+    if build_numpy_binding.compiler() is None:
+        pytest.skip("the NumPy binding of the kernels needs a C++ compiler")
+    return build_numpy_binding.load(build_numpy_binding.build())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, kernels):
+    if request.param not in kernels.supported_isas():
+        pytest.skip(f"this machine cannot run the {request.param} path")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+def integers(rng, low, high, shape):
+    return rng.integers(low, high + 1, shape).astype(np.float64)
+
+
+def both_ways(kernels, isa, dtype, call):
+    """The outputs of call(run, arrays): the same on exact arrays with one thread and guarded with three."""
+    plain, guarded = Exact(dtype), Guarded(dtype)
+    first = call(kernels.Run(isa, dtype, 1), plain)
+    second = call(kernels.Run(isa, dtype, 3), guarded)
+    guarded.check()
+    for one, other in zip(first, second):
+        assert np.array_equal(bits(one), bits(other)), (
+            "the layout or the number of threads changed the result"
+        )
+    return first
+
+
+def assert_same(got, want, what):
+    """Bitwise, but for the sign of zero and the payload of a NaN."""
+    equal = (got == want) | (np.isnan(got) & np.isnan(want))
+    assert equal.all(), (
+        f"{what}: {np.count_nonzero(~equal)} of {equal.size} differ, first at {np.argwhere(~equal)[0]}"
+    )
+
+
+def table(rows):
+    return np.ascontiguousarray(rows, np.float32)
+
+
+class Case:
+    """One convolution on small integers, with everything an epilogue or prologue may want."""
+
+    def __init__(self, width, geometry, seed=0, scale=1):
+        cg, kg, self.groups = width
+        n, size, self.stride, self.pad, self.dilation = geometry
+        rng = self.rng = np.random.default_rng(seed)
+        self.c, self.k = cg * self.groups, kg * self.groups
+        self.input = (n, *size, self.c)
+        self.output = (n, *output_size(size, self.stride, self.pad, self.dilation), self.k)
+        self.weight_shape = (self.k, cg, 3, 3)
+        self.geometry = (self.stride, self.pad, self.dilation, self.groups)
+        self.x = integers(rng, -3 * scale, 3 * scale, self.input)
+        self.weight = integers(rng, -1, 1, self.weight_shape)
+        self.y = integers(rng, -3, 3, self.output)
+        self.dy = integers(rng, -2, 2, self.output)
+        self.residual = integers(rng, -5, 5, self.output)
+        self.act = np.stack([integers(rng, -1, 2, self.c), integers(rng, -2, 2, self.c)])
+        self.affine = np.stack([integers(rng, -2, 2, self.k), integers(rng, -5, 5, self.k)])
+        halves = [integers(rng, -4, 4, self.k) / 2 for _ in range(3)]
+        self.finish = np.stack([*halves, *(integers(rng, -1, 1, self.k) for _ in range(3))])
+        self.mask = np.stack([*self.act, integers(rng, -1, 1, self.c), 2.0 ** integers(rng, -1, 1, self.c)])
+
+    def geometry_arguments(self):
+        return self.input, self.k, *self.geometry
+
+
+def run_fwd(kernels, isa, dtype, case, act_table, affine, residual, relu, stats):
+    def call(run, arrays):
+        y = arrays.output(case.output)
+        mean = arrays.table_output(case.k) if stats else None
+        var = arrays.table_output(case.k) if stats else None
+        kernels.grouped_conv_fwd(
+            run, *case.geometry_arguments(),
+            arrays.activation(store(case.x, dtype)), arrays.flat(store(case.weight, dtype)),
+            None if act_table is None else arrays.table(table(act_table)),
+            None if affine is None else arrays.table(table(affine)),
+            None if residual is None else arrays.activation(store(residual, dtype)),
+            relu, y, mean, var,
+        )  # fmt: skip
+        return [y, mean, var] if stats else [y]
+
+    return both_ways(kernels, isa, dtype, call)
+
+
+def run_bwd_input(kernels, isa, dtype, case, finish, mask):
+    def call(run, arrays):
+        dx = arrays.output(case.input)
+        sums = arrays.table_output(2, case.c) if mask is not None else None
+        kernels.grouped_conv_bwd_input(
+            run, *case.geometry_arguments(),
+            arrays.activation(store(case.dy, dtype)), arrays.flat(store(case.weight, dtype)),
+            None if finish is None else arrays.activation(store(case.y, dtype)),
+            None if finish is None else arrays.table(table(finish)),
+            None if mask is None else arrays.activation(store(case.x, dtype)),
+            None if mask is None else arrays.table(table(mask)),
+            dx, sums,
+        )  # fmt: skip
+        return [dx] if mask is None else [dx, sums]
+
+    return both_ways(kernels, isa, dtype, call)
+
+
+def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
+    def call(run, arrays):
+        dweight = arrays.flat_output(case.weight_shape)
+        kernels.grouped_conv_bwd_weight(
+            run, *case.geometry_arguments(),
+            arrays.activation(store(case.dy, dtype)), arrays.activation(store(case.x, dtype)),
+            None if finish is None else arrays.activation(store(case.y, dtype)),
+            None if finish is None else arrays.table(table(finish)),
+            None if act_table is None else arrays.table(table(act_table)),
+            dweight,
+        )  # fmt: skip
+        return [dweight]
+
+    return both_ways(kernels, isa, dtype, call)
+
+
+def name(width):
+    return "{}-{}x{}".format(*width)
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=name)
+def test_conv_fwd_exact(kernels, isa, dtype, width):
+    for seed, geometry in enumerate(GEOMETRIES):
+        case = Case(width, geometry, seed)
+        for with_act, with_affine, with_residual, relu in [
+            (False, False, False, False),
+            (True, True, False, True),
+            (False, True, True, True),
+            (True, False, True, False),
+        ]:
+            got = run_fwd(
+                kernels, isa, dtype, case,
+                case.act if with_act else None, case.affine if with_affine else None,
+                case.residual if with_residual else None, relu, stats=False,
+            )[0]  # fmt: skip
+            want = conv(act(case.x, case.act) if with_act else case.x, case.weight, *case.geometry)
+            if with_affine:
+                want = case.affine[0] * want + case.affine[1]
+            if with_residual:
+                want = want + case.residual
+            if relu:
+                want = np.maximum(want, 0)
+            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {geometry}")
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=name)
+def test_conv_fwd_stats(kernels, isa, dtype, width):
+    for seed, geometry in enumerate(GEOMETRIES):
+        case = Case(width, geometry, seed)
+        if 0 in case.output:
+            continue  # no value, no moments
+        for with_act in (False, True):
+            y, mean, var = run_fwd(
+                kernels, isa, dtype, case, case.act if with_act else None, None, None, False, stats=True
+            )
+            want = conv(act(case.x, case.act) if with_act else case.x, case.weight, *case.geometry)
+            stored = value(y, dtype)
+            assert_same(stored, value(store(want, dtype), dtype), f"y at {geometry}")
+            rows = stored.reshape(-1, case.k)
+            spread = rows.std(0)
+            np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6, atol=1e-6 * (spread.max() + 1e-30))
+            np.testing.assert_allclose(
+                var, rows.var(0), rtol=2e-5, atol=1e-6 * (rows.mean(0) ** 2).max() + 1e-30
+            )
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=name)
+def test_conv_bwd_input_exact(kernels, isa, dtype, width):
+    for seed, geometry in enumerate(GEOMETRIES):
+        case = Case(width, geometry, seed)
+        for with_finish, with_mask in [(False, False), (True, False), (False, True), (True, True)]:
+            got = run_bwd_input(
+                kernels,
+                isa,
+                dtype,
+                case,
+                case.finish if with_finish else None,
+                case.mask if with_mask else None,
+            )
+            dy = finished(case.dy, case.y, case.finish) if with_finish else case.dy
+            want = conv_bwd_input(dy, case.weight, case.input, *case.geometry)
+            if with_mask:
+                want = np.where(keep(case.mask[0] * case.x + case.mask[1]), want, 0.0)
+            assert_same(value(got[0], dtype), value(store(want, dtype), dtype), f"dx at {geometry}")
+            if with_mask:
+                terms = np.stack([want, want * (case.x - case.mask[2]) * case.mask[3]]).reshape(2, -1, case.c)
+                # A kernel may sum the gradient before or after it is rounded to storage.
+                slack = 0 if dtype == "float32" else EPSILON[dtype] * np.abs(terms).sum(1)
+                assert (np.abs(got[1] - terms.sum(1)) <= slack).all(), f"sums at {geometry}"
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=name)
+def test_conv_bwd_weight_exact(kernels, isa, dtype, width):
+    for seed, geometry in enumerate(GEOMETRIES):
+        case = Case(width, geometry, seed)
+        for with_finish, with_act in [(False, False), (True, False), (False, True), (True, True)]:
+            got = run_bwd_weight(
+                kernels,
+                isa,
+                dtype,
+                case,
+                case.finish if with_finish else None,
+                case.act if with_act else None,
+            )[0]
+            dy = finished(case.dy, case.y, case.finish) if with_finish else case.dy
+            x = act(case.x, case.act) if with_act else case.x
+            want = conv_bwd_weight(dy, x, case.weight_shape, *case.geometry)
+            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"dweight at {geometry}")
+
+
+@pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 9), (5, 5, 3), (16, 16, 2), (24, 24, 2)], ids=name)
+def test_conv_nan_and_infinity_stay_in_their_group(kernels, isa, dtype, width):
+    case = Case(width, GEOMETRIES[0], 5)
+    case.x[0, 3, 4, case.c // 2] = np.nan
+    case.x[1, 0, 0, 0] = np.inf
+    case.dy[0, 2, 2, case.k // 2] = np.nan
+    case.dy[1, 1, 1, 0] = -np.inf
+    with np.errstate(invalid="ignore"):
+        want = act(conv(case.x, case.weight, *case.geometry), (1, 0))
+        want_dx = conv_bwd_input(case.dy, case.weight, case.input, *case.geometry)
+        want_dw = conv_bwd_weight(case.dy, case.x, case.weight_shape, *case.geometry)
+    got = value(run_fwd(kernels, isa, dtype, case, None, None, None, True, stats=False)[0], dtype)
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+    got = value(run_bwd_input(kernels, isa, dtype, case, None, None)[0], dtype)
+    assert np.array_equal(np.isnan(got), np.isnan(want_dx))
+    # Of a weight gradient, which taps of a pair of channels are lost depends on how the border is computed.
+    got = value(run_bwd_weight(kernels, isa, dtype, case, None, None)[0], dtype)
+    assert np.array_equal(np.isfinite(got).all((2, 3)), np.isfinite(want_dw).all((2, 3)))
+
+
+@pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 8), (8, 8, 4), (24, 24, 2), (64, 64, 1)], ids=name)
+def test_conv_real_values(kernels, isa, dtype, width):
+    """Rounding alone: within the bound of a float32 sum of that length plus one rounding to storage."""
+    case = Case(width, GEOMETRIES[1], 7)
+    case.x, case.dy = case.rng.standard_normal(case.input), case.rng.standard_normal(case.output)
+    case.weight = case.rng.standard_normal(case.weight_shape)
+    for field in ("x", "dy", "weight"):
+        setattr(case, field, value(store(getattr(case, field), dtype), dtype))
+
+    def check(got, oracle, *operands, terms):
+        want, size = oracle(*operands), oracle(*map(np.abs, operands))
+        bound = EPSILON[dtype] * np.abs(want) * 1.01 + EPSILON["float32"] * 2 * np.sqrt(terms) * size
+        error = np.abs(value(got, dtype) - want)
+        assert (error <= bound).all(), f"{(error / bound).max():.2f} times the bound"
+
+    geometry = case.geometry
+    got = run_fwd(kernels, isa, dtype, case, None, None, None, False, stats=False)[0]
+    check(got, lambda x, w: conv(x, w, *geometry), case.x, case.weight, terms=9 * width[0])
+    got = run_bwd_input(kernels, isa, dtype, case, None, None)[0]
+    check(
+        got,
+        lambda g, w: conv_bwd_input(g, w, case.input, *geometry),
+        case.dy,
+        case.weight,
+        terms=9 * width[1],
+    )
+    got = run_bwd_weight(kernels, isa, dtype, case, None, None)[0]
+    pixels = np.prod(case.output[:3])
+    check(
+        got, lambda g, x: conv_bwd_weight(g, x, case.weight_shape, *geometry), case.dy, case.x, terms=pixels
+    )
+
+
+def test_conv_gradient_of_a_sum_is_read_in_place(kernels, isa, dtype):
+    """An expanded gradient, one vector for all pixels: strides of 0."""
+    case = Case((4, 4, 5), GEOMETRIES[0], 3)
+    vector = store(integers(case.rng, -2, 2, case.k), dtype)
+    case.dy = np.broadcast_to(value(vector, dtype), case.output)
+    expanded = np.broadcast_to(vector, case.output)
+    run, arrays = kernels.Run(isa, dtype, 2), Exact(dtype)
+    dx, dweight = arrays.output(case.input), arrays.flat_output(case.weight_shape)
+    weight, x = store(case.weight, dtype), store(case.x, dtype)
+    kernels.grouped_conv_bwd_input(
+        run, *case.geometry_arguments(), expanded, weight, None, None, None, None, dx, None
+    )
+    kernels.grouped_conv_bwd_weight(run, *case.geometry_arguments(), expanded, x, None, None, None, dweight)
+    want = conv_bwd_input(case.dy, case.weight, case.input, *case.geometry)
+    assert_same(value(dx, dtype), value(store(want, dtype), dtype), "dx")
+    want = conv_bwd_weight(case.dy, case.x, case.weight_shape, *case.geometry)
+    assert_same(value(dweight, dtype), value(store(want, dtype), dtype), "dweight")
+
+
+# --------------------------------------------------------------------------------------------- batch_norm
+
+CHANNELS = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 24, 33, 64, 112, 130, 513, 1030]
+NORM_SIZES = [(2, 5, 7), (1, 1, 1), (3, 1, 9), (1, 19, 1), (0, 4, 4), (2, 0, 3), (1, 37, 41)]
+
+
+def norm_cases(channels):
+    for seed, size in enumerate(NORM_SIZES):
+        if channels <= 130 or np.prod(size) < 1000:
+            yield np.random.default_rng(seed), (*size, channels)
+
+
+def moments(x):
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.mean(0), rows.var(0)
+
+
+def norm_stats(kernels, isa, dtype, x):
+    def call(run, arrays):
+        mean, var = arrays.table_output(x.shape[-1]), arrays.table_output(x.shape[-1])
+        kernels.batch_norm_stats(run, x.shape, arrays.activation(store(x, dtype)), mean, var)
+        return [mean, var]
+
+    return both_ways(kernels, isa, dtype, call)
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_stats(kernels, isa, dtype, channels):
+    for rng, shape in norm_cases(channels):
+        x = value(store(rng.standard_normal(shape) * 2 + 3, dtype), dtype)
+        mean, var = norm_stats(kernels, isa, dtype, x)
+        if 0 in shape:
+            assert np.isnan(mean).all() and np.isnan(var).all()
+            continue
+        want_mean, want_var = moments(x)
+        np.testing.assert_allclose(mean, want_mean, rtol=3e-7, atol=3e-7)
+        np.testing.assert_allclose(var, want_var, rtol=2e-6, atol=1e-12)
+
+
+def test_norm_stats_keep_a_small_variance_beside_a_large_mean(kernels, isa):
+    """mean/std = 1000 and 100000, where sums of x and x^2 alone would lose the variance."""
+    rng = np.random.default_rng(0)
+    for offset in (1e3, 1e5):
+        x = value(store(rng.standard_normal((2, 56, 56, 20)) + offset, "float32"), "float32")
+        mean, var = norm_stats(kernels, isa, "float32", x)
+        want_mean, want_var = moments(x)
+        np.testing.assert_allclose(mean, want_mean, rtol=2e-7)
+        np.testing.assert_allclose(var, want_var, rtol=1e-5)
+
+
+def test_norm_stats_of_a_constant_are_exact(kernels, isa, dtype):
+    x = np.broadcast_to(value(store(np.linspace(-9, 9, 21), dtype), dtype), (2, 30, 31, 21))
+    mean, var = norm_stats(kernels, isa, dtype, x)
+    assert np.array_equal(mean, x[0, 0, 0]) and not var.any()
+
+
+def test_norm_fold(kernels):
+    rng = np.random.default_rng(1)
+    c, eps = 37, 1e-5
+    mean, beta, gamma = (rng.standard_normal(c).astype(np.float32) for _ in range(3))
+    var = rng.random(c).astype(np.float32)
+    for g, b in [(gamma, beta), (None, beta), (gamma, None), (None, None)]:
+        rstd, affine = np.full(c, np.nan, np.float32), np.full((2, c), np.nan, np.float32)
+        kernels.batch_norm_fold(kernels.Run("portable", "float32", 3), c, mean, var, g, b, eps, rstd, affine)
+        want = 1 / np.sqrt(var.astype(np.float64) + eps)
+        a = want * (1 if g is None else g)
+        np.testing.assert_allclose(rstd, want, rtol=6e-8)
+        np.testing.assert_allclose(affine[0], a, rtol=6e-8)
+        np.testing.assert_allclose(affine[1], (0 if b is None else b) - mean * a, rtol=6e-8)
+
+
+def run_norm_apply(kernels, isa, dtype, x, affine, residual, relu):
+    def call(run, arrays):
+        y = arrays.output(x.shape)
+        more = None if residual is None else arrays.activation(store(residual, dtype))
+        kernels.batch_norm_apply(
+            run, x.shape, arrays.activation(store(x, dtype)), arrays.table(table(affine)), more, relu, y
+        )
+        return [y]
+
+    return both_ways(kernels, isa, dtype, call)[0]
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_apply_exact(kernels, isa, dtype, channels):
+    for rng, shape in norm_cases(channels):
+        x, residual = integers(rng, -9, 9, shape), integers(rng, -9, 9, shape)
+        affine = np.stack([integers(rng, -3, 3, channels), integers(rng, -9, 9, channels)])
+        if x.size:
+            x.flat[0] = np.nan
+            residual.flat[-1] = np.nan
+        for with_residual, relu in itertools.product((False, True), repeat=2):
+            more = residual if with_residual else None
+            got = run_norm_apply(kernels, isa, dtype, x, affine, more, relu)
+            want = affine[0] * x + affine[1] + (residual if with_residual else 0)
+            want = np.where(want <= 0, 0.0, want) if relu else want
+            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {shape}")
+
+
+MASKS = ("none", "from x", "from z")
+
+
+class NormBackward:
+    """Integers for both passes of the backward; rstd a power of two, so that dgamma is exact."""
+
+    def __init__(self, rng, shape, mask):
+        c = shape[-1]
+        self.shape = shape
+        self.dz, self.x, self.z = (integers(rng, -3, 3, shape) for _ in range(3))
+        self.mean, self.gamma = integers(rng, -2, 2, c), integers(rng, -3, 3, c)
+        self.rstd = 2.0 ** integers(rng, -2, 1, c)
+        self.affine = (
+            np.stack([integers(rng, -2, 2, c), integers(rng, -2, 2, c)]) if mask == "from x" else None
+        )
+        if mask == "from x":
+            self.kept = keep(self.affine[0] * self.x + self.affine[1])
+        else:
+            self.kept = keep(self.z) if mask == "from z" else np.ones(shape, bool)
+        self.z = self.z if mask == "from z" else None
+
+    def g(self):
+        return np.where(self.kept, self.dz, 0.0)
+
+    def reduce(self, kernels, isa, dtype):
+        def call(run, arrays):
+            c = self.shape[-1]
+            outputs = [arrays.table_output(c), arrays.table_output(c), arrays.table_output(4, c)]
+            dz, x, z = (optional(arrays.activation, self, name, dtype) for name in ("dz", "x", "z"))
+            vectors = (optional(arrays.table, self, name) for name in ("mean", "rstd", "gamma", "affine"))
+            kernels.batch_norm_bwd_reduce(run, self.shape, dz, x, *vectors, z, *outputs)
+            return outputs
+
+        return both_ways(kernels, isa, dtype, call)
+
+    def apply(self, kernels, isa, dtype, coef, with_g):
+        def call(run, arrays):
+            dx, g = arrays.output(self.shape), arrays.output(self.shape) if with_g else None
+            dz, x, z = (optional(arrays.activation, self, name, dtype) for name in ("dz", "x", "z"))
+            affine = optional(arrays.table, self, "affine")
+            kernels.batch_norm_bwd_apply(run, self.shape, dz, x, arrays.table(table(coef)), affine, z, dx, g)
+            return [dx, g] if with_g else [dx]
+
+        return both_ways(kernels, isa, dtype, call)
+
+
+def optional(place, case, name, dtype=None):
+    """place(the field in storage, or in float32 for a table); None stays."""
+    field = getattr(case, name)
+    if field is None:
+        return None
+    return place(table(field) if dtype is None else store(field, dtype))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
+    for rng, shape in norm_cases(channels):
+        case = NormBackward(rng, shape, mask)
+        dgamma, dbeta, coef = case.reduce(kernels, isa, dtype)
+        g, rows = case.g().reshape(-1, channels), max(1, int(np.prod(shape[:3])))
+        want_dbeta = g.sum(0)
+        want_dgamma = (g * (case.x.reshape(-1, channels) - case.mean)).sum(0) * case.rstd
+        assert_same(dbeta, want_dbeta, f"dbeta at {shape}")
+        assert_same(dgamma, want_dgamma, f"dgamma at {shape}")
+        a = case.gamma * case.rstd
+        want = np.stack([a, -a * case.rstd * want_dgamma / rows, -a * want_dbeta / rows, case.mean])
+        np.testing.assert_allclose(coef, want, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_bwd_apply_exact(kernels, isa, dtype, channels, mask):
+    for rng, shape in norm_cases(channels):
+        case = NormBackward(rng, shape, mask)
+        coef = np.stack([integers(rng, -4, 4, channels) / 2 for _ in range(3)] + [case.mean])
+        if case.x.size:
+            case.dz.flat[0] = np.nan
+        want_g = case.g()
+        want_dx = coef[0] * want_g + coef[1] * (case.x - coef[3]) + coef[2]
+        for with_g in (False, True):
+            got = case.apply(kernels, isa, dtype, coef, with_g)
+            assert_same(value(got[0], dtype), value(store(want_dx, dtype), dtype), f"dx at {shape}")
+            if with_g:
+                assert_same(value(got[1], dtype), value(store(want_g, dtype), dtype), f"g at {shape}")
+
+
+@pytest.mark.parametrize("mask", ["from x", "from z"])
+def test_norm_mask_lets_nan_through(kernels, isa, mask):
+    """As in torch, a gradient passes where the ReLU's output is NaN."""
+    dz, x = np.ones((1, 1, 3, 5), np.float32), np.zeros((1, 1, 3, 5), np.float32)
+    source = np.array(np.broadcast_to(np.array([np.nan, -1, 1], np.float32)[None, None, :, None], x.shape))
+    affine = table([np.ones(5), np.zeros(5)])
+    coef, dx, g = table([np.ones(5), *np.zeros((3, 5))]), np.full_like(x, 9), np.full_like(x, 9)
+    run = kernels.Run(isa, "float32", 1)
+    if mask == "from x":
+        kernels.batch_norm_bwd_apply(run, x.shape, dz, source, coef, affine, None, dx, g)
+    else:
+        kernels.batch_norm_bwd_apply(run, x.shape, dz, x, coef, None, source, dx, g)
+    assert np.array_equal(g[0, 0, :, 0], [1, 0, 1])
+
+
+def test_norm_many_threads_same_bits(kernels, isa, dtype):
+    rng = np.random.default_rng(3)
+    x = store(rng.standard_normal((2, 40, 41, 48)), dtype)
+    results = []
+    for threads in (1, 2, 5, 16):
+        mean, var = np.empty(48, np.float32), np.empty(48, np.float32)
+        kernels.batch_norm_stats(kernels.Run(isa, dtype, threads), x.shape, x, mean, var)
+        results.append((mean.tobytes(), var.tobytes()))
+    assert len(set(results)) == 1
