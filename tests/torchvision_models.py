@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,38 +26,38 @@ DATA = Path(__file__).parent / "data" / "torchvision_resnets.json"
 # Models whose initial weights with seed 0 are listed too: one of each kind of block.
 SEEDED = ("resnet18", "resnext50_32x4d")
 
-_library = None
+CURE = "pip install --no-deps torchvision==0.28.0 pillow"
+
+_library = None  # its schemas live as long as it does
 
 
 def import_torchvision():
-    """The module torchvision, or None where it is not installed.
+    """The module torchvision; ImportError where it, or pillow, is not installed.
 
-    Its wheel's own ops do not load beside a torch for the CPU alone; the two that are declared at import get
-    a schema here, which is all that its models need.
+    Its wheel for GPUs imports beside a torch for the CPU alone once the two ops that it looks for at import
+    have a schema; its models need no more.
     """
     global _library
-    if _library is None:
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        ):
-            name = schema.partition("(")[0]
-            if not hasattr(torch.ops.torchvision, name):
-                _library.define(schema)
     try:
         import torchvision
-    except ImportError:
-        return None
+    except RuntimeError as error:
+        if _library is not None or "torchvision::nms" not in str(error):
+            raise
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            _library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision
     return torchvision
 
 
 def require_torchvision():
-    """The module torchvision; skips the test where it is not installed."""
-    torchvision = import_torchvision()
-    if torchvision is None:
-        pytest.skip("torchvision is not installed: pip install --no-deps torchvision==0.28.0")
-    return torchvision
+    """The module torchvision; skips the test where it does not import."""
+    try:
+        return import_torchvision()
+    except ImportError as error:
+        pytest.skip(f"{error}: {CURE}")
 
 
 def names_and_shapes(model):
@@ -74,9 +75,10 @@ def first_values(model, count=4):
 
 
 def main():
-    torchvision = import_torchvision()
-    if torchvision is None:
-        raise SystemExit("torchvision is not installed: pip install --no-deps torchvision==0.28.0")
+    try:
+        torchvision = import_torchvision()
+    except ImportError as error:
+        raise SystemExit(f"{error}: {CURE}") from None
     shapes, seeded = {}, {}
     for name in NAMES:
         with torch.device("meta"):
