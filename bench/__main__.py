@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="gconv-report", help="the folder with its results.json")
 
     readme = command("readme", "write the newest record into the benchmark table of README.md")
-    readme.add_argument("--readme", default="README.md", help="the file with the markers")
+    readme.add_argument(
+        "--readme", default=None, help="the file with the markers; the checkout's if not given"
+    )
     readme.add_argument(
         "--record", default=None, help="a CSV record; the newest of bench/records if not given"
     )
@@ -222,19 +224,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    from . import readme
+    from . import machine, readme
 
-    with open(options.readme, encoding="utf-8") as file:
+    path = options.readme or os.path.join(machine.checkout() or ".", "README.md")
+    with open(path, encoding="utf-8") as file:
         text = file.read()
     wanted = readme.update(text, readme.newest_rows(options.record))
     if options.check:
         if wanted != text:
             print(
-                f"{options.readme}: the benchmark table is not that of the newest record: run `python -m "
+                f"{path}: the benchmark table is not that of the newest record: run `python -m "
                 "gconv.bench readme`"
             )
         return int(wanted != text)
-    with open(options.readme, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(wanted)
     return 0
 

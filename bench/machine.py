@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -11,28 +12,39 @@ import torch
 
 from gconv import info
 
-__all__ = ["commit", "facts", "name"]
+__all__ = ["checkout", "commit", "facts", "name"]
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SOURCES = ("csrc", "gconv", "kernels", "models", "bench/*.py", "setup.py")
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", _HERE, *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@functools.cache
+def checkout() -> str | None:
+    """The checkout of gconv that this file is in or was installed inside of (as make does), or None."""
+    folder = _HERE
+    while not os.path.isfile(os.path.join(folder, "csrc", "grouped_conv.h")):
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            return None
+    return folder
+
+
 def commit() -> str:
-    """The commit of the checkout this file is in, with "+" if tracked source files differ from it, or
-    "installed"."""
-    if not os.path.exists(os.path.join(_ROOT, ".git")):
-        return "installed"
-    sha = _git("rev-parse", "--short=12", "HEAD")
+    """The commit of the checkout, with "+" if its sources differ from it; "unknown" where there is none."""
+    root = checkout()
+    sha = root and _git("rev-parse", "--short=12", "HEAD")
     if not sha:
         return "unknown"
-    sources = ("csrc", "gconv", "kernels", "models", "bench/*.py", "setup.py")
+    sources = [os.path.join(root, *path.split("/")) for path in SOURCES]
     return sha + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", *sources) else "")
 
 

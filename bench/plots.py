@@ -212,7 +212,8 @@ def times(rows: list[dict]) -> bytes:
             wins = (r.get("ratio") or 0) >= 1
             ax.text(
                 i, 0.985, f"{r['ratio']:.2f}×" if r.get("ratio") else "wrong", ha="center", va="top",
-                fontsize=10, fontweight="bold", color=BLUE if wins else RED, transform=ax.get_xaxis_transform(),
+                fontsize=10, fontweight="bold", color=BLUE if wins else RED,
+                transform=ax.get_xaxis_transform(),
             )  # fmt: skip
         ax.plot([], [], color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)), label="roof of this machine")
         ax.set_yscale("log")

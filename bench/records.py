@@ -7,11 +7,14 @@ import csv
 import os
 from collections.abc import Iterable, Sequence
 
+from . import machine
 from .rivals import RIVALS
 
 __all__ = ["COLUMNS", "FOLDER", "append", "latest_run", "load", "newest_record"]
 
-FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "records")
+# An installed copy inside a checkout records into the checkout.
+_HOME = os.path.join(machine.checkout(), "bench") if machine.checkout() else os.path.dirname(__file__)
+FOLDER = os.path.join(os.path.abspath(_HOME), "records")
 
 _WHERE = ("date", "commit", "machine", "device", "cores", "isa", "threads", "gconv", "torch", "python")
 _WHAT = (
@@ -25,7 +28,8 @@ _TIMES = tuple(
 )  # medians, and the 20th and 80th percentile
 _CONCLUSION = (
     "best", "ratio", "ratio_low", "ratio_high", "gflops", "gbps", "flops", "bytes", "roof_ms", "roof_percent",
-    "bound", "copy_gbps", "gemm_gflops", "gconv_peak_mb", "best_peak_mb", "rounds", "dropped", "noisy", "note",
+    "bound", "copy_gbps", "gemm_gflops", "gconv_peak_mb", "best_peak_mb", "rounds", "dropped", "noisy",
+    "note",
 )  # fmt: skip
 COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
 
@@ -99,6 +103,8 @@ def latest_run(rows: Sequence[dict]) -> list[dict]:
 
 def newest_record(folder: str = FOLDER) -> str | None:
     """The record whose newest run is the newest of all, or None if there is no record."""
+    if not os.path.isdir(folder):
+        return None
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".csv")]
     dated = [(max((row["date"] for row in load(path)), default=""), path) for path in paths]
     return max(dated)[1] if dated else None

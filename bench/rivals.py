@@ -119,14 +119,19 @@ def _compile(problem: Problem, mode: str) -> Rival:
     return rival
 
 
-def _onnxruntime(problem: Problem, mode: str) -> Rival:
+def _require(problem: Problem, mode: str, *packages: str) -> None:
+    """The conditions of the inference engines, in the order in which a reader wants to hear of them."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed")
     if mode != "inference":
         raise Unavailable("runs inference only")
     if problem.dtype != torch.float32:
-        raise Unavailable("float32 only here")
-    for package in ("onnxruntime", "onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed")
+        raise Unavailable("runs in float32 only here")
+
+
+def _onnxruntime(problem: Problem, mode: str) -> Rival:
+    _require(problem, mode, "onnxruntime", "onnx", "onnxscript")
     import io
 
     import onnxruntime
@@ -147,12 +152,7 @@ def _onnxruntime(problem: Problem, mode: str) -> Rival:
 
 
 def _openvino(problem: Problem, mode: str) -> Rival:
-    if mode != "inference":
-        raise Unavailable("runs inference only")
-    if problem.dtype != torch.float32:
-        raise Unavailable("float32 only here")
-    if importlib.util.find_spec("openvino") is None:
-        raise Unavailable("openvino is not installed")
+    _require(problem, mode, "openvino")
     import openvino
 
     rival = Rival(

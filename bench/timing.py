@@ -124,7 +124,7 @@ def _turn(
         start = time.perf_counter_ns()
         output = rival.run()
         stop = time.perf_counter_ns()
-        # Freed outside the clock for everyone, and before the next call, which reuses the memory as in a network.
+        # Freed outside the clock for everyone, but before the next call, which reuses the memory.
         del output
         if k >= 0:
             times[k] = (stop - start) / 1e6

@@ -43,8 +43,8 @@ class WorkerDied(RuntimeError):
 class Options:
     seed: int = 0
     epochs: int = 8
-    batch: int = 32
-    rate: float = 0.1
+    batch: int = 16
+    rate: float = 0.05
     layout: str = "channels_last"
     threads: int = 0  # 0: torch's own choice
 

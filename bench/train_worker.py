@@ -77,7 +77,7 @@ class Trainer:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def _nudge(model: nn.Module) -> None:
+def nudge(model: nn.Module) -> None:
     """Moves every parameter by at most one unit in the last place: float noise, and nothing else."""
     generator = torch.Generator().manual_seed(12345)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def main() -> None:
         options.rate,
     )
     if options.nudge:
-        _nudge(trainer.model)
+        nudge(trainer.model)
     resident = status_mb("VmRSS")
     gconv.backend.reset_counts()
     _tell(event="ready", parameters=trainer.parameters, steps=trainer.steps, pid=os.getpid())
