@@ -10,8 +10,10 @@
 // Bytes moved: source once per chunk (twice on stripe borders), output once, weights from L1/L2.
 // Accumulation: float32, taps in a fixed order; statistics per output row, merged by Chan's rule.
 //
-// Source rows are packed on their way into the caches (grouped_conv_rows.h), each once per stripe, so that
-// every width of group uses all lanes and no tile meets a border, a prologue or a storage type.
+// Source rows are packed on their way into the caches (grouped_conv_rows.h), so that every width of group
+// uses all lanes and no tile meets a border, a prologue or a storage type. A stripe is worked off in bands
+// of rows: pack the band's new source rows; compute it vector by vector, the weights staying in L1; write
+// it out in the tensor's order.
 #pragma once
 #include "grouped_conv_rows.h"
 
@@ -141,12 +143,6 @@ TileFunction tile_function(TileKind kind, int pixels) {
   return nullptr;
 }
 
-// How a row of pixels is cut: `wide` tiles of pixels + 1, then `count - wide` of pixels.
-struct TileCut {
-  int64_t count, wide, pixels;
-  TileFunction run[2];  // of pixels and of pixels + 1
-};
-
 // How a vector is computed: by its fetch, or two broadcast vectors of one group together.
 enum TileLanes { broadcast_lanes, twin_lanes, own_lanes, pair_lanes, tile_lanes };
 
@@ -164,18 +160,24 @@ inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
   }
 }
 
-inline TileCut cut_row(TileKind kind, TileLanes lanes, int64_t pixels) {
-  const int64_t most = lanes == pair_lanes ? TILE_PAIR : TILE_SINGLE;
-  TileCut cut;
-  cut.count = (pixels + most - 1) / most;
-  cut.pixels = pixels / cut.count;
-  cut.wide = pixels % cut.count;
-  cut.run[0] = tile_function(kind, lanes, static_cast<int>(cut.pixels));
-  cut.run[1] = cut.wide > 0 ? tile_function(kind, lanes, static_cast<int>(cut.pixels) + 1) : nullptr;
-  return cut;
-}
+// How a run of pixels is cut: `wide` tiles of pixels + 1, then up to `count` of pixels.
+struct TileCut {
+  int64_t count = 0, wide = 0, pixels = 0;
+  TileFunction run[2] = {nullptr, nullptr};  // of pixels and of pixels + 1
 
-// One residue class of output columns: which taps reach it and how its tiles are cut.
+  TileCut() = default;
+  TileCut(TileKind kind, TileLanes lanes, int64_t run_pixels) {
+    const int64_t most = lanes == pair_lanes ? TILE_PAIR : TILE_SINGLE;
+    if (run_pixels == 0) return;
+    count = (run_pixels + most - 1) / most;
+    pixels = run_pixels / count;
+    wide = run_pixels % count;
+    run[0] = tile_function(kind, lanes, static_cast<int>(pixels));
+    if (wide > 0) run[1] = tile_function(kind, lanes, static_cast<int>(pixels) + 1);
+  }
+};
+
+// One residue class of output columns and the taps that reach it.
 struct ColumnClass {
   int64_t first, step, count;  // output columns first + q * step, q < count
   int64_t source_step;         // source column of tap t at q: q * source_step + offset[t]
@@ -183,7 +185,6 @@ struct ColumnClass {
   int tap[3];                  // horizontal index into the packed weights, ascending offset
   int64_t offset[3];
   TileKind kind;
-  TileCut cut[tile_lanes];     // scattered taps have no pairs
 };
 
 // A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
@@ -204,9 +205,11 @@ struct Pass {
   Nhwc output;
   float* partials;          // [images * stripes][2][output channels]
   int64_t stripes, chunk;   // rows are cut into stripes, output vectors into chunks
+  int64_t band;             // output rows computed together
   int64_t first_column, columns;  // packed columns: source columns first_column + [0, columns)
   ColumnClass classes[2];
   int class_count;
+  int64_t reach_columns;    // columns that taps reach beyond a run on one side, at most
 
   int64_t output_channels() const { return groups * output_per_group; }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
@@ -258,8 +261,6 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
     else if (neighbours && k.source_step == 2 && k.taps == 3)
       k.kind = three_taps_step2;
     if (k.kind == two_taps && k.tap[1] - k.tap[0] != 2) k.kind = scattered;
-    for (TileLanes lanes : {broadcast_lanes, twin_lanes, own_lanes, pair_lanes})
-      if (k.kind != scattered || lanes != pair_lanes) k.cut[lanes] = cut_row(k.kind, lanes, k.count);
     if (k.taps > 0) {
       low = std::min(low, k.offset[0]);
       high = std::max(high, (k.count - 1) * k.source_step + k.offset[k.taps - 1] + 1);
@@ -267,28 +268,45 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
     p.classes[p.class_count++] = k;
   }
   p.first_column = low;
+  p.reach_columns = 2 * dil + 2;
   p.columns = std::max<int64_t>(high - low, 1);
 }
 
-// By shape alone, so that every thread count gives the same bits. A chunk of several vectors reads and
-// writes whole runs of cache lines; where lanes span groups its packed rows are wider.
+constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
+constexpr int64_t BAND_FLOATS = 96 * 1024;          // packed rows and results of a band
+constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
+
+// By shape alone, so that every thread count gives the same bits. A chunk reads and writes whole runs of
+// cache lines, the longer the better, while its weights still fit beside its rows.
 inline void plan_work(Pass& p) {
-  const int64_t chunk = p.output_per_group < LANES ? SourcePlan::MOST / 2 : SourcePlan::MOST;
-  p.chunk = std::min(p.vectors(), chunk);
+  const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
+  const int64_t fitting = CHUNK_WEIGHT_FLOATS / vector_floats;
+  const int64_t chunk = std::max<int64_t>(SourcePlan::MOST / 2, std::min(fitting, SourcePlan::MOST));
+  const int64_t chunks = (p.vectors() + chunk - 1) / chunk;
+  p.chunk = (p.vectors() + chunks - 1) / chunks;
   const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
   const int64_t wanted = (32 + tasks - 1) / tasks;
   p.stripes = std::max<int64_t>(1, std::min(wanted, p.output_h / 8));
+  const int64_t source_floats =
+      p.columns * p.chunk * LANES * std::max<int64_t>(1, p.source_per_group / p.output_per_group);
+  const int64_t result_floats = p.output_w * p.chunk * LANES;
+  const int64_t kept = 2 * p.dil_h;
+  const int64_t fresh = p.transposed ? 1 : p.stride_h;
+  const int64_t rows = (BAND_FLOATS - kept * source_floats) / (fresh * source_floats + result_floats);
+  const int64_t tallest = (p.output_h + p.stripes - 1) / p.stripes;
+  p.band = std::max<int64_t>(1, std::min(rows, tallest));
+  p.band = (tallest + (tallest + p.band - 1) / p.band - 1) / ((tallest + p.band - 1) / p.band);
 }
 
-// Where one row of a chunk goes: rows[v] at pixel w is row + v * row_floats + w * LANES.
+// One computed row of a chunk: vector v of pixel w lies at row + v * row_floats + w * LANES.
 struct RowResult {
-  float* row;
+  const float* row;
   int64_t row_floats;
   int64_t image, at;            // output row `at` of the image
   int64_t first_vector, vectors;
 };
 
-constexpr int64_t EPILOGUE_PIXELS = 8;  // as in pack_row: channels before pixels
+constexpr int64_t EPILOGUE_PIXELS = 2;  // nearly the order of the tensor, so that its lines stream
 
 // g = dx where the prologue's ReLU passed, and the sums of g and g*xhat.
 template <typename T>
@@ -362,63 +380,134 @@ void row_moments(const Pass& p, const float* row, Moments* moments) {
   moments->merge(static_cast<float>(p.output_w), add(mean, correction), sub(m2, mul(rest, correction)));
 }
 
-inline void compute_row(const Pass& p, const PackedSource& source, int64_t ring_rows, int64_t at,
-                        int64_t vector, int vectors, float* row, int64_t row_pair) {
-  TileArgs args;
-  args.rows = 0;
-  const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
-  const float* first_row[3];
-  for (int64_t i = 0; i < 3; ++i) {
-    const int64_t kh = p.transposed ? 2 - i : i;
-    const int64_t source_row = p.source_row(at, kh);
-    if (source_row < 0) continue;
-    first_row[args.rows] = source.rows + (source_row % ring_rows) * source.row_floats;
-    args.weight[args.rows] = p.weight + vector * vector_floats + i * 3 * LANES;
-    ++args.rows;
+// The packed source rows of a task: rows within reach of the band, at row % ring_rows.
+struct Band {
+  int64_t first, rows;     // output rows
+  int64_t ring_rows;
+  float* results;          // [row of the band][vector][pixel][LANES]
+  int64_t row_floats;      // of one vector in results
+  int64_t band_floats;     // from one row of the band to the next
+  float* expanded;         // ring of expanded rows, and its tags
+  int64_t expanded_rows;
+  int64_t* tags;           // source row in each slot of `expanded`
+  float* span_buffer;
+};
+
+// How the columns of one class are computed in a run.
+struct ClassRun {
+  TileCut cut;
+  int together = 1;        // vectors in a tile; scattered ones come with one only
+  int64_t pixels = 0;
+  int64_t first_tap = 0;   // floats from a row's weights to the first tap's
+  int64_t reach = 0;       // columns from the first tap to the last
+
+  ClassRun() = default;
+  ClassRun(const ColumnClass& k, Fetch fetch, int vectors, int64_t run_pixels)
+      : together(k.kind == scattered ? 1 : vectors), pixels(run_pixels) {
+    cut = TileCut(k.kind, lanes_of(fetch, together), pixels);
+    if (k.taps == 0) return;
+    first_tap = k.kind == scattered ? 0 : k.tap[0] * LANES;
+    reach = k.offset[k.taps - 1] - k.offset[0];
   }
-  args.channels = static_cast<int>(p.source_per_group);
-  args.block = p.columns * LANES;
-  args.pair = vector_floats;
-  args.out_pair = row_pair;
-  for (int c = 0; c < p.class_count; ++c) {
-    const ColumnClass& k = p.classes[c];
-    if (args.rows == 0 || k.taps == 0) {
-      for (int v = 0; v < vectors; ++v)
-        for (int64_t q = 0; q < k.count; ++q)
-          store(row + v * row_pair + (k.first + q * k.step) * LANES, zero());
-      continue;
+};
+
+// One or two vectors of a band, over columns [q_begin, q_end) of every residue class.
+inline void compute_vectors(const Pass& p, const PackedSource& source, const Band& band, int64_t vector,
+                            int vectors, float* results, int64_t q_begin, int64_t q_end) {
+  const bool expand = source.fetch != Fetch::broadcast;
+  const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
+  // The packed columns that the run reads; an expanded row holds just these.
+  int64_t column_begin = 0, column_end = p.columns;
+  if (expand) {
+    column_begin = p.columns, column_end = 0;
+    for (int c = 0; c < p.class_count; ++c) {
+      const ColumnClass& k = p.classes[c];
+      const int64_t end = std::min(q_end, k.count);
+      if (k.taps == 0 || end <= q_begin) continue;
+      column_begin = std::min(column_begin, q_begin * k.source_step + k.offset[0] - p.first_column);
+      column_end = std::max(column_end,
+                            (end - 1) * k.source_step + k.offset[k.taps - 1] - p.first_column + 1);
     }
-    // Scattered tiles come with one vector only.
-    const int together = k.kind == scattered ? 1 : vectors;
-    TileArgs tile = args;
-    tile.out_step = k.step * LANES;
-    tile.taps = k.taps;
-    tile.step = static_cast<int>(k.source_step);
-    const int64_t base = k.kind == scattered ? 0 : k.tap[0] * LANES;
-    for (int t = 0; t < k.taps; ++t) {
-      tile.offset[t] = static_cast<int>(k.offset[t] - k.offset[0]);
-      tile.tap[t] = k.tap[t];
+    std::fill(band.tags, band.tags + band.expanded_rows, -1);
+  }
+  const int64_t columns = std::max<int64_t>(column_end - column_begin, 0);
+  const int64_t expanded_floats = source.expanded_blocks() * columns * LANES;
+
+  const float* weights = p.weight + vector * vector_floats;
+  ClassRun runs[2];
+  for (int c = 0; c < p.class_count; ++c)
+    runs[c] = ClassRun(p.classes[c], source.fetch, vectors,
+                       std::max<int64_t>(std::min(q_end, p.classes[c].count) - q_begin, 0));
+  TileArgs tile;
+  tile.channels = static_cast<int>(p.source_per_group);
+  tile.block = columns * LANES;
+  tile.pair = vector_floats;
+  tile.out_pair = band.row_floats;
+  for (int64_t row = 0; row < band.rows; ++row) {
+    const float* first_row[3];
+    const float* tap_weights[3];
+    tile.rows = 0;
+    for (int64_t i = 0; i < 3; ++i) {
+      const int64_t at = p.source_row(band.first + row, p.transposed ? 2 - i : i);
+      if (at < 0) continue;
+      const float* packed = source.rows + at % band.ring_rows * source.row_floats;
+      if (expand && columns > 0) {
+        const int64_t slot = at % band.expanded_rows;
+        float* expanded = band.expanded + slot * expanded_floats;
+        if (band.tags[slot] != at)
+          expand_row(source, packed, p.columns, column_begin, column_end, expanded, band.span_buffer);
+        band.tags[slot] = at;
+        packed = expanded;
+      }
+      first_row[tile.rows] = packed;
+      tap_weights[tile.rows++] = weights + i * 3 * LANES;
     }
-    const TileCut& cut = k.cut[lanes_of(source.fetch, together)];
-    const int64_t reach = k.offset[k.taps - 1] - k.offset[0];
-    for (int v = 0; v < vectors; v += together) {
-      for (int r = 0; r < args.rows; ++r) tile.weight[r] = args.weight[r] + base + v * vector_floats;
-      float* out = row + v * row_pair + k.first * LANES;
-      int64_t column = k.offset[0];
-      for (int64_t t = 0; t < cut.count; ++t) {
-        const bool wide = t < cut.wide;
-        const int64_t pixels = cut.pixels + wide;
-        for (int r = 0; r < args.rows; ++r)
-          tile.source[r] = first_row[r] + (column - p.first_column) * LANES;
-        tile.skip_first = column < 0;
-        tile.skip_last = column + (pixels - 1) * k.source_step + reach >= p.source_w;
-        tile.out = out;
-        cut.run[wide](tile);
-        column += pixels * k.source_step;
-        out += pixels * tile.out_step;
+    for (int c = 0; c < p.class_count; ++c) {
+      const ColumnClass& k = p.classes[c];
+      const ClassRun& run = runs[c];
+      float* out = results + row * band.band_floats + (k.first + q_begin * k.step) * LANES;
+      if (tile.rows == 0 || k.taps == 0) {
+        for (int v = 0; v < vectors; ++v)
+          for (int64_t q = 0; q < run.pixels; ++q)
+            store(out + v * band.row_floats + q * k.step * LANES, zero());
+        continue;
+      }
+      tile.out_step = k.step * LANES;
+      tile.taps = k.taps;
+      tile.step = static_cast<int>(k.source_step);
+      for (int t = 0; t < k.taps; ++t) {
+        tile.offset[t] = static_cast<int>(k.offset[t] - k.offset[0]);
+        tile.tap[t] = k.tap[t];
+      }
+      for (int v = 0; v < vectors; v += run.together) {
+        for (int r = 0; r < tile.rows; ++r)
+          tile.weight[r] = tap_weights[r] + run.first_tap + v * vector_floats;
+        tile.out = out + v * band.row_floats;
+        int64_t column = q_begin * k.source_step + k.offset[0];  // source column of the first tap
+        for (int64_t t = 0; t < run.cut.count; ++t) {
+          const bool wide = t < run.cut.wide;
+          const int64_t pixels = run.cut.pixels + wide;
+          for (int r = 0; r < tile.rows; ++r)
+            tile.source[r] = first_row[r] + (column - p.first_column - column_begin) * LANES;
+          tile.skip_first = column < 0;
+          tile.skip_last = column + (pixels - 1) * k.source_step + run.reach >= p.source_w;
+          run.cut.run[wide](tile);
+          column += pixels * k.source_step;
+          tile.out += pixels * tile.out_step;
+        }
       }
     }
   }
+}
+
+// Output columns (per residue class) whose expanded rows stay in L1, in whole tiles.
+inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t expanded_rows) {
+  const int64_t all = p.classes[0].count;
+  const int64_t columns = EXPANDED_FLOATS / (expanded_rows * source.expanded_blocks() * LANES);
+  const int64_t fitting = (columns - 2 * p.reach_columns) / p.classes[0].source_step / TILE_SINGLE;
+  const int64_t run = std::max<int64_t>(1, fitting) * TILE_SINGLE;
+  const int64_t runs = (all + run - 1) / run;
+  return (all + runs - 1) / runs;
 }
 
 template <typename T>
@@ -427,17 +516,33 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const int64_t channels = p.output_channels();
   SourcePlan plan(first_vector, vectors, channels, p.output_per_group, p.source_per_group, p.columns);
+  const Share rows(p.output_h, stripe, p.stripes);
 
-  // Only the source rows within reach of an output row are kept, in a ring.
-  const int64_t ring_rows = std::max<int64_t>(1, std::min(2 * p.dil_h + 1, p.source_h));
-  const int64_t row_floats = (p.output_w * LANES + 15) / 16 * 16;
-  float* ring = scratch.floats(ring_rows * (plan.row_floats + 2) + vectors * row_floats +
-                               plan.span_floats() + 16);
-  plan.place(ring, ring_rows);
-  float* row = ring + (ring_rows * plan.row_floats + 15) / 16 * 16;
-  float* span_buffer = row + vectors * row_floats;
-  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + plan.span_floats());  // row in each slot
-  std::fill(slots, slots + ring_rows, -1);
+  Band band;
+  const int64_t fresh = p.transposed ? p.band : p.band * p.stride_h;
+  band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
+  band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
+  band.band_floats = vectors * band.row_floats;
+  band.expanded_rows = std::min(2 * p.dil_h + 1, p.source_h);
+  int64_t expanded_floats = 0;
+  for (int64_t i = 0; i < plan.count; ++i) {
+    const PackedSource& s = plan.sources[i];
+    if (s.fetch == Fetch::broadcast) continue;
+    const int64_t run = expanded_run(p, s, band.expanded_rows);
+    const int64_t columns = std::min(p.columns, run * p.classes[0].source_step + 2 * p.reach_columns);
+    expanded_floats = std::max(expanded_floats, band.expanded_rows * s.expanded_blocks() * columns * LANES);
+  }
+  Carve carve(scratch);
+  const int64_t tag_rows = band.ring_rows + band.expanded_rows;
+  carve.reserve({band.ring_rows * plan.row_floats, p.band * band.band_floats, expanded_floats,
+                 plan.span_floats(), 2 * tag_rows});
+  plan.place(carve.take(band.ring_rows * plan.row_floats), band.ring_rows);
+  band.results = carve.take(p.band * band.band_floats);
+  band.expanded = carve.take(expanded_floats);
+  band.span_buffer = carve.take(plan.span_floats());
+  int64_t* packed_tags = reinterpret_cast<int64_t*>(carve.take(2 * tag_rows));
+  band.tags = packed_tags + band.ring_rows;
+  std::fill(packed_tags, packed_tags + band.ring_rows, -1);
 
   Moments moments[SourcePlan::MOST];
   Vec sums[SourcePlan::MOST][2];
@@ -446,28 +551,38 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
     sums[v][0] = sums[v][1] = zero();
   }
   const RowColumns columns{p.first_column, p.columns, p.source_w};
-  const Share rows(p.output_h, stripe, p.stripes);
-  for (int64_t at = rows.begin; at < rows.end; ++at) {
-    for (int64_t kh = 0; kh < 3; ++kh) {
-      const int64_t source_row = p.source_row(at, kh);
-      if (source_row < 0 || slots[source_row % ring_rows] == source_row) continue;
-      slots[source_row % ring_rows] = source_row;
-      pack_row<T>(p.source, plan, image, source_row, source_row % ring_rows, columns, span_buffer);
-    }
+  for (band.first = rows.begin; band.first < rows.end; band.first += p.band) {
+    band.rows = std::min(p.band, rows.end - band.first);
+    for (int64_t row = 0; row < band.rows; ++row)
+      for (int64_t kh = 0; kh < 3; ++kh) {
+        const int64_t at = p.source_row(band.first + row, kh);
+        if (at < 0 || packed_tags[at % band.ring_rows] == at) continue;
+        packed_tags[at % band.ring_rows] = at;
+        pack_row<T>(p.source, plan, image, at, at % band.ring_rows, columns);
+      }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
-      const bool pair = v + 1 < vectors && s.fetch == Fetch::broadcast &&
-                        plan.source_of[v + 1] == plan.source_of[v];
-      compute_row(p, s, ring_rows, at, first_vector + v, pair ? 2 : 1, row + v * row_floats, row_floats);
-      v += pair ? 2 : 1;
+      const bool broadcast = s.fetch == Fetch::broadcast;
+      const int together =
+          broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
+      const int64_t all = p.classes[0].count;
+      const int64_t run = broadcast ? all : expanded_run(p, s, band.expanded_rows);
+      for (int64_t q = 0; q < all; q += run)
+        compute_vectors(p, s, band, first_vector + v, together, band.results + v * band.row_floats, q,
+                        std::min(all, q + run));
+      v += together;
     }
-    const RowResult result{row, row_floats, image, at, first_vector, vectors};
-    if (p.mask_act != nullptr)
-      finish_input_gradient<T>(p, result, sums);
-    else
-      finish_forward<T>(p, result);
-    if (p.moments)
-      for (int64_t v = 0; v < vectors; ++v) row_moments<T>(p, row + v * row_floats, &moments[v]);
+    for (int64_t row = 0; row < band.rows; ++row) {
+      const RowResult result{band.results + row * band.band_floats, band.row_floats, image,
+                             band.first + row, first_vector, vectors};
+      if (p.mask_act != nullptr)
+        finish_input_gradient<T>(p, result, sums);
+      else
+        finish_forward<T>(p, result);
+      if (p.moments)
+        for (int64_t v = 0; v < vectors; ++v)
+          row_moments<T>(p, result.row + v * band.row_floats, &moments[v]);
+    }
   }
   if (!p.moments && p.mask_act == nullptr) return;
   float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;

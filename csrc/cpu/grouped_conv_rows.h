@@ -1,7 +1,10 @@
-// Packing of image rows for the grouped_conv kernels: to float32, prologue applied, padding zero.
+// Image rows on their way to the grouped_conv tiles, in two steps.
 //
-// A packed row lies as [block][column][LANES], so that every fetch has a constant distance to the next
-// column. What a block holds depends on how the lanes of an output vector meet the groups (Fetch).
+// pack_row: from the tensor, in its order: to float32, prologue applied, padding zero. A packed row lies as
+//   [block of LANES channels][column][LANES] and stays in L2.
+// expand_row: where the lanes of an output vector span groups, from packed rows to one vector per
+//   [block][column], lanes already where their group needs them (Fetch); a few rows that stay in L1.
+// Every fetch then has a constant distance to the next column's.
 #pragma once
 #include <type_traits>
 
@@ -33,11 +36,11 @@ struct RowColumns {
   int64_t end() const { return std::max(begin(), std::min(count, width - first)); }
 };
 
-// How a vector of outputs gets its inputs from a packed row.
+// How a vector of outputs gets its inputs.
 enum class Fetch {
-  broadcast,  // all lanes in one group: a block is LANES channels, one scalar feeds every lane
-  twin,       // lanes span groups of even width: a block is two channels, alternating in the lanes
-  lanes,      // lanes span groups: a block is one channel, each lane holding its own group's
+  broadcast,  // all lanes in one group: packed rows, one scalar feeds every lane
+  twin,       // lanes span groups of even width: expanded, a block is two channels, alternating
+  lanes,      // lanes span groups: expanded, a block is one channel, each lane its own group's
 };
 
 // Input channels in one block.
@@ -52,22 +55,26 @@ GCONV_INLINE Vec fetch_part(const float* at) {
   return FETCH == Fetch::broadcast ? set1(at[PART]) : load(at);
 }
 
-// The input channels of one group, or those that one output vector spans, as they are packed.
+// The input channels of one group, or those that one output vector spans.
 struct PackedSource {
   Fetch fetch;
   int64_t group;       // broadcast only
   int64_t channel;     // first input channel
   int64_t span;        // input channels read
   int64_t per_group;   // input channels of one group
-  int64_t blocks;
   float* rows;         // packed rows, one after the other
   int64_t row_floats;
   int32_t lane_base[LANES];  // first channel of each lane's group (twin: of each lane), from `channel`
+
+  // Blocks of an expanded row.
+  int64_t expanded_blocks() const {
+    return (per_group + block_channels(fetch) - 1) / block_channels(fetch);
+  }
 };
 
 // The sources that output vectors [first, first + count) read.
 struct SourcePlan {
-  static constexpr int64_t MOST = 8;  // vectors of a chunk
+  static constexpr int64_t MOST = 16;  // vectors of a chunk
   PackedSource sources[MOST];
   int source_of[MOST];
   int64_t count = 0, row_floats = 0, widest = 0;
@@ -91,8 +98,7 @@ struct SourcePlan {
       s.channel = group * source_per_group;
       s.span = (last_group - group + 1) * source_per_group;
       s.per_group = source_per_group;
-      s.blocks = (source_per_group + block_channels(s.fetch) - 1) / block_channels(s.fetch);
-      s.row_floats = s.blocks * columns * LANES;
+      s.row_floats = (s.span + LANES - 1) / LANES * columns * LANES;
       for (int64_t l = 0; l < LANES; ++l) {
         const int64_t at = std::min(lane0 + l, lane_end - 1);  // lanes past the tail repeat the last
         s.lane_base[l] = static_cast<int32_t>((at / output_per_group - group) * source_per_group +
@@ -109,7 +115,7 @@ struct SourcePlan {
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t lane0 = (first + v) * LANES;
       sources[v] = PackedSource{Fetch::broadcast, v, lane0, std::min<int64_t>(LANES, outputs - lane0),
-                                LANES, 1, nullptr, columns * LANES, {}};
+                                LANES, nullptr, columns * LANES, {}};
       source_of[v] = static_cast<int>(v);
       row_floats += columns * LANES;
     }
@@ -157,91 +163,79 @@ GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int
   return static_cast<const T*>(t.data) + image * t.stride_n + row * t.stride_h + channel;
 }
 
-// Packed columns [begin, end) of one source.
-template <typename T, Prologue P>
-void pack_columns(const RowSource& s, const PackedSource& source, const T* x, const T* y,
-                  const RowColumns& columns, int64_t begin, int64_t end, float* packed,
-                  float* span_buffer) {
-  const int64_t block = columns.count * LANES;
-  const auto x_at = [&](int64_t i) { return x + (columns.first + i) * s.x.stride_w; };
-  const auto y_at = [&](int64_t i, int64_t c) {
-    return P == Prologue::finish ? y + (columns.first + i) * s.y.stride_w + c : nullptr;
-  };
-  if (source.fetch == Fetch::broadcast) {
-    for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
-      const Coefficients<P> coefficients(s, source.channel + c, lanes);
-      for (int64_t i = begin; i < end; ++i)
-        store(packed + i * LANES, coefficients.apply(x_at(i) + c, y_at(i, c), s, lanes));
-    }
-    return;
-  }
-  const Index base = index_load(source.lane_base);
-  const int32_t step = block_channels(source.fetch);
-  if (source.span <= LANES) {
-    const int lanes = static_cast<int>(source.span);
-    const Coefficients<P> coefficients(s, source.channel, lanes);
-    for (int64_t i = begin; i < end; ++i) {
-      const Vec value = coefficients.apply(x_at(i), y_at(i, 0), s, lanes);
-      float* out = packed + i * LANES;
-      Index index = base;
-      for (int64_t b = 0; b < source.blocks; ++b, out += block) {
-        store(out, permute(value, index));
-        index = index_add(index, step);
-      }
-    }
-    return;
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    for (int64_t c = 0; c < source.span; c += LANES) {
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
-      const Coefficients<P> coefficients(s, source.channel + c, lanes);
-      store(span_buffer + c, coefficients.apply(x_at(i) + c, y_at(i, c), s, lanes));
-    }
-    float* out = packed + i * LANES;
-    Index index = base;
-    for (int64_t b = 0; b < source.blocks; ++b, out += block) {
-      store(out, gather(span_buffer, index));
-      index = index_add(index, step);
-    }
-  }
-}
-
 // One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
 // next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart.
 template <typename T, Prologue P>
-void pack_row(const RowSource& s, SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
-              const RowColumns& columns, float* span_buffer) {
+void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+              const RowColumns& columns) {
   constexpr int64_t PIXELS = 8;
-  const int64_t begin = columns.begin(), end = columns.end();
+  const int64_t begin = columns.begin(), end = columns.end(), block = columns.count * LANES;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& source = plan.sources[i];
     float* packed = source.rows + slot * source.row_floats;
-    for (int64_t b = 0; b < source.blocks; ++b, packed += columns.count * LANES) {
-      for (int64_t c = 0; c < begin; ++c) store(packed + c * LANES, zero());
-      for (int64_t c = end; c < columns.count; ++c) store(packed + c * LANES, zero());
+    for (int64_t b = 0; b < source.row_floats; b += block) {
+      for (int64_t c = 0; c < begin; ++c) store(packed + b + c * LANES, zero());
+      for (int64_t c = end; c < columns.count; ++c) store(packed + b + c * LANES, zero());
     }
   }
-  for (int64_t at = begin; at < end; at += PIXELS)
+  for (int64_t at = begin; at < end; at += PIXELS) {
+    const int64_t last = std::min(end, at + PIXELS);
     for (int64_t i = 0; i < plan.count; ++i) {
       const PackedSource& source = plan.sources[i];
-      const T* x = row_pointer<T>(s.x, image, row, source.channel);
-      const T* y = P == Prologue::finish ? row_pointer<T>(s.y, image, row, source.channel) : nullptr;
-      pack_columns<T, P>(s, source, x, y, columns, at, std::min(end, at + PIXELS),
-                         source.rows + slot * source.row_floats, span_buffer);
+      float* packed = source.rows + slot * source.row_floats;
+      for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
+        const int64_t channel = source.channel + c;
+        const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
+        const Coefficients<P> coefficients(s, channel, lanes);
+        const T* x = row_pointer<T>(s.x, image, row, channel) + (columns.first + at) * s.x.stride_w;
+        const T* y = nullptr;
+        if constexpr (P == Prologue::finish)
+          y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * s.y.stride_w;
+        for (int64_t w = at; w < last; ++w) {
+          store(packed + w * LANES, coefficients.apply(x, y, s, lanes));
+          x += s.x.stride_w;
+          if constexpr (P == Prologue::finish) y += s.y.stride_w;
+        }
+      }
     }
+  }
 }
 
 template <typename T>
-void pack_row(const RowSource& s, SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
-              const RowColumns& columns, float* span_buffer) {
+void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+              const RowColumns& columns) {
   switch (s.prologue) {
     case Prologue::none:
-      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns, span_buffer);
+      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns);
     case Prologue::act:
-      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns, span_buffer);
+      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns);
     case Prologue::finish:
-      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns, span_buffer);
+      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns);
+  }
+}
+
+// Columns [begin, end) of a packed row of `columns` columns, expanded to [block][end - begin][LANES].
+// span_buffer holds one pixel's channels where they do not fit a vector.
+inline void expand_row(const PackedSource& source, const float* packed, int64_t columns, int64_t begin,
+                       int64_t end, float* expanded, float* span_buffer) {
+  const Index base = index_load(source.lane_base);
+  const int32_t step = block_channels(source.fetch);
+  const int64_t blocks = source.expanded_blocks(), block = (end - begin) * LANES;
+  if (source.span <= LANES) {
+    for (int64_t i = begin; i < end; ++i, expanded += LANES) {
+      const Vec value = load(packed + i * LANES);
+      Index index = base;
+      for (int64_t b = 0; b < blocks; ++b, index = index_add(index, step))
+        store(expanded + b * block, permute(value, index));
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i, expanded += LANES) {
+    for (int64_t c = 0; c < source.span; c += LANES)
+      store(span_buffer + c, load(packed + (c * columns) + i * LANES));
+    Index index = base;
+    for (int64_t b = 0; b < blocks; ++b, index = index_add(index, step))
+      store(expanded + b * block, gather(span_buffer, index));
   }
 }
 

@@ -207,8 +207,8 @@ void wgrad_by_stripes(const WgradPass& p, int64_t image, int64_t vectors, Source
     const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
     for (int64_t i = 0; i < (rows - 1) * s.stride_h + reach; ++i)
       if (origin + i >= 0 && origin + i < s.h)
-        pack_row<T>(p.x, x, image, origin + i, i, x_columns, nullptr);
-    for (int64_t i = 0; i < rows; ++i) pack_row<T>(p.dy, dy, image, begin + i, i, dy_columns, nullptr);
+        pack_row<T>(p.x, x, image, origin + i, i, x_columns);
+    for (int64_t i = 0; i < rows; ++i) pack_row<T>(p.dy, dy, image, begin + i, i, dy_columns);
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];
@@ -238,12 +238,16 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
                    float* dw, Scratch& scratch) {
   const GroupedConvShape& s = p.shape;
   const int64_t ring = std::min(s.oh, 2 * s.dil_h + 1);
-  float* memory =
-      scratch.floats(x.row_floats + ring * (dy.row_floats + 2) + x.span_floats() + 32);
-  x.place(memory, 1);
-  dy.place(memory + x.row_floats, ring);
-  float* span_buffer = memory + (x.row_floats + ring * dy.row_floats + 15) / 16 * 16;
-  int64_t* slots = reinterpret_cast<int64_t*>(span_buffer + x.span_floats());  // dy row in each slot
+  int64_t expanded_floats = 0;
+  for (int64_t i = 0; i < x.count; ++i)
+    expanded_floats = std::max(expanded_floats, x.sources[i].expanded_blocks() * p.columns * LANES);
+  Carve carve(scratch);
+  carve.reserve({x.row_floats, ring * dy.row_floats, expanded_floats, x.span_floats(), 2 * ring});
+  x.place(carve.take(x.row_floats), 1);
+  dy.place(carve.take(ring * dy.row_floats), ring);
+  float* expanded = carve.take(expanded_floats);
+  float* span_buffer = carve.take(x.span_floats());
+  int64_t* slots = reinterpret_cast<int64_t*>(carve.take(2 * ring));  // dy row in each slot
   std::fill(slots, slots + ring, -1);
   const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
   for (int64_t at = 0; at < s.h; ++at) {
@@ -257,20 +261,22 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
       taps[meets++] = kh;
       if (slots[oh % ring] == oh) continue;
       slots[oh % ring] = oh;
-      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns, nullptr);
+      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns);
     }
     if (meets == 0) continue;
-    pack_row<T>(p.x, x, image, at, 0, x_columns, span_buffer);
+    pack_row<T>(p.x, x, image, at, 0, x_columns);
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];
+      const bool broadcast = source.fetch == Fetch::broadcast;
+      if (!broadcast) expand_row(source, source.rows, p.columns, 0, p.columns, expanded, span_buffer);
       for (int first = 0; first < meets; first += WGRAD_ROWS) {
         const int rows = std::min(WGRAD_ROWS, meets - first);
         WgradRow row{nullptr, p.columns * LANES, {nullptr, nullptr, nullptr}};
         for (int r = 0; r < rows; ++r) row.dy[r] = gradient.rows + slot[first + r] * gradient.row_floats;
         for (int64_t c = 0; c < p.source_per_group; c += 2) {
           const int per_block = block_channels(source.fetch);
-          row.x = source.rows + c / per_block * row.block + (source.fetch == Fetch::broadcast ? c % LANES : 0);
+          row.x = (broadcast ? source.rows : expanded) + c / per_block * row.block + (broadcast ? c % LANES : 0);
           float* out[3];
           for (int r = 0; r < rows; ++r)
             out[r] = dw + v * p.vector_floats() + (c * 9 + taps[first + r] * 3) * LANES;
@@ -315,7 +321,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.dweight = q.dweight;
   p.partials = q.workspace;
-  p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST / 2 : SourcePlan::MOST);
+  p.chunk = std::min(p.vectors(), SourcePlan::MOST / 2);
   p.splits = std::max<int64_t>(1, std::min(s.n, 32 / p.chunks()));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "tensor.h"
@@ -140,9 +141,18 @@ GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm512_add_epi32(i, _m
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm512_permutexvar_ps(i, a.v)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm512_i32gather_ps(i, p, 4)}; }
 
-// Each even (odd) element twice. From memory these cost a load and no shuffle.
-GCONV_INLINE Vec load_even_twice(const float* p) { return {_mm512_moveldup_ps(_mm512_loadu_ps(p))}; }
-GCONV_INLINE Vec load_odd_twice(const float* p) { return {_mm512_movehdup_ps(_mm512_loadu_ps(p))}; }
+// Each even (odd) element twice. From memory these cost a load and no shuffle, which would compete with
+// the multiplications for a port; a compiler that sees both of one address shares the load and shuffles.
+GCONV_INLINE Vec load_even_twice(const float* p) {
+  Vec a;
+  asm("vmovsldup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float(*)[16]>(p)));
+  return a;
+}
+GCONV_INLINE Vec load_odd_twice(const float* p) {
+  Vec a;
+  asm("vmovshdup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float(*)[16]>(p)));
+  return a;
+}
 
 GCONV_INLINE Vec load_as(const float* p) { return load(p); }
 GCONV_INLINE Vec load_as(const bf16* p) {
@@ -228,8 +238,16 @@ GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm256_add_epi32(i, _m
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm256_permutevar8x32_ps(a.v, i)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm256_i32gather_ps(p, i, 4)}; }
 
-GCONV_INLINE Vec load_even_twice(const float* p) { return {_mm256_moveldup_ps(_mm256_loadu_ps(p))}; }
-GCONV_INLINE Vec load_odd_twice(const float* p) { return {_mm256_movehdup_ps(_mm256_loadu_ps(p))}; }
+GCONV_INLINE Vec load_even_twice(const float* p) {
+  Vec a;
+  asm("vmovsldup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float(*)[8]>(p)));
+  return a;
+}
+GCONV_INLINE Vec load_odd_twice(const float* p) {
+  Vec a;
+  asm("vmovshdup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float(*)[8]>(p)));
+  return a;
+}
 
 GCONV_INLINE Vec from_bf16(__m128i bits) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
@@ -416,6 +434,27 @@ class Scratch {
  private:
   float* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// Cuts one scratch into pieces that begin on cache lines.
+class Carve {
+ public:
+  explicit Carve(Scratch& scratch) : scratch_(scratch) {}
+  void reserve(std::initializer_list<int64_t> pieces) {
+    int64_t floats = 0;
+    for (int64_t piece : pieces) floats += rounded(piece);
+    next_ = scratch_.floats(floats);
+  }
+  float* take(int64_t floats) {
+    float* piece = next_;
+    next_ += rounded(floats);
+    return piece;
+  }
+
+ private:
+  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+  Scratch& scratch_;
+  float* next_ = nullptr;
 };
 
 // The share [begin, end) of `ith` of `nth` among `total` equal pieces.
