@@ -61,8 +61,9 @@ def _same_shape(actual, want, label):
 def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=None):
     """Errors of `actual` against `exact` (float64) at most twice those of `baseline` (torch's own) plus the floor.
 
-    `baseline` is a tensor, or several: torch sums in another order for another memory format, and each is its own. `dtype` is the precision that the computation went through (default: that of `actual`). `magnitude`, of the shape of
-    `exact`, replaces |exact| in the floor where the result is a sum of larger terms that cancel.
+    `baseline` is a tensor, or several: torch sums in another order for another memory format, each order is
+    torch's own. `dtype` is the precision that the computation went through (default: that of `actual`). `magnitude`, of the
+    shape of `exact`, joins |exact| in the floor where the result is a sum of larger terms that cancel.
     """
     dtype = dtype or actual.dtype
     _same_shape(actual, exact, label)
@@ -74,7 +75,7 @@ def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=Non
     if exact.numel() == 0:
         return
     assert all(b.isfinite().all() for b in baselines), f"{label}: torch's own result is not finite: no yardstick"
-    magnitude = exact.abs() if magnitude is None else magnitude.double().abs()[finite]
+    magnitude = exact.abs() if magnitude is None else magnitude.double()[finite].maximum(exact.abs())
     eps = torch.finfo(dtype).eps
     for name, norm, floor in (
         ("max", lambda t: t.abs().max().item(), FLOOR_MAX[dtype]),

@@ -1,0 +1,403 @@
+"""The ops batch_norm_* against the float64 oracle, and gconv.functional.batch_norm against torch's."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checks
+import gconv
+from checks import DTYPES, KINK_MARGIN, LAYOUTS, assert_accurate, assert_exact, assert_same_bits, channel, place
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+SHAPES = (
+    (2, 1, 7, 5), (1, 2, 29, 31), (3, 3, 2, 3), (2, 4, 14, 14), (2, 5, 1, 7), (1, 8, 57, 3), (2, 16, 7, 7), (3, 17, 5, 4),
+    (2, 24, 9, 8), (1, 32, 15, 13), (1, 33, 1, 2), (2, 48, 3, 5), (2, 56, 6, 6), (4, 64, 1, 1), (1, 112, 9, 11), (2, 130, 4, 7),
+)  # fmt: skip
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
+kinds = pytest.mark.parametrize("kind", ["integer", "normal"])
+
+
+class Data:
+    """Tensors of one problem: whole numbers, or normal ones with the ReLU's kink kept clear."""
+
+    def __init__(self, shape, dtype, kind, *key):
+        self.shape, self.dtype, self.integer = shape, dtype, kind == "integer"
+        self.key = (shape, str(dtype), kind, *key)
+        self.gen = checks.generator(*self.key)
+
+    def activation(self):
+        t = checks.integers(self.shape, 4, self.gen) if self.integer else torch.randn(self.shape, generator=self.gen)
+        return t.to(self.dtype)
+
+    def vector(self, values=(-1.0, 1.0, 2.0)):
+        c = self.shape[1]
+        return checks.choice((c,), values, self.gen) if self.integer else torch.randn(c, generator=self.gen) + 0.5
+
+    def affine(self):
+        return torch.stack([self.vector(), self.vector((-2.0, -1.0, 0.0, 1.0, 3.0))])
+
+    def clear(self, x, affine):
+        return x if self.integer else checks.clear_of_kink(x, affine[0], affine[1], 1e-4)
+
+    def place(self, t, name):
+        return None if t is None else place(t, checks.rotate(LAYOUTS, *self.key, name))
+
+
+def check(integer, actual, exact, own, label, dtype=None, magnitude=None):
+    if integer:
+        assert_exact(actual, exact, label)
+    else:
+        assert_accurate(actual, exact, own, label, dtype, magnitude)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@kinds
+def test_apply(isa, ops, shape, dtype, residual, relu, kind):
+    data = Data(shape, dtype, kind, residual, relu)
+    x, affine = data.place(data.activation(), "x"), data.affine()
+    r = data.place(data.activation(), "residual") if residual else None
+    args = (x, affine, r, relu)
+    y = ops.batch_norm_apply(*args)
+    assert y.dtype == dtype
+    check(data.integer, y, checks.ref_bn_apply(torch.float64, *args), checks.ref_bn_apply(dtype, *args), "batch_norm_apply")
+    checks.assert_channels_last(y)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("ratio", [0, 1, 1000])
+def test_statistics(isa, ops, shape, dtype, ratio):
+    gen = checks.generator("batch_norm statistics", shape, ratio)
+    x = torch.randn(shape, generator=gen) * (torch.rand(1, shape[1], 1, 1, generator=gen) + 0.5)
+    x = (x + ratio * (1 + torch.rand(1, shape[1], 1, 1, generator=gen)) * (ratio > 0)).to(dtype)
+    for layout in ("channels_last", checks.rotate(LAYOUTS, shape, str(dtype), ratio)):
+        mean, var = ops.batch_norm_stats(place(x, layout))
+        checks.assert_statistics(mean, var, x, f"batch_norm_stats {layout}")
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 64, 64), (4, 3, 129, 65), (8, 64, 28, 28)], ids=str)
+def test_statistics_of_many_values(isa, ops, shape):
+    """Enough pixels for many tiles: the merge of their means must not lose what one pass would keep."""
+    x = place(torch.randn(shape, generator=checks.generator(shape)) + 1000, "channels_last")
+    x[:, 0] += torch.linspace(0, 50, shape[2] * shape[3]).view(shape[2:])
+    x[:, 1] = 1000.1
+    mean, var = ops.batch_norm_stats(x)
+    checks.assert_statistics(mean, var, x)
+    assert (var >= 0).all()
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])
+def test_fold(isa, ops, gamma, beta, eps):
+    gen = checks.generator("fold")
+    c = 37
+    mean = 100 * torch.randn(c, generator=gen)
+    var = torch.exp(6 * torch.randn(c, generator=gen))
+    var[0] = 0
+    gamma = torch.randn(c, generator=gen) if gamma else None
+    beta = torch.randn(c, generator=gen) if beta else None
+    rstd, affine = ops.batch_norm_fold(mean, var, gamma, beta, eps)
+    exact_rstd, exact, magnitude = checks.ref_bn_fold(mean, var, gamma, beta, eps)
+    assert rstd.shape == (c,) and affine.shape == (2, c) and rstd.dtype == affine.dtype == torch.float32
+    # Computed in double: rounded once, or twice where rstd itself is rounded in between.
+    assert ((rstd.double() - exact_rstd).abs() <= checks.EPS32 * exact_rstd).all()
+    assert ((affine[0].double() - exact[0]).abs() <= checks.EPS32 * exact[0].abs()).all()
+    assert ((affine[1].double() - exact[1]).abs() <= checks.EPS32 * magnitude).all()
+
+
+MASKS = ("none", "affine", "output")
+
+
+def backward_problem(shape, dtype, kind, mask):
+    data = Data(shape, dtype, kind, "backward", mask)
+    affine = data.affine()
+    x = data.clear(data.activation(), affine)
+    z = None
+    if mask == "output":
+        z = checks.ref_bn_apply(torch.float64, x, affine, data.activation(), True).to(dtype)
+    values = {
+        "dz": data.place(data.activation(), "dz"), "x": data.place(x, "x"), "z": data.place(z, "z"),
+        "affine": affine if mask == "affine" else None,
+    }  # fmt: skip
+    return data, values
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("mask", MASKS)
+@kinds
+def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
+    data, v = backward_problem(shape, dtype, kind, mask)
+    mean, rstd = data.vector((-1.0, 0.0, 2.0)), data.vector((0.5, 1.0, 2.0))
+    gamma = checks.rotate((None, data.vector()), shape, str(dtype), mask)
+    args = (v["dz"], v["x"], mean, rstd, gamma, v["affine"], v["z"])
+    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(*args)
+    exact = checks.ref_bn_bwd_reduce(torch.float64, *args)
+    own = checks.ref_bn_bwd_reduce(dtype, *args)
+    assert dgamma.dtype == dbeta.dtype == coef.dtype == torch.float32
+    assert coef.shape == (4, shape[1])
+    # The masked gradient has the dtype of dz, exactly: what is added up is float32 whatever the dtype.
+    check(data.integer, dgamma, exact[0], own[0], "dgamma", torch.float32, exact[3])
+    check(data.integer, dbeta, exact[1], own[1], "dbeta", torch.float32, exact[4])
+    m = shape[0] * shape[2] * shape[3]
+    scale = (torch.ones_like(mean) if gamma is None else gamma).double() * rstd
+    slope = scale * rstd / m
+    for row, magnitude in ((0, None), (1, slope * exact[3]), (2, scale * exact[4] / m), (3, None)):
+        assert_accurate(coef[row], exact[2][row], own[2][row], f"coef[{row}]", torch.float32, magnitude)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("want_g", [False, True])
+@kinds
+def test_backward_apply(isa, ops, shape, dtype, mask, want_g, kind):
+    data, v = backward_problem(shape, dtype, kind, mask)
+    coef = torch.stack([data.vector(), 0.5 * data.vector(), data.vector(), data.vector((-2.0, 0.0, 2.0))])
+    args = (v["dz"], v["x"], coef, v["affine"], v["z"])
+    dx, g = ops.batch_norm_bwd_apply(*args, want_g)
+    exact, own = checks.ref_bn_bwd_apply(torch.float64, *args), checks.ref_bn_bwd_apply(dtype, *args)
+    assert dx.dtype == dtype
+    check(data.integer, dx, exact[0], own[0], "dx")
+    checks.assert_channels_last(dx, "dx")
+    if want_g:
+        assert_exact(g, exact[1], "g")
+        checks.assert_channels_last(g, "g")
+    else:
+        assert g.numel() == 0
+
+
+@dtypes
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 9, 7), (3, 32, 6, 5)], ids=str)
+def test_chain_is_the_gradient_of_torchs_batch_norm(isa, ops, dtype, relu, residual, shape):
+    """stats, fold, apply, reduce, apply, as training chains them, against autograd in float64."""
+    data = Data(shape, dtype, "normal", "chain")
+    x, dz, r = data.activation(), data.activation(), data.activation() if residual else None
+    gamma, beta = data.vector(), data.vector()
+
+    def stock(work):
+        leaves = [t.detach().to(work).requires_grad_() for t in ((x, gamma, beta) if r is None else (x, gamma, beta, r))]
+        z = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True, 0.1, 1e-5)
+        z = z if r is None else z + leaves[3]
+        z = torch.relu(z) if relu else z
+        return leaves, z
+
+    leaves, exact_z = stock(torch.float64)
+    dz = torch.where(exact_z.abs() < KINK_MARGIN[dtype], 0, dz) if relu else dz
+    exact = torch.autograd.grad(exact_z, leaves, dz.double())
+    leaves, own_z = stock(dtype)
+    own = torch.autograd.grad(own_z, leaves, dz)
+
+    mean, var = ops.batch_norm_stats(x)
+    rstd, affine = ops.batch_norm_fold(mean, var, gamma, beta, 1e-5)
+    z = ops.batch_norm_apply(x, affine, r, relu)
+    mask = (affine if relu and r is None else None, z if relu and r is not None else None)
+    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(dz, x, mean, rstd, gamma, *mask)
+    dx, g = ops.batch_norm_bwd_apply(dz, x, coef, *mask, residual)
+    assert_accurate(z, exact_z.detach(), own_z.detach(), "z")
+    for name, got, i in (("dx", dx, 0), ("dgamma", dgamma, 1), ("dbeta", dbeta, 2)):
+        assert_accurate(got, exact[i], own[i], name, dtype)
+    if residual:
+        assert_accurate(g, exact[3], own[3], "dresidual", dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# the contract's corners
+
+
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_change_a_bit(isa, ops, dtype, layout):
+    results = []
+    for where in ("channels_last", layout):
+        data = Data((2, 19, 7, 6), dtype, "normal", "layout")
+        x, dz, r, z = (place(data.activation(), where) for _ in range(4))
+        mean, var = ops.batch_norm_stats(x)
+        rstd, affine = ops.batch_norm_fold(mean, var, None, None, 1e-5)
+        results.append(
+            (mean, var, ops.batch_norm_apply(x, affine, r, True), *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z))
+        )
+        results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][-1], affine, None, True)
+    for want, got in zip(*results, strict=True):
+        assert_same_bits(got, want)
+
+
+@dtypes
+def test_stride_0(isa, ops, dtype):
+    data = Data((2, 9, 5, 6), dtype, "normal", "stride 0")
+    x, coef = data.activation(), torch.randn(4, 9, generator=data.gen)
+    dz = torch.ones((), dtype=dtype).expand(x.shape)
+    mean, var = ops.batch_norm_stats(x)
+    reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, None, None)
+    for got, want in zip(reduce, ops.batch_norm_bwd_reduce(dz.contiguous(), x, mean, var, None, None, None), strict=True):
+        assert_same_bits(got, want)
+    got = ops.batch_norm_bwd_apply(dz, x, coef, None, None, True)
+    for a, b in zip(got, ops.batch_norm_bwd_apply(dz.contiguous(), x, coef, None, None, True), strict=True):
+        assert_same_bits(a, b)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (3, 17, 29, 31), (1, 130, 40, 33)], ids=str)
+def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtype, shape):
+    data = Data(shape, dtype, "normal", "threads")
+    x, dz, affine, coef = data.activation(), data.activation(), data.affine(), torch.randn(4, shape[1], generator=data.gen)
+
+    def run():
+        mean, var = ops.batch_norm_stats(x)
+        reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, affine, None)
+        return (
+            mean, var, ops.batch_norm_apply(x, affine, dz, True), *reduce,
+            *ops.batch_norm_bwd_apply(dz, x, coef, affine, None, True),
+        )  # fmt: skip
+
+    threads(2)
+    want = run()
+    for number in (2, 1, 3, 4):
+        threads(number)
+        for a, b in zip(run(), want, strict=True):
+            assert_same_bits(a, b, f"{number} threads")
+
+
+@dtypes
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_stay_in_their_channel(isa, ops, dtype, value):
+    x = Data((2, 21, 4, 5), dtype, "normal", "nan").activation()
+    clean = ops.batch_norm_stats(x.clone())
+    x[1, 7, 2, 3] = value
+    mean, var = ops.batch_norm_stats(x)
+    checks.assert_statistics(mean, var, x)
+    others = torch.arange(21) != 7
+    assert_same_bits(mean[others], clean[0][others])
+    assert_same_bits(var[others], clean[1][others])
+    identity = torch.stack([torch.ones(21), torch.zeros(21)])
+    assert_exact(ops.batch_norm_apply(x, identity, None, True), torch.relu(x.double()))
+    ones = torch.ones_like(x)
+    coef = torch.stack([torch.ones(21), *torch.zeros(3, 21)])
+    _, g = ops.batch_norm_bwd_apply(ones, x, coef, identity, None, True)
+    assert_exact(g, checks.kept(x).double(), "the mask lets the gradient through at NaN, as torch's does")
+    _, g = ops.batch_norm_bwd_apply(ones, ones, coef, None, x, True)
+    assert_exact(g, checks.kept(x).double(), "the mask by output")
+
+
+def test_zero_batch(isa, ops):
+    x = torch.empty(0, 6, 4, 5)
+    mean, var = ops.batch_norm_stats(x)
+    assert mean.shape == var.shape == (6,)
+    vector = torch.ones(6)
+    assert ops.batch_norm_apply(x, torch.ones(2, 6), x, True).shape == x.shape
+    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(x, x, vector, vector, vector, torch.ones(2, 6), None)
+    assert torch.equal(dgamma, torch.zeros(6)) and torch.equal(dbeta, torch.zeros(6)) and coef.shape == (4, 6)
+    dx, g = ops.batch_norm_bwd_apply(x, x, torch.ones(4, 6), None, None, True)
+    assert dx.shape == g.shape == x.shape
+
+
+def test_the_gradient_at_exactly_zero_is_blocked(isa, ops):
+    x, affine = torch.zeros(1, 20, 2, 3), torch.stack([torch.ones(20), torch.zeros(20)])
+    ones, vector = torch.ones_like(x), torch.ones(20)
+    for mask in ((affine, None), (None, x)):
+        dgamma, dbeta, _ = ops.batch_norm_bwd_reduce(ones, x, vector, vector, None, *mask)
+        assert torch.equal(dbeta, torch.zeros(20)) and torch.equal(dgamma, torch.zeros(20))
+        _, g = ops.batch_norm_bwd_apply(ones, x, torch.ones(4, 20), *mask, True)
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# gconv.functional.batch_norm
+
+
+def functional(function, work, x, gamma, beta, dz, residual, relu, training, momentum, composed):
+    """(named results of one call of `function` at the dtype `work` of activations, backward included)"""
+    wide = torch.promote_types(work, torch.float32)
+    c = x.shape[1]
+    running = [torch.linspace(-1, 1, c).to(wide), torch.linspace(0.5, 2, c).to(wide)]
+    leaf = x.to(work).requires_grad_()
+    leaves = {"x": leaf}
+    if gamma is not None:
+        leaves |= {"gamma": gamma.to(wide).requires_grad_(), "beta": beta.to(wide).requires_grad_()}
+    if residual is not None:
+        leaves["residual"] = residual.to(work).requires_grad_()
+    args = (leaf, *running, leaves.get("gamma"), leaves.get("beta"), training, momentum, 1e-5)
+    if composed:
+        z = function(*args)
+        z = z if residual is None else z + leaves["residual"]
+        z = torch.relu(z) if relu else z
+    else:
+        z = function(*args, residual=leaves.get("residual"), relu=relu)
+    if dz is None:
+        return z.detach()
+    grads = torch.autograd.grad(z, list(leaves.values()), dz.to(work))
+    results = {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+    return {"z": z.detach(), "running_mean": running[0], "running_var": running[1]} | results
+
+
+@dtypes
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine, residual, relu", list(itertools.product([True, False], repeat=3)))
+def test_functional_against_stock(ops, dtype, training, affine, residual, relu):
+    shape = (3, 20, 7, 5)
+    data = Data(shape, dtype, "normal", "functional", affine, residual, relu)
+    layout = checks.rotate(LAYOUTS, dtype, training, affine, residual, relu)
+    x, r = place(data.activation(), layout), data.activation() if residual else None
+    gamma, beta = (data.vector(), data.vector()) if affine else (None, None)
+    rest = (r, relu, training, 0.3)
+    exact_z = functional(F.batch_norm, torch.float64, x, gamma, beta, None, *rest, True)
+    dz = torch.where(exact_z.abs() < KINK_MARGIN[dtype], 0, data.activation()) if relu else data.activation()
+    exact = functional(F.batch_norm, torch.float64, x, gamma, beta, dz, *rest, True)
+    own = functional(F.batch_norm, dtype, x, gamma, beta, dz, *rest, True)
+    gconv.backend.reset_counts()
+    got = functional(gconv.functional.batch_norm, dtype, x, gamma, beta, dz, *rest, False)
+    assert gconv.backend.counts().get("cpu.batch_norm") == 1, gconv.backend.counts()
+    for name in exact:
+        assert_accurate(got[name], exact[name], own[name], name, torch.float32 if "running" in name else dtype)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_keeps_the_memory_format(memory_format, training):
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=memory_format).requires_grad_()
+    args = (x, torch.zeros(6), torch.ones(6), None, None, training)
+    y, stock = gconv.functional.batch_norm(*args), F.batch_norm(*args)
+    assert y.stride() == stock.stride()
+    for dy in (torch.ones_like(y), torch.ones(()).expand(y.shape)):
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert dx.shape == x.shape
+
+
+def test_functional_zero_batch_and_one_value():
+    running = torch.zeros(4), torch.ones(4)
+    y = gconv.functional.batch_norm(torch.empty(0, 4, 3, 3), *running, training=True)
+    assert y.shape == (0, 4, 3, 3)
+    assert torch.equal(running[0], torch.zeros(4)) and torch.equal(running[1], torch.ones(4)), "an empty batch is no batch"
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        gconv.functional.batch_norm(torch.ones(1, 4, 1, 1), *running, training=True)
+
+
+def test_functional_without_running_statistics():
+    x = torch.randn(2, 4, 3, 3)
+    want = F.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(gconv.functional.batch_norm(x, None, None, training=True), want)
+    with pytest.raises((RuntimeError, ValueError), match="running_mean"):
+        gconv.functional.batch_norm(x, None, None, training=False)
+
+
+def test_mask_uses_channel_vectors_of_its_own_channel(isa, ops):
+    """Open and shut channels in turn: a mask that reads its neighbour's affine shows at once."""
+    c = 70
+    shut = torch.arange(c) % 3 == 0
+    affine = torch.stack([torch.zeros(c), torch.where(shut, -1.0, 1.0)])
+    x = torch.ones(2, c, 3, 4)
+    coef = torch.stack([torch.arange(c).float(), *torch.zeros(3, c)])
+    dx, g = ops.batch_norm_bwd_apply(x, x, coef, affine, None, True)
+    want = torch.where(shut, 0.0, 1.0)
+    assert torch.equal(g, channel(want).expand_as(g)) and torch.equal(dx, channel(want * coef[0]).expand_as(dx))
