@@ -54,10 +54,11 @@ def _load_extension() -> str | None:
         importlib.import_module("gconv._C")
     except ModuleNotFoundError as error:
         if error.name == "gconv._C":
-            return "the extension gconv._C is not built: run `make build`"
-        return f"the extension gconv._C did not load ({error}): run `make build`"
+            return "the extension gconv._C is not built: run `make develop`"
+        return f"the extension gconv._C did not load ({error}): run `make develop`"
     except ImportError as error:
-        return f"the extension gconv._C did not load ({str(error).splitlines()[0]}): run `make build`"
+        first_line = str(error).partition("\n")[0]
+        return f"the extension gconv._C did not load ({first_line}): run `make develop`"
     return None
 
 
@@ -79,8 +80,8 @@ def notify_missing_extension() -> None:
     if _missing_extension is not None and _policy != "silent":
         _warned.add(_missing_extension)
         message = (
-            f"gconv: {_missing_extension} in the checkout, or `pip install --no-build-isolation .`; until "
-            "then torch runs every call (GCONV_FALLBACK=silent hides this notice)"
+            f"gconv: {_missing_extension} in the checkout, or `pip install --no-build-isolation .`, with a "
+            "C++ compiler on PATH; until then torch runs every call (GCONV_FALLBACK=silent hides this notice)"
         )
         warnings.warn(message, FallbackWarning, stacklevel=_user_stacklevel())
 

@@ -414,7 +414,8 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def _runs_fused_itself(module: nn.Module) -> bool:
-    """True for ConvBNReLU and for the models and blocks of gconv.models, unless those were asked to be stock."""
+    """True for ConvBNReLU and for the models and blocks of gconv.models, unless those were asked to be
+    stock."""
     ours = isinstance(module, ConvBNReLU) or type(module).__module__.startswith("gconv.models.")
     return ours and not getattr(module, "stock", False)
 

@@ -52,9 +52,15 @@ def built(monkeypatch):
 def run_python(code, **environment):
     """(exit status, stdout, stderr) of a fresh interpreter in which nothing of gconv is imported yet."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GCONV_")}
-    env |= {"PYTHONPATH": ROOT, **environment}
+    env["PYTHONPATH"] = os.pathsep.join([ROOT, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env |= environment
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -132,10 +138,10 @@ def test_dense_convolutions_go_to_torch_from_a_width_on(built, monkeypatch):
 
 def test_a_missing_extension_is_a_reason(monkeypatch):
     monkeypatch.setattr(
-        backend, "_missing_extension", "the extension gconv._C is not built: run `make build`"
+        backend, "_missing_extension", "the extension gconv._C is not built: run `make develop`"
     )
     decision = backend.choose("grouped_conv", **conv_arguments())
-    assert decision.fallback and "make build" in decision.reason
+    assert decision.fallback and "make develop" in decision.reason
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -233,7 +239,7 @@ def test_import_without_the_extension_says_so_once_and_works():
     )
     status, stdout, stderr = run_python(code)
     assert (status, stdout) == (0, "True\n"), stderr
-    assert stderr.count("FallbackWarning") == 1 and "make build" in stderr
+    assert stderr.count("FallbackWarning") == 1 and "make develop" in stderr
     assert run_python(code, GCONV_FALLBACK="silent") == (0, "True\n", "")
 
 
@@ -418,6 +424,7 @@ def test_compile_without_graph_breaks_follows_the_backend_and_warns_once():
         assert torch.equal(compiled(x), nn.functional.conv2d(x, conv.weight, conv.bias))
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
 def test_compile_inside_a_trace_has_no_graph_break(ops):
     torch._dynamo.reset()
     net, x = gconv.ConvBNReLU(4, 4, 3, groups=2).eval(), torch.randn(1, 4, 8, 8)

@@ -16,9 +16,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gconv.__file__)))
 
 def run_info(*arguments, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith("GCONV_")}
-    env |= {"PYTHONPATH": ROOT, **environment}
+    env["PYTHONPATH"] = os.pathsep.join([ROOT, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env |= environment
     command = [sys.executable, "-m", "gconv.info", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -60,11 +61,11 @@ def test_a_wrong_instruction_set_is_reported_and_not_fatal(ops):
 
 def test_without_the_extension_the_cure_is_named(monkeypatch):
     monkeypatch.setattr(
-        backend, "_missing_extension", "the extension gconv._C is not built: run `make build`"
+        backend, "_missing_extension", "the extension gconv._C is not built: run `make develop`"
     )
     report = info.collect()
-    assert "make build" in report["backends"]["cpu"] and report["cpu"]["isa in use"] is None
-    assert "make build" in info.format_info(report)
+    assert "make develop" in report["backends"]["cpu"] and report["cpu"]["isa in use"] is None
+    assert "make develop" in info.format_info(report)
 
 
 def test_without_a_compiler_or_triton(monkeypatch):
