@@ -62,7 +62,7 @@ def decide(op_name: str, x, *args) -> backend.Decision:
         return decision
     reason = None
     if x.numel() == 0 and 0 in x.shape[1:]:
-        reason = f"x: want at least one channel and pixel, got {list(x.shape)}"
+        reason = f"x: want at least one channel and one pixel, got {list(x.shape)}"
     elif torch.compiler.is_compiling() and (
         _are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):

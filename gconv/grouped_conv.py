@@ -434,6 +434,8 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
             raise ValueError(f"{name}: {what}: want dtype {x.dtype} as of x, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: {what}: want device {x.device} as of x, got {tensor.device}")
+    if h == 0 or w == 0:
+        raise ValueError(f"{name}: x: want an image with pixels, got {h}x{w}")
     if isinstance(padding, tuple):
         reach = (dilation[0] * (r - 1) + 1, dilation[1] * (s - 1) + 1)
         if h + 2 * padding[0] < reach[0] or w + 2 * padding[1] < reach[1]:
