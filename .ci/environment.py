@@ -10,12 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 DEPS = ROOT / "build" / "deps"
 NOT_NEEDED = {"torch", "triton", "ninja", "wheel", "scipy"}  # of a Python at hand: there already, or optional
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's own torch for x86 carries gigabytes of CUDA
 CHECK_TORCH = "import torch; raise SystemExit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))"
 CHECK_PACKAGES = """
 import importlib.metadata as m, sys
@@ -42,6 +44,15 @@ def pip_install(python, *args, stdout=sys.stderr):
 
 def has_torch(python):
     return Path(python).exists() and run(python, "-c", CHECK_TORCH, capture_output=True).returncode == 0
+
+
+def cpu_index():
+    """pip's option for the CPU builds of torch, if that index answers; pip alone would ask it for every package."""
+    try:
+        urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=10).close()
+    except OSError:
+        return []
+    return ["--extra-index-url", CPU_INDEX]
 
 
 def requirement_files(goal):
@@ -72,7 +83,7 @@ def make_venv(goal):
             "python3-venv); or name a Python that imports torch: make PYTHON=/path/to/python"
         )
     files = [arg for file in requirement_files(goal) for arg in ("-r", file)]
-    if pip_install(VENV_PYTHON, *files).returncode != 0:
+    if pip_install(VENV_PYTHON, *cpu_index(), *files).returncode != 0:
         raise SystemExit("gconv: pip could not fill .venv (message above); the same command tries again")
     if not has_torch(VENV_PYTHON):
         raise SystemExit("gconv: .venv is filled but fails at: .venv/bin/python -c 'import torch'")

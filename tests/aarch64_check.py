@@ -1,7 +1,7 @@
 """Cross-compiles the kernels for aarch64 and runs their self-check under qemu: `make aarch64-check`.
 
-AARCH64_CXX names the compiler (default aarch64-linux-gnu-g++), AARCH64_RUN the emulator (default qemu-aarch64;
-empty to run directly on an aarch64 machine). The self-check is tests/kernel_selfcheck.cpp.
+AARCH64_CXX names the compiler (default aarch64-linux-gnu-g++), AARCH64_RUN the emulator (qemu-aarch64; empty
+on an aarch64 machine). The self-check is tests/kernel_selfcheck.cpp.
 """
 
 import os
