@@ -203,6 +203,7 @@ struct Pass {
   Nhwc mask_x;              // input-gradient epilogue
   const float* mask_act;
   Nhwc output;
+  bool stream;              // write it past the caches
   float* partials;          // [images * stripes][2][output channels]
   int64_t stripes, chunk;   // rows are cut into stripes, output vectors into chunks
   int64_t band;             // output rows computed together
@@ -273,7 +274,7 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
 }
 
 constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
-constexpr int64_t BAND_FLOATS = 96 * 1024;          // packed rows and results of a band
+constexpr int64_t BAND_FLOATS = 128 * 1024;          // packed rows and results of a band
 constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
 
 // By shape alone, so that every thread count gives the same bits. A chunk reads and writes whole runs of
@@ -304,31 +305,40 @@ struct RowResult {
   int64_t row_floats;
   int64_t image, at;            // output row `at` of the image
   int64_t first_vector, vectors;
-};
 
-constexpr int64_t EPILOGUE_PIXELS = 2;  // nearly the order of the tensor, so that its lines stream
+  template <typename T>
+  GCONV_INLINE T* output(const Pass& p) const {
+    return static_cast<T*>(p.output.data) + image * p.output.stride_n + at * p.output.stride_h +
+           first_vector * LANES;
+  }
+};
 
 // g = dx where the prologue's ReLU passed, and the sums of g and g*xhat.
 template <typename T>
 void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
-  const int64_t channels = p.output_channels();
-  for (int64_t w0 = 0; w0 < p.output_w; w0 += EPILOGUE_PIXELS)
+  constexpr int64_t PIXELS = 8;  // whose channels are finished together: they share pages, and the sums stay
+  const int64_t channels = p.output_channels(), width = p.output_w;
+  const int64_t out_step = p.output.stride_w, x_step = p.mask_x.stride_w;
+  const bool stream = p.stream;
+  for (int64_t w0 = 0; w0 < width; w0 += PIXELS)
     for (int64_t v = 0; v < r.vectors; ++v) {
-      const int64_t channel = (r.first_vector + v) * LANES;
+      const int64_t channel = (r.first_vector + v) * LANES, end = std::min(width, w0 + PIXELS);
       const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
       const Vec a = load_lanes(p.mask_act + channel, lanes);
       const Vec b = load_lanes(p.mask_act + channels + channel, lanes);
       const Vec mean = load_lanes(p.mask_act + 2 * channels + channel, lanes);
       const Vec rstd = load_lanes(p.mask_act + 3 * channels + channel, lanes);
-      T* out = static_cast<T*>(p.output.data) + r.image * p.output.stride_n + r.at * p.output.stride_h +
-               channel;
-      const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel);
+      T* out = r.output<T>(p) + v * LANES + w0 * out_step;
+      const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel) + w0 * x_step;
       const float* row = r.row + v * r.row_floats;
       Vec sum = sums[v][0], sum_xhat = sums[v][1];
-      for (int64_t w = w0; w < std::min(p.output_w, w0 + EPILOGUE_PIXELS); ++w) {
-        const Vec raw = load_lanes(x + w * p.mask_x.stride_w, lanes);
-        const Vec g = rounded_to(out, relu_mask(load(row + w * LANES), fma(a, raw, b)));
-        store_lanes(out + w * p.output.stride_w, g, lanes);
+      for (int64_t w = w0; w < end; ++w, out += out_step, x += x_step) {
+        const Vec raw = load_lanes(x, lanes);
+        const Vec g = rounded_to(x, relu_mask(load(row + w * LANES), fma(a, raw, b)));
+        if (stream && lanes == LANES)
+          stream_as(out, g);
+        else
+          store_lanes(out, g, lanes);
         sum = add(sum, g);
         sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
       }
@@ -337,28 +347,45 @@ void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
     }
 }
 
+// Writes a row pixel by pixel, in the order of the tensor: its cache lines then stream.
+template <typename T, bool AFFINE, bool RESIDUAL>
+void finish_forward(const Pass& p, const RowResult& r) {
+  const int64_t channels = p.output_channels(), width = p.output_w, channel = r.first_vector * LANES;
+  const int64_t out_step = p.output.stride_w, residual_step = p.residual.stride_w;
+  const int64_t vectors = r.vectors, row_floats = r.row_floats;
+  const int tail = static_cast<int>(std::min(channels - channel, vectors * LANES) - (vectors - 1) * LANES);
+  const bool relu_last = p.relu, stream = p.stream;
+  const float* scale = AFFINE ? p.affine + channel : nullptr;
+  const float* shift = AFFINE ? scale + channels : nullptr;
+  const T* residual = RESIDUAL ? row_pointer<T>(p.residual, r.image, r.at, channel) : nullptr;
+  T* out = r.output<T>(p);
+  const float* row = r.row;
+  const auto write = [&](int64_t v, const float* at, int lanes) GCONV_LAMBDA {
+    Vec y = load(at);
+    if constexpr (AFFINE)
+      y = fma(load_lanes(scale + v * LANES, lanes), y, load_lanes(shift + v * LANES, lanes));
+    if constexpr (RESIDUAL) y = add(y, load_lanes(residual + v * LANES, lanes));
+    if (relu_last) y = relu(y);
+    if (stream && lanes == LANES)
+      stream_as(out + v * LANES, y);
+    else
+      store_lanes(out + v * LANES, y, lanes);
+  };
+  for (int64_t w = 0; w < width; ++w, out += out_step, row += LANES) {
+    const float* at = row;
+    for (int64_t v = 0; v + 1 < vectors; ++v, at += row_floats) write(v, at, LANES);
+    write(vectors - 1, at, tail);
+    if constexpr (RESIDUAL) residual += residual_step;
+  }
+}
+
 template <typename T>
 void finish_forward(const Pass& p, const RowResult& r) {
-  const int64_t channels = p.output_channels();
-  const bool has_affine = p.affine != nullptr, has_residual = p.residual.data != nullptr;
-  for (int64_t w0 = 0; w0 < p.output_w; w0 += EPILOGUE_PIXELS)
-    for (int64_t v = 0; v < r.vectors; ++v) {
-      const int64_t channel = (r.first_vector + v) * LANES;
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
-      const Vec scale = has_affine ? load_lanes(p.affine + channel, lanes) : zero();
-      const Vec shift = has_affine ? load_lanes(p.affine + channels + channel, lanes) : zero();
-      T* out = static_cast<T*>(p.output.data) + r.image * p.output.stride_n + r.at * p.output.stride_h +
-               channel;
-      const T* residual = has_residual ? row_pointer<T>(p.residual, r.image, r.at, channel) : nullptr;
-      const float* row = r.row + v * r.row_floats;
-      for (int64_t w = w0; w < std::min(p.output_w, w0 + EPILOGUE_PIXELS); ++w) {
-        Vec y = load(row + w * LANES);
-        if (has_affine) y = fma(scale, y, shift);
-        if (has_residual) y = add(y, load_lanes(residual + w * p.residual.stride_w, lanes));
-        if (p.relu) y = relu(y);
-        store_lanes(out + w * p.output.stride_w, y, lanes);
-      }
-    }
+  const bool has_residual = p.residual.data != nullptr;
+  if (p.affine != nullptr)
+    has_residual ? finish_forward<T, true, true>(p, r) : finish_forward<T, true, false>(p, r);
+  else
+    has_residual ? finish_forward<T, false, true>(p, r) : finish_forward<T, false, false>(p, r);
 }
 
 // Two passes over a row that is still in L1, of the values as they were stored.
@@ -594,14 +621,16 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   }
 }
 
-inline void run_pass(const Pass& p, int64_t ith, int64_t nth) {
+inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   static thread_local Scratch scratch;
   const int64_t chunks = p.chunks();
   const Share share(p.n * p.stripes * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    p.stream = streams<T>(p.output, p.n * p.output_h * p.output_w, p.output_channels());
     for (int64_t task = share.begin; task < share.end; ++task)
       pass_task<T>(p, task / chunks / p.stripes, task / chunks % p.stripes, task % chunks, scratch);
+    if (p.stream) stream_end();
   });
 }
 

@@ -141,16 +141,12 @@ struct Coefficients {
     constexpr int ROWS = P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 0;
     for (int i = 0; i < ROWS; ++i) v[i] = load_lanes(s.coef + i * s.channels + channel, lanes);
   }
-  // Also fetches the row below: a pixel's channels are a small piece of a wide row, which hardware
-  // prefetchers follow badly. A prefetch past the last row does nothing.
   template <typename T>
-  GCONV_INLINE Vec apply(const T* x, const T* y, const RowSource& s, int lanes) const {
-    __builtin_prefetch(x + s.x.stride_h, 0, 2);
+  GCONV_INLINE Vec apply(const T* x, const T* y, int lanes) const {
     const Vec raw = load_lanes(x, lanes);
     if constexpr (P == Prologue::none) return raw;
     if constexpr (P == Prologue::act) return relu(fma(v[0], raw, v[1]));
     if constexpr (P == Prologue::finish) {
-      __builtin_prefetch(y + s.y.stride_h, 0, 2);
       const Vec out = load_lanes(y, lanes);
       const Vec g = relu_mask(raw, fma(v[4], out, v[5]));
       return fma(v[0], g, fma(v[1], sub(out, v[3]), v[2]));
@@ -164,12 +160,14 @@ GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int
 }
 
 // One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
-// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart.
+// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row
+// below is fetched meanwhile; a prefetch past the last row does nothing.
 template <typename T, Prologue P>
 void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
               const RowColumns& columns) {
   constexpr int64_t PIXELS = 8;
   const int64_t begin = columns.begin(), end = columns.end(), block = columns.count * LANES;
+  const int64_t x_step = s.x.stride_w, y_step = s.y.stride_w, x_row = s.x.stride_h, y_row = s.y.stride_h;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& source = plan.sources[i];
     float* packed = source.rows + slot * source.row_floats;
@@ -187,14 +185,16 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
         const int64_t channel = source.channel + c;
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
         const Coefficients<P> coefficients(s, channel, lanes);
-        const T* x = row_pointer<T>(s.x, image, row, channel) + (columns.first + at) * s.x.stride_w;
+        const T* x = row_pointer<T>(s.x, image, row, channel) + (columns.first + at) * x_step;
         const T* y = nullptr;
         if constexpr (P == Prologue::finish)
-          y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * s.y.stride_w;
+          y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * y_step;
         for (int64_t w = at; w < last; ++w) {
-          store(packed + w * LANES, coefficients.apply(x, y, s, lanes));
-          x += s.x.stride_w;
-          if constexpr (P == Prologue::finish) y += s.y.stride_w;
+          __builtin_prefetch(x + x_row, 0, 2);
+          if constexpr (P == Prologue::finish) __builtin_prefetch(y + y_row, 0, 2);
+          store(packed + w * LANES, coefficients.apply(x, y, lanes));
+          x += x_step;
+          if constexpr (P == Prologue::finish) y += y_step;
         }
       }
     }
@@ -222,12 +222,11 @@ inline void expand_row(const PackedSource& source, const float* packed, int64_t 
   const int32_t step = block_channels(source.fetch);
   const int64_t blocks = source.expanded_blocks(), block = (end - begin) * LANES;
   if (source.span <= LANES) {
-    for (int64_t i = begin; i < end; ++i, expanded += LANES) {
-      const Vec value = load(packed + i * LANES);
-      Index index = base;
-      for (int64_t b = 0; b < blocks; ++b, index = index_add(index, step))
-        store(expanded + b * block, permute(value, index));
-    }
+    Index index = base;
+    packed += begin * LANES;
+    for (int64_t b = 0; b < blocks; ++b, index = index_add(index, step), expanded += block)
+      for (int64_t i = 0; i < block; i += LANES)
+        store(expanded + i, permute(load(packed + i), index));
     return;
   }
   for (int64_t i = begin; i < end; ++i, expanded += LANES) {

@@ -55,7 +55,9 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
   const auto value = [&](const float* x, auto channel) GCONV_LAMBDA {
     constexpr int C = decltype(channel)::value, PER_BLOCK = block_channels(FETCH);
     if constexpr (FETCH == Fetch::broadcast) return set1(x[C]);
-    return fetch_part<FETCH, C % PER_BLOCK>(x + C / PER_BLOCK * row.block);
+    const Vec block = load(x + C / PER_BLOCK * row.block);
+    if constexpr (FETCH == Fetch::twin) return C % 2 == 0 ? even_twice(block) : odd_twice(block);
+    return block;
   };
   if constexpr (SLIDING) {
     const float* x = row.x - p.first_column * LANES;

@@ -143,6 +143,8 @@ GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm512_i32gather_ps(i
 
 // Each even (odd) element twice. From memory these cost a load and no shuffle, which would compete with
 // the multiplications for a port; a compiler that sees both of one address shares the load and shuffles.
+GCONV_INLINE Vec even_twice(Vec a) { return {_mm512_moveldup_ps(a.v)}; }
+GCONV_INLINE Vec odd_twice(Vec a) { return {_mm512_movehdup_ps(a.v)}; }
 GCONV_INLINE Vec load_even_twice(const float* p) {
   Vec a;
   asm("vmovsldup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float(*)[16]>(p)));
@@ -197,6 +199,13 @@ GCONV_INLINE void store_as(f16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, lanes_mask(n), to_f16(a));
 }
 
+// Past the caches: for results too large to stay there, it saves reading each line before writing it. The
+// address must be a multiple of the vector's size; stream_end() before another thread reads.
+GCONV_INLINE void stream_as(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+GCONV_INLINE void stream_as(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+GCONV_INLINE void stream_as(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
+GCONV_INLINE void stream_end() { _mm_sfence(); }
+
 // The value as it reads back from storage.
 GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
 GCONV_INLINE Vec rounded_to(const bf16*, Vec a) {
@@ -238,6 +247,8 @@ GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm256_add_epi32(i, _m
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm256_permutevar8x32_ps(a.v, i)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm256_i32gather_ps(p, i, 4)}; }
 
+GCONV_INLINE Vec even_twice(Vec a) { return {_mm256_moveldup_ps(a.v)}; }
+GCONV_INLINE Vec odd_twice(Vec a) { return {_mm256_movehdup_ps(a.v)}; }
 GCONV_INLINE Vec load_even_twice(const float* p) {
   Vec a;
   asm("vmovsldup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float(*)[8]>(p)));
@@ -295,6 +306,11 @@ GCONV_INLINE void store_as(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lane
 GCONV_INLINE void store_as(bf16* p, Vec a, int n) { store16(p, to_bf16(a), n); }
 GCONV_INLINE void store_as(f16* p, Vec a, int n) { store16(p, to_f16(a), n); }
 
+GCONV_INLINE void stream_as(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+GCONV_INLINE void stream_as(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+GCONV_INLINE void stream_as(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
+GCONV_INLINE void stream_end() { _mm_sfence(); }
+
 GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
 GCONV_INLINE Vec rounded_to(const bf16*, Vec a) { return from_bf16(to_bf16(a)); }
 GCONV_INLINE Vec rounded_to(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(a))}; }
@@ -345,8 +361,10 @@ GCONV_INLINE Vec gather(const float* p, Index i) { return {Float4{p[i[0]], p[i[1
 GCONV_INLINE Vec permute(Vec a, Index i) {
   return {Float4{a.v[i[0] & 3], a.v[i[1] & 3], a.v[i[2] & 3], a.v[i[3] & 3]}};
 }
-GCONV_INLINE Vec load_even_twice(const float* p) { return {Float4{p[0], p[0], p[2], p[2]}}; }
-GCONV_INLINE Vec load_odd_twice(const float* p) { return {Float4{p[1], p[1], p[3], p[3]}}; }
+GCONV_INLINE Vec even_twice(Vec a) { return {Float4{a.v[0], a.v[0], a.v[2], a.v[2]}}; }
+GCONV_INLINE Vec odd_twice(Vec a) { return {Float4{a.v[1], a.v[1], a.v[3], a.v[3]}}; }
+GCONV_INLINE Vec load_even_twice(const float* p) { return even_twice(load(p)); }
+GCONV_INLINE Vec load_odd_twice(const float* p) { return odd_twice(load(p)); }
 
 GCONV_INLINE float value_of(float x) { return x; }
 GCONV_INLINE float value_of(bf16 x) { return bf16_value(x.bits); }
@@ -375,6 +393,11 @@ GCONV_INLINE void store_as(T* p, Vec a) {
   store_as(p, a, LANES);
 }
 GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
+template <typename T>
+GCONV_INLINE void stream_as(T* p, Vec a) {
+  store_as(p, a);
+}
+GCONV_INLINE void stream_end() {}
 GCONV_INLINE Vec rounded_to(const float*, Vec a) { return a; }
 template <typename T>
 GCONV_INLINE Vec rounded_to(const T*, Vec a) {
@@ -396,6 +419,16 @@ GCONV_INLINE void store_lanes(T* p, Vec a, int n) {
     store_as(p, a);
   else
     store_as(p, a, n);
+}
+
+// Whether an output of `pixels` x `channels` should be streamed: it is larger than the caches that a reader
+// right after it would find it in, and every vector of it is aligned.
+template <typename T>
+inline bool streams(const Nhwc& out, int64_t pixels, int64_t channels) {
+  constexpr int64_t LARGE = 4 << 20, VECTOR = LANES * static_cast<int64_t>(sizeof(T));
+  const int64_t strides = out.stride_n | out.stride_h | out.stride_w;
+  return pixels * channels * static_cast<int64_t>(sizeof(T)) > LARGE &&
+         reinterpret_cast<uintptr_t>(out.data) % VECTOR == 0 && strides % LANES == 0;
 }
 
 // Running (count, mean, M2) of each lane; merge is Chan, Golub & LeVeque's (1979) update.
