@@ -47,7 +47,7 @@ def has_torch(python):
 
 
 def cpu_index():
-    """pip's option for the CPU builds of torch, if that index answers; pip alone would ask it for every package."""
+    """pip's option for the CPU builds of torch where their index answers (pip retries it for each)."""
     try:
         urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=10).close()
     except OSError:
