@@ -11,6 +11,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 ARGS ?=
 BUILD := $(CURDIR)/build
+REPORT := $(CURDIR)/gconv-report
 # Found once, on first use: the interpreter's path, with the packages of the test suite or of the demo alone.
 PY = $(eval PY := $(shell $(PYTHON) .ci/environment.py $(if $(filter demo bench,$(MAKECMDGOALS)),demo,test)))$(or $(PY),$(error no usable Python, see the line above))
 # Two makes in one checkout take turns; flock is part of util-linux and absent elsewhere.
@@ -29,18 +30,18 @@ build: ## build the extension and install gconv into build/site
 	@echo "gconv: building with $(PY)"
 	@$(LOCK) .ci/install $(PY) $(BUILD)/site
 
-develop: ## install gconv in editable form into the Python in use
+develop: ## install gconv into the Python in use in editable form, extension built in the checkout
 	@mkdir -p $(BUILD)
 	@$(LOCK) $(PY) -m pip install --no-build-isolation --no-deps -e .
 
 demo: build ## train on real digits beside stock PyTorch, time the layers of ResNeXt-50, write one HTML page
-	@$(INSTALLED) $(PY) -m gconv.bench demo $(ARGS)
+	@$(INSTALLED) $(PY) -m gconv.bench demo --out $(REPORT) $(ARGS)
 
 test: build ## run the whole test suite
 	@$(INSTALLED) $(PYTEST) $(ARGS) $(CURDIR)/tests
 
 bench: build ## time the layers (ARGS passes options on)
-	@$(INSTALLED) $(PY) -m gconv.bench layers $(ARGS)
+	@$(INSTALLED) $(PY) -m gconv.bench layers --out $(REPORT) $(ARGS)
 
 sanitize: ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p $(BUILD)
@@ -58,4 +59,4 @@ format: ## rewrite the sources in the house style
 	@clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp')
 
 clean: ## remove what was built (.venv stays)
-	@rm -rf build dist *.egg-info gconv/*.so
+	@rm -rf build dist *.egg-info gconv/*.so gconv-report
