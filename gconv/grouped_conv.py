@@ -335,7 +335,7 @@ def _fwd_stats_formula(args, outputs, grads, wanted):
     y, mean, _ = outputs
     dy, dmean, dvar = grads
     count = y.shape[0] * y.shape[2] * y.shape[3]
-    through_statistics = per_channel(dmean / count) + per_channel(2 / count * dvar) * (y - per_channel(mean))
+    through_statistics = (per_channel(dmean) + per_channel(2 * dvar) * (y - per_channel(mean))) / count
     dy = channels_last((dy + through_statistics).to(y.dtype))
     dx, dweight = conv_grads(dy, x, weight, *conf, wanted[0], wanted[1])
     return dx, dweight, None, None, None, None, None

@@ -1,0 +1,251 @@
+"""Function transforms over the Functions, and the autograd of the bare ops: beside stock torch or the
+references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.library import opcheck
+from twins import (
+    DILATION,
+    GEOMETRY,
+    GROUPS,
+    INPUT,
+    OUTPUT,
+    PADDING,
+    STRIDE,
+    WEIGHT,
+    Block,
+    close,
+    twins,
+    values,
+)
+
+import gconv
+from gconv import batch_norm as bn_module
+from gconv import grouped_conv as conv_module
+from gconv.functional import batch_norm, grouped_conv
+
+# -------------------------------------------------------------------------------------- function transforms
+
+X, WEIGHTS = values(3, *INPUT), values(3, *WEIGHT)
+
+
+def ours_conv(x, weight):
+    return grouped_conv(x, weight, None, *GEOMETRY)
+
+
+def stock_conv(x, weight):
+    return F.conv2d(x, weight, None, *GEOMETRY)
+
+
+def loss_of(conv):
+    return lambda x, weight: conv(x, weight).sin().sum()
+
+
+def penalty_of(conv, i):
+    """A scalar function of the gradient of `loss_of(conv)` to argument i."""
+    return lambda x, weight: grad(loss_of(conv), i)(x, weight).cos().sum()
+
+
+@pytest.mark.parametrize("i", [0, 1], ids=["x", "weight"])
+def test_func_grad_and_its_grad(ops, i):
+    args = (X[0], WEIGHTS[0])
+    close(grad(loss_of(ours_conv), i)(*args), grad(loss_of(stock_conv), i)(*args))
+    for j in (0, 1):
+        close(grad(penalty_of(ours_conv, i), j)(*args), grad(penalty_of(stock_conv, i), j)(*args), 1e-4)
+
+
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0), (1, 0)], ids=str)
+def test_vmap_of_grouped_conv_and_its_gradients(ops, dims):
+    args = [X[0] if dims[0] is None else X, WEIGHTS[0] if dims[1] is None else WEIGHTS]
+    if dims[0] == 1:
+        args[0] = args[0].transpose(0, 1)
+    gconv.backend.reset_counts()
+    close(vmap(ours_conv, dims)(*args), vmap(stock_conv, dims)(*args))
+    assert gconv.backend.counts() == {"cpu.grouped_conv": 1}
+    for i in (0, 1):
+        close(vmap(grad(loss_of(ours_conv), i), dims)(*args), vmap(grad(loss_of(stock_conv), i), dims)(*args))
+        ours, stock = grad(penalty_of(ours_conv, i), 1 - i), grad(penalty_of(stock_conv, i), 1 - i)
+        close(vmap(ours, dims)(*args), vmap(stock, dims)(*args), 1e-4)
+
+
+def test_jacrev_and_batched_gradients(ops):
+    x, weight = X[0], WEIGHTS[0]
+    pixels = [lambda x, f=f: f(x, weight).sum((0, 2)) for f in (ours_conv, stock_conv)]
+    close(jacrev(pixels[0])(x), jacrev(pixels[1])(x))
+    leaf, cotangents = x.clone().requires_grad_(), values(3, *OUTPUT)
+    batched = [
+        torch.autograd.grad(f(leaf, weight), leaf, cotangents, is_grads_batched=True)[0]
+        for f in (ours_conv, stock_conv)
+    ]
+    close(*batched)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_transforms_of_a_block(ops, training, residual):
+    """Per-sample gradients and their derivatives. In-place updates of captured buffers are refused by torch
+    under a transform, for stock modules too, hence no running statistics in training."""
+    pair = [block.train(training) for block in twins(bias=True, track_running_stats=not training)]
+    r = values(*OUTPUT, seed=2) if residual else None
+
+    def loss_of(block):
+        buffers = dict(block.named_buffers())
+        return lambda p, x: functional_call(block, (p, buffers), (x, r)).mul(0.3).sin().sum()
+
+    (ours, stock), parameters = map(loss_of, pair), dict(pair[1].named_parameters())
+    names = [name for name in parameters if not (training and name == "conv.bias")]
+    for transform in (
+        lambda f: grad(f)(parameters, X[0]),
+        lambda f: vmap(grad(f), (None, 0))(parameters, X),
+        lambda f: grad(lambda p: vmap(f, (None, 0))(p, X).sum())(parameters),
+    ):
+        got, want = transform(ours), transform(stock)
+        for name in names:
+            close(got[name], want[name], 1e-4, name)
+    for transform in (
+        lambda f: vmap(grad(f, 1), (None, 0))(parameters, X),
+        lambda f: grad(lambda x: grad(f, 1)(parameters, x).cos().sum())(X[0]),
+        lambda f: vmap(grad(lambda x: grad(f, 1)(parameters, x).cos().sum()))(X),
+    ):
+        close(transform(ours), transform(stock), 1e-3)
+
+
+def test_transforms_that_torch_refuses_are_refused(ops):
+    block = Block()
+    parameters = dict(block.named_parameters())
+    with pytest.raises(RuntimeError, match="in-place"):
+        grad(lambda p: functional_call(block, p, (X[0],)).sum())(parameters)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_mode_is_loud_never_zero(ops, training):
+    block, x = Block(track_running_stats=not training).train(training), X[0]
+    raises = pytest.raises(NotImplementedError, match="jvp")
+    for function in (
+        lambda x: ours_conv(x, WEIGHTS[0]),
+        block,
+        lambda x: batch_norm(x, None, None, training=True),
+    ):
+        with raises:
+            jvp(function, (x,), (x,))
+        for grad_mode in (torch.no_grad(), torch.enable_grad()):
+            with (
+                grad_mode,
+                forward_ad.dual_level(),
+                pytest.raises((NotImplementedError, RuntimeError), match="jvp"),
+            ):
+                function(forward_ad.make_dual(x, x))
+    with raises:
+        hessian(lambda x: ours_conv(x, WEIGHTS[0]).square().sum())(x)
+
+
+# ----------------------------------------------------------------------------------------- the ops themselves
+
+
+def samples(ops):
+    """(op, reference, arguments) for every op with every optional argument present and absent."""
+    x, weight, dy, y, r = (
+        values(*INPUT),
+        values(*WEIGHT),
+        values(*OUTPUT),
+        values(*OUTPUT, seed=1),
+        values(*OUTPUT),
+    )
+    act, affine, finish = values(2, 4), values(2, 6), values(6, 6)
+    act4 = values(4, 4)
+    gamma, beta, mean, var = values(6), values(6, seed=1), values(6, seed=2), values(6, seed=3, positive=True)
+    rstd, coef = var.rsqrt(), values(4, 6)
+    conv = [list(STRIDE), list(PADDING), list(DILATION), GROUPS]
+    table = {
+        "grouped_conv_fwd": [
+            (x, weight, *conv, None, None, None, False),
+            (x, weight, *conv, None, affine, r, True),
+            (x, weight, *conv, act, affine, None, True),
+        ],
+        "grouped_conv_fwd_stats": [(x, weight, *conv, None), (x, weight, *conv, act)],
+        "grouped_conv_bwd_input": [
+            (dy, weight, list(INPUT), *conv, None, None, None, None),
+            (dy, weight, list(INPUT), *conv, y, finish, x, act4),
+        ],
+        "grouped_conv_bwd_weight": [
+            (dy, x, list(WEIGHT), *conv, None, None, None),
+            (dy, x, list(WEIGHT), *conv, y, finish, act),
+        ],
+        "batch_norm_stats": [(y,)],
+        "batch_norm_fold": [(mean, var, gamma, beta, 1e-3), (mean, var, None, None, 1e-3)],
+        "batch_norm_apply": [(y, affine, None, False), (y, affine, r, True)],
+        "batch_norm_bwd_reduce": [
+            (dy, y, mean, rstd, gamma, affine, None),
+            (dy, y, mean, rstd, None, None, r),
+            (dy, y, mean, rstd, None, None, None),
+        ],
+        "batch_norm_bwd_apply": [(dy, y, coef, affine, None, False), (dy, y, coef, None, r, True)],
+    }  # fmt: skip
+    for name, cases in table.items():
+        module = conv_module if name.startswith("grouped_conv") else bn_module
+        for args in cases:
+            yield name, getattr(ops, name).default, getattr(module, name + "_ref"), args
+
+
+CASES = [(name, i) for name, i in (
+    ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
+    ("grouped_conv_bwd_weight", 2), ("batch_norm_stats", 1), ("batch_norm_fold", 2), ("batch_norm_apply", 2),
+    ("batch_norm_bwd_reduce", 3), ("batch_norm_bwd_apply", 2),
+)]  # fmt: skip
+ALL_CASES = [(name, i) for name, count in CASES for i in range(count)]
+
+
+def sample(ops, name, i):
+    return [entry[1:] for entry in samples(ops) if entry[0] == name][i]
+
+
+def test_every_op_is_sampled(ops):
+    schemas = {
+        s.name.removeprefix("gconv::")
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("gconv::")
+    }
+    assert schemas == {name for name, _ in CASES} | {"cpu_isa", "set_cpu_isa"}
+    assert [entry[0] for entry in samples(ops)] == [name for name, _ in ALL_CASES]
+
+
+@pytest.mark.parametrize("name,i", ALL_CASES)
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_opcheck(ops, name, i, memory_format):
+    op, _, args = sample(ops, name, i)
+    args = [
+        a.to(memory_format=memory_format) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args
+    ]
+    opcheck(op, tuple(args))
+    leaves = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    opcheck(op, tuple(leaves))
+
+
+@pytest.mark.parametrize("name,i", ALL_CASES)
+def test_autograd_of_an_op_is_that_of_its_reference(ops, name, i):
+    """Both orders, to every argument, through every output."""
+    op, ref, args = sample(ops, name, i)
+
+    def run(function, dtype):
+        inputs = [a.to(dtype).requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [a for a in inputs if isinstance(a, torch.Tensor)]
+        out = function(*inputs)
+        out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.numel()]
+        loss = sum(
+            (o * values(*o.shape, seed=k, dtype=o.dtype)).sum() + o.square().sum() for k, o in enumerate(out)
+        )
+        first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        penalty = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+        second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        return [*out, *first, *second]
+
+    for k, (got, want) in enumerate(zip(run(op, torch.float32), run(ref, torch.float64))):
+        if want is None or not want.any():
+            assert got is None or not got.any(), k
+        else:
+            close(got.double(), want, 2e-3, str(k))
