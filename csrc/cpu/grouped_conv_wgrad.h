@@ -323,7 +323,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.dweight = q.dweight;
   p.partials = q.workspace;
-  p.chunk = std::min(p.vectors(), SourcePlan::MOST / 2);
+  p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
   p.splits = std::max<int64_t>(1, std::min(s.n, 32 / p.chunks()));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
