@@ -71,9 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     for parser_ in (demo, train):
         parser_.add_argument("--epochs", type=int, default=8)
         parser_.add_argument("--seed", type=int, default=0)
-        parser_.add_argument(
-            "--layout", choices=("channels_last", "nchw"), default="channels_last", help="of stock and gconv"
-        )
 
     report = command("report", "draw the page of a finished run again")
     report.add_argument("--out", default="gconv-report", help="the folder with its results.json")
@@ -124,11 +121,7 @@ def _train(options: argparse.Namespace):
     from . import train
     from .screen import say
 
-    result = train.run(
-        train.Options(
-            seed=options.seed, epochs=options.epochs, layout=options.layout, threads=options.threads
-        )
-    )
+    result = train.run(train.Options(seed=options.seed, epochs=options.epochs, threads=options.threads))
     say()
     for c in result.contestants:
         memory = "" if c.training_mb is None else f", {c.training_mb:.0f} MB of it training"
@@ -136,8 +129,8 @@ def _train(options: argparse.Namespace):
             f"{c.label} ({c.layout}): test accuracy {100 * c.accuracy[-1]:.2f} %, {c.epoch_seconds:.2f} s "
             f"per epoch, peak memory {c.peak_mb:.0f} MB{memory}"
         )
-    verdict = result.verdict
-    say(("OK: " if verdict.ok else "FAILED: ") + verdict.text, "good" if verdict.ok else "bad")
+    for check in result.checks:
+        say(f"{'✓' if check.ok else '✗ FAILED:'} {check.text}", "good" if check.ok else "bad")
     return result
 
 
@@ -184,7 +177,7 @@ def _finish(options: argparse.Namespace, layers, training) -> int:
     page = report.write(options.out, layers, training, facts)
     say()
     say(f"report: {page}", "good")
-    bad = bool(layers and layers.wrong) or bool(training and not training.verdict.ok)
+    bad = bool(layers and layers.wrong) or bool(training and not training.ok)
     if bad:
         say("FAILED: see above", "bad")
     return int(bad)

@@ -9,10 +9,11 @@ import os
 import statistics
 
 from . import plots, records
+from .agreement import FACTOR
 from .layers import Run
 from .rivals import LABELS, RIVALS
 from .roofs import Roofs
-from .train import FACTOR, Training
+from .train import Training
 
 __all__ = ["load", "save", "write"]
 
@@ -75,15 +76,17 @@ def _inline(png: bytes) -> str:
 def _headlines(layers: Run | None, training: Training | None) -> list[dict]:
     lines = []
     if training:
-        stock, ours = training["stock"], training["gconv"]
+        ours = training["gconv"]
         best = min((c for c in training.contestants if c.kind == "stock"), key=lambda c: c.epoch_seconds)
-        text = (
-            f"Training: {training.verdict.text}. Test accuracy {100 * stock.accuracy[-1]:.2f} % with "
-            f"stock torch.nn, {100 * ours.accuracy[-1]:.2f} % with gconv; {best.epoch_seconds:.2f} s per "
-            f"epoch with stock ({best.layout}, its faster layout), {ours.epoch_seconds:.2f} s with gconv: "
-            f"{best.epoch_seconds / ours.epoch_seconds:.2f}×."
-        )
-        lines.append({"ok": training.verdict.ok, "text": text})
+        lines += [{"ok": c.ok, "text": f"Training: {c.text}."} for c in training.checks if not c.ok]
+        if training.ok:
+            text = (
+                f"Training: {training.checks[0].text}. Test accuracy {100 * best.accuracy[-1]:.2f} % with "
+                f"stock torch.nn, {100 * ours.accuracy[-1]:.2f} % with gconv; {best.epoch_seconds:.2f} s per "
+                f"epoch with stock ({best.layout}, its faster layout), {ours.epoch_seconds:.2f} s with gconv: "
+                f"{best.epoch_seconds / ours.epoch_seconds:.2f}×."
+            )
+            lines.append({"ok": True, "text": text})
     if layers:
         for mode, rows in plots.by_mode(layers.rows).items():
             ratios = [row["ratio"] for row in rows if row.get("ratio")]

@@ -16,7 +16,6 @@ import time
 import warnings
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from .timing import status_mb
@@ -44,7 +43,7 @@ class Trainer:
         self.steps = epochs * self.steps_per_epoch
         self.step = 0
         self.shuffle = torch.Generator().manual_seed(seed + 1)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), rate, momentum=0.9, nesterov=True)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), rate)
 
     def epoch(self, on_step=None) -> list[float]:
         """One pass over the training digits; the loss of every step."""
@@ -77,15 +76,6 @@ class Trainer:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def nudge(model: nn.Module) -> None:
-    """Moves every parameter by at most one unit in the last place: float noise, and nothing else."""
-    generator = torch.Generator().manual_seed(12345)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            ulps = torch.randint(-1, 2, parameter.shape, generator=generator)
-            parameter.mul_(1 + ulps * torch.finfo(parameter.dtype).eps)
-
-
 def _tell(**message) -> None:
     print(json.dumps(message), flush=True)
 
@@ -95,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--kind", choices=("stock", "gconv"), required=True)
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last")
-    parser.add_argument("--nudge", action="store_true")
+    parser.add_argument("--weights", required=True, help="where to leave the trained weights")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
@@ -117,8 +107,6 @@ def main() -> None:
         options.batch,
         options.rate,
     )
-    if options.nudge:
-        nudge(trainer.model)
     resident = status_mb("VmRSS")
     gconv.backend.reset_counts()
     _tell(event="ready", parameters=trainer.parameters, steps=trainer.steps, pid=os.getpid())
@@ -132,6 +120,7 @@ def main() -> None:
         _tell(event="epoch", losses=losses, seconds=seconds, accuracy=accuracy, test_loss=test_loss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     kernels = gconv.backend.counts()
+    torch.save(trainer.model.state_dict(), options.weights)
     _tell(event="done", peak_mb=peak, training_mb=peak - resident if resident else None, kernels=kernels)
 
 
