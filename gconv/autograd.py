@@ -142,7 +142,13 @@ def register(name: str, fake: Callable, ref: Callable, formula: Callable | None 
             result = vjp_by_reference(ref, args, wanted, grads)
         return result
 
-    torch.library.register_fake(f"gconv::{name}", fake)
+    def checked_fake(*args):
+        devices = {str(arg.device) for arg in args if isinstance(arg, torch.Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: want all tensors on one device, got {' and '.join(sorted(devices))}")
+        return fake(*args)
+
+    torch.library.register_fake(f"gconv::{name}", checked_fake)
     torch.library.register_autograd(f"gconv::{name}", backward, setup_context=setup_context)
 
 

@@ -368,6 +368,8 @@ def check_eps(name: str, eps: float, training: bool) -> None:
 def check_residual(name: str, residual, shape, like) -> None:
     if residual is None:
         return
+    if not isinstance(residual, torch.Tensor):
+        raise ValueError(f"{name}: residual: want a tensor, got {type(residual).__name__}")
     if tuple(residual.shape) != tuple(shape):
         raise ValueError(f"{name}: residual: want {list(shape)} as the output, got {list(residual.shape)}")
     if residual.dtype != like.dtype:

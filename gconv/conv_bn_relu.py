@@ -54,10 +54,12 @@ from gconv.grouped_conv import (
     autocast,
     bwd_input,
     bwd_weight,
+    check_tensors,
     conv_apply,
     conv_output_size,
     fwd,
     grouped_conv_fwd_stats_ref,
+    in_channels_last,
     resolve,
     run_conv,
     wide,
@@ -154,7 +156,8 @@ class ConvBatchNormBackward(Function):
             if want_x:
                 dx, _ = call(bwd_input, dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
             if want_weight:
-                dweight = call(bwd_weight, dy, x, tuple(weight.shape), *conf, raw, finish, None)
+                size, layout = tuple(weight.shape), in_channels_last(weight)
+                dweight = call(bwd_weight, dy, x, size, *conf, raw, finish, None, layout)
         return only((want_x, want_weight, want_gamma, want_beta, want_g), (dx, dweight, dgamma, dbeta, g))
 
     @staticmethod
@@ -252,15 +255,15 @@ def conv_bn_relu(
 
 
 def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
+    check_tensors("conv_bn_relu", x, weight, bias)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
-    stride, padding, dilation = resolve("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups)
-    conf = (stride, padding, dilation, groups)
+    conf = resolve("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups)
     decision = decide("conv_bn_relu", x, weight, None, *conf, by_design)
     if decision.backend != "cpu":
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)
         return batch_norm_module(y, bn, residual, relu)
-    shape = conv_output_size(x, weight, stride, padding, dilation)
+    shape = conv_output_size(x, weight, *conf[:3])
     check_residual("conv_bn_relu", residual, shape, x)
     training, state = uses_batch_statistics(bn), state_of(bn)
     if not kernels_run(x, shape, training, *state):

@@ -6,6 +6,8 @@ the formula of rare derivatives. Three autograd Functions, forward and both grad
 derivatives, so any order of differentiation runs on the kernels.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
@@ -102,13 +104,22 @@ def grouped_conv_bwd_input_ref(
 
 
 def grouped_conv_bwd_weight_ref(
-    dy, x, weight_size, stride, padding, dilation, groups, y=None, finish=None, act=None
+    dy, x, weight_size, stride, padding, dilation, groups, y=None, finish=None, act=None, channels_last=False
 ):
     """dweight [K, C/groups, R, S]: the gradient of conv(relu(a*x + b), weight) to weight; finish as in
     `grouped_conv_bwd_input_ref`, act [2, C] as in `grouped_conv_fwd_ref`."""
     g = _finish_ref(dy, y, finish)
     dweight = conv2d_weight(_act_ref(x, act), weight_size, g, stride, padding, dilation, groups)
-    return dweight.to(x.dtype).contiguous()
+    return dweight.to(x.dtype).contiguous(memory_format=_weight_format(channels_last))
+
+
+def _weight_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def in_channels_last(weight) -> bool:
+    """True if a gradient of weight should be channels_last: autograd copies one of another layout."""
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -130,7 +141,8 @@ def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, w
     conf = (stride, padding, dilation, groups)
     run = (_bwd_input_of, _bwd_weight_of) if first_order() else (bwd_input_apply, bwd_weight_apply)
     dx = run[0](dy, weight, tuple(x.shape), *conf) if want_x else None
-    dweight = run[1](dy, x, tuple(weight.shape), *conf) if want_weight else None
+    layout = (in_channels_last(weight),) if first_order() else ()
+    dweight = run[1](dy, x, tuple(weight.shape), *conf, *layout) if want_weight else None
     return dx, dweight
 
 
@@ -138,8 +150,9 @@ def _bwd_input_of(dy, weight, input_size, *conf):
     return call(bwd_input, dy, weight, input_size, *conf, None, None, None, None)[0]
 
 
-def _bwd_weight_of(dy, x, weight_size, *conf):
-    return call(bwd_weight, dy, x, weight_size, *conf, None, None, None)
+def _bwd_weight_of(dy, x, weight_size, stride, padding, dilation, groups, channels_last=False):
+    conf = (stride, padding, dilation, groups)
+    return call(bwd_weight, dy, x, weight_size, *conf, None, None, None, channels_last)
 
 
 def _epilogue_grads(dz, x, weight, scale, z, conf, wanted):
@@ -356,18 +369,23 @@ def _bwd_input_formula(args, outputs, grads, wanted):
     return ddy, dweight, *(None,) * 9
 
 
-def _bwd_weight_fake(dy, x, weight_size, stride, padding, dilation, groups, y, finish, act):
-    return x.new_empty(weight_size)
+def _bwd_weight_fake(
+    dy, x, weight_size, stride, padding, dilation, groups, y, finish, act, channels_last=False
+):
+    return torch.empty(
+        weight_size, dtype=x.dtype, device=x.device, memory_format=_weight_format(channels_last)
+    )
 
 
 def _bwd_weight_formula(args, outputs, grads, wanted):
-    dy, x, _, *conf, _, finish, act = args
+    dy, x, _, stride, padding, dilation, groups, _, finish, act, *_ = args
+    conf = (stride, padding, dilation, groups)
     if finish is not None or act is not None:
         return NotImplemented
     ddweight = grads[0]
     ddy = conv_apply(x, ddweight, None, None, None, False, *conf) if wanted[0] else None
     dx, _ = conv_grads(dy, x, ddweight, *conf, wanted[1], False)
-    return ddy, dx, *(None,) * 8
+    return ddy, dx, *(None,) * (len(args) - 2)
 
 
 register("grouped_conv_fwd", _fwd_fake, grouped_conv_fwd_ref, _fwd_formula)
@@ -379,23 +397,37 @@ register("grouped_conv_bwd_weight", _bwd_weight_fake, grouped_conv_bwd_weight_re
 # -------------------------------------------------------------------------------------------- the function
 
 
+def _integers(name: str, items, given, wanted: str = "an int or a pair of ints") -> tuple:
+    """Whatever counts as integers, numpy's and 0-dimensional tensors included, as a tuple of ints."""
+    try:
+        return tuple(map(operator.index, items))
+    except TypeError:
+        raise ValueError(f"{name}: want {wanted}, got {given!r}") from None
+
+
 def pair(name: str, value, least: int) -> tuple:
     """An int or a pair of them as a pair; ValueError naming the argument otherwise."""
     if type(value) is int:
         value = (value, value)
-    elif type(value) is tuple and len(value) == 2:
-        pass
-    elif isinstance(value, (tuple, list, torch.Size)) and len(value) in (1, 2):
-        value = (value[0], value[-1])
-    else:
-        raise ValueError(f"{name}: want an int or a pair of ints, got {value!r}")
+    elif not (type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int):
+        items = _integers(name, value if isinstance(value, (tuple, list)) else (value,), value)
+        if len(items) not in (1, 2):
+            raise ValueError(f"{name}: want an int or a pair of ints, got {value!r}")
+        value = (items[0], items[-1])
     if value[0] < least or value[1] < least:
         raise ValueError(f"{name}: want at least {least}, got {value}")
     return value
 
 
+def check_tensors(name: str, x, weight, bias) -> None:
+    for what, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and (value is not None or what != "bias"):
+            raise ValueError(f"{name}: {what}: want a tensor, got {type(value).__name__}")
+
+
 def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tuple:
-    """Checks the arguments of a convolution; returns (stride, padding, dilation) as pairs of ints.
+    """Checks the arguments of a convolution; returns (stride, padding, dilation, groups), pairs of ints and
+    an int.
 
     Padding "same" that is not symmetric stays a string: torch knows what to do with it. Raises ValueError.
     """
@@ -403,6 +435,8 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
         raise ValueError(f"{name}: x: want [N, C, H, W] or [C, H, W], got {list(x.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"{name}: weight: want [K, C/groups, R, S], got {list(weight.shape)}")
+    if type(groups) is not int:
+        (groups,) = _integers(f"{name}: groups", (groups,), groups, "an int")
     if groups < 1:
         raise ValueError(f"{name}: groups: want at least 1, got {groups}")
     stride, dilation = pair(f"{name}: stride", stride, 1), pair(f"{name}: dilation", dilation, 1)
@@ -443,7 +477,7 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
                 f"{name}: x: want a padded image of at least {reach[0]}x{reach[1]}, "
                 f"got {h + 2 * padding[0]}x{w + 2 * padding[1]}"
             )
-    return stride, padding, dilation
+    return stride, padding, dilation, groups
 
 
 def autocast(*tensors):
@@ -495,15 +529,15 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
+    check_tensors("grouped_conv", x, weight, bias)
     if x.dim() == 3:
         return grouped_conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
-    stride, padding, dilation = resolve("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
-    decision = decide("grouped_conv", x, weight, None, stride, padding, dilation, groups)
+    conf = resolve("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
+    decision = decide("grouped_conv", x, weight, None, *conf)
     if decision.backend == "cpu":
-        shift = None if bias is None else bias.float()
-        y = run_conv(x, weight, None, shift, None, False, (stride, padding, dilation, groups))
+        y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf)
     else:
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        y = F.conv2d(x, weight, bias, *conf)
     backend.record(decision, "grouped_conv", x, y)
     return y
