@@ -1,23 +1,25 @@
 """The oracle of the tests: what each op of `gconv` must return, and how close is close enough.
 
-**Oracle.** Every C++ op has a `ref_*` twin here, written with plain torch (`F.conv2d` and autograd). The first
-argument, `work`, is the dtype of the activations: `torch.float64` gives the exact answer; the dtype under test
-gives *torch's own* answer, every intermediate stored at that dtype, as a chain of stock modules would store it.
+**Oracle.** Every C++ op has a `ref_*` twin here, written with plain torch (`F.conv2d` and autograd). The
+first argument, `work`, is the dtype of the activations: `torch.float64` gives the exact answer; the dtype
+under test gives *torch's own* answer, every intermediate stored at that dtype, as a chain of stock modules
+would store it.
 
 **Accuracy.** `assert_accurate` bounds the largest and the RMS error against float64 by twice torch's own plus
-a floor. The floor is for small outputs, where torch may be exact by luck. In rounding units (eps) of the dtype times the
-largest (RMS) exact value: float32 2 (1), because sums are taken in another order; bfloat16 and float16
-1/2 (1/4), because sums are float32 and only the last rounding differs. An error of 1 % fails for every dtype.
+a floor. The floor is for small outputs, where torch may be exact by luck. In rounding units (eps) of the
+dtype times the largest (RMS) exact value: float32 2 (1), because sums are taken in another order; bfloat16
+and float16 1/2 (1/4), because sums are float32 and only the last rounding differs. An error of 1 % fails for
+every dtype.
 
-**Exactness.** With small integers every partial sum is a whole number below 2^24, exact in float32 in any order;
-`assert_exact` then wants the very bits. For bfloat16 and float16 the results themselves are kept representable.
+**Exactness.** With small integers every partial sum is a whole number below 2^24, exact in float32 in any
+order; `assert_exact` then wants the very bits. For bfloat16 and float16 the results themselves are kept
+representable.
 
 Both treat NaN and infinity as values: a NaN in one place and not in the other is a failure.
 """
 
 import contextlib
 import functools
-import itertools
 import math
 import zlib
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # criteria
 
 
@@ -59,11 +61,13 @@ def _same_shape(actual, want, label):
 
 
 def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=None):
-    """Errors of `actual` against `exact` (float64) at most twice those of `baseline` (torch's own) plus the floor.
+    """Errors of `actual` against `exact` (float64) at most twice those of `baseline` (torch's own) plus the
+    floor.
 
     `baseline` is a tensor, or several: torch sums in another order for another memory format, each order is
-    torch's own. `dtype` is the precision that the computation went through (default: that of `actual`). `magnitude`, of the
-    shape of `exact`, joins |exact| in the floor where the result is a sum of larger terms that cancel.
+    torch's own. `dtype` is the precision that the computation went through (default: that of `actual`).
+    `magnitude`, of the shape of `exact`, joins |exact| in the floor where the result is a sum of larger terms
+    that cancel.
     """
     dtype = dtype or actual.dtype
     _same_shape(actual, exact, label)
@@ -74,7 +78,9 @@ def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=Non
     actual, exact, baselines = actual[finite], exact[finite], [b.double()[finite] for b in baselines]
     if exact.numel() == 0:
         return
-    assert all(b.isfinite().all() for b in baselines), f"{label}: torch's own result is not finite: no yardstick"
+    assert all(b.isfinite().all() for b in baselines), (
+        f"{label}: torch's own result is not finite: no yardstick"
+    )
     magnitude = exact.abs() if magnitude is None else magnitude.double()[finite].maximum(exact.abs())
     eps = torch.finfo(dtype).eps
     for name, norm, floor in (
@@ -86,13 +92,15 @@ def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=Non
         if not error <= bound:
             worst = int((actual - exact).abs().argmax())
             raise AssertionError(
-                f"{label}: {name} error {error:.3e} > {bound:.3e} (torch's own {own:.3e}, {name} value {scale:.3e}); "
+                f"{label}: {name} error {error:.3e} > {bound:.3e} (torch's own {own:.3e}, "
+                f"{name} value {scale:.3e}); "
                 f"worst: want {exact[worst].item():.9g}, got {actual[worst].item():.9g}"
             )
 
 
 def assert_exact(actual, exact, label=""):
-    """Bit equality with the float64 result rounded once to the dtype of `actual` (NaN equals NaN, 0 equals -0)."""
+    """Bit equality with the float64 result rounded once to the dtype of `actual` (NaN equals NaN, 0 equals
+    -0)."""
     _same_shape(actual, exact, label)
     want = exact.to(actual.dtype)
     wrong = ~((actual == want) | (actual.isnan() & want.isnan()))
@@ -120,10 +128,10 @@ def assert_same_bits(a, b, label=""):
 def assert_statistics(mean, var, y, label=""):
     """`mean`, `var` (float32 [K]) of `y` as stored: as good as the two-pass formula in float32.
 
-    Allowed on top of twice the two-pass error: 2 eps (|mean| + std) for the mean; for the variance 4 eps var + eps |mean| std
-    (means of tiles are float32) + (4 eps mean)^2 (a constant channel). At mean/std = 1000 that is 1.2e-4 of var; Σy² - (Σy)²/M
-    in float32 is wrong by 6e-2 and more there. A channel that holds an infinity has no variance (NaN), and as its mean an
-    infinity or NaN.
+    Allowed on top of twice the two-pass error: 2 eps (|mean| + std) for the mean; for the variance 4 eps var
+    + eps |mean| std (means of tiles are float32) + (4 eps mean)^2 (a constant channel). At mean/std = 1000
+    that is 1.2e-4 of var; Σy² - (Σy)²/M in float32 is wrong by 6e-2 and more there. A channel that holds an
+    infinity has no variance (NaN), and as its mean an infinity or NaN.
     """
     assert mean.dtype == var.dtype == torch.float32, f"{label}: want float32 statistics"
     dims = (0, 2, 3)
@@ -134,10 +142,18 @@ def assert_statistics(mean, var, y, label=""):
     std64 = var64.sqrt()
     for name, got, want, own, floor in (
         ("mean", mean, mean64, mean32, 2 * EPS32 * (mean64.abs() + std64)),
-        ("var", var, var64, var32, EPS32 * (4 * var64 + mean64.abs() * std64) + (4 * EPS32 * mean64).square()),
+        (
+            "var",
+            var,
+            var64,
+            var32,
+            EPS32 * (4 * var64 + mean64.abs() * std64) + (4 * EPS32 * mean64).square(),
+        ),
     ):
         _same_shape(got, want, f"{label} {name}")
-        if (got.isfinite() != want.isfinite()).any() or (name == "var" and (got.isnan() != want.isnan()).any()):
+        if (got.isfinite() != want.isfinite()).any() or (
+            name == "var" and (got.isnan() != want.isnan()).any()
+        ):
             raise AssertionError(f"{label}: {name}: want {want.tolist()}, got {got.tolist()}")
         bound = 2 * (own.double() - want).abs() + floor
         error = (got.double() - want).abs()
@@ -145,24 +161,27 @@ def assert_statistics(mean, var, y, label=""):
         if bad.any():
             k = int(bad.nonzero()[0])
             raise AssertionError(
-                f"{label}: {name}[{k}]: want {want[k].item():.9g}, got {got[k].item():.9g}: error {error[k].item():.3e} "
+                f"{label}: {name}[{k}]: want {want[k].item():.9g}, got {got[k].item():.9g}: "
+                f"error {error[k].item():.3e} "
                 f"> {bound[k].item():.3e} (mean {mean64[k].item():.4g}, std {std64[k].item():.4g})"
             )
 
 
 def assert_channels_last(t, label=""):
-    """Contiguous channels_last with exactly the strides of torch.empty(..., memory_format=torch.channels_last)."""
+    """Contiguous channels_last with exactly the strides of torch.empty(...,
+    memory_format=torch.channels_last)."""
     want = torch.empty(t.shape, memory_format=torch.channels_last).stride()
     assert t.stride() == want, f"{label}: want channels_last strides {want}, got {t.stride()}"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the oracle
 
 
 @contextlib.contextmanager
 def one_thread():
-    """The oracle's many tiny convolutions cost less than waking a second thread for each, above all on a busy machine."""
+    """The oracle's many tiny convolutions cost less than waking a second thread for each, above all on a busy
+    machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -177,7 +196,8 @@ def channel(v):
 
 
 def vectors(v, work):
-    """Rows of a per-channel matrix, each [1, C, 1, 1]: float64 for the oracle, float32 beside low precision."""
+    """Rows of a per-channel matrix, each [1, C, 1, 1]: float64 for the oracle, float32 beside low
+    precision."""
     return [channel(row.to(torch.promote_types(work, torch.float32))) for row in v]
 
 
@@ -204,6 +224,7 @@ def finished(work, dy, y, finish):
     return (A * (dy * kept(a * y + b)) + B * (y - mean) + C).to(work)
 
 
+@one_thread()
 def ref_fwd(work, x, weight, stride, padding, dilation, groups, act_, affine, residual, relu):
     y = F.conv2d(act(work, x, act_), weight.to(work), None, stride, padding, dilation, groups)
     if affine is not None:
@@ -214,6 +235,7 @@ def ref_fwd(work, x, weight, stride, padding, dilation, groups, act_, affine, re
     return torch.relu(y) if relu else y
 
 
+@one_thread()
 def ref_bwd_input(work, dy, weight, input_size, stride, padding, dilation, groups, y, finish, x, act_):
     """(dx, sums, magnitude of the sums)"""
     point = torch.zeros(list(input_size), dtype=work, requires_grad=True)
@@ -230,6 +252,7 @@ def ref_bwd_input(work, dy, weight, input_size, stride, padding, dilation, group
     return dx, terms.sum(dims), terms.square().sum(dims).sqrt()
 
 
+@one_thread()
 def ref_bwd_weight(work, dy, x, weight_size, stride, padding, dilation, groups, y, finish, act_):
     point = torch.zeros(list(weight_size), dtype=work, requires_grad=True)
     with torch.enable_grad():
@@ -238,11 +261,13 @@ def ref_bwd_weight(work, dy, x, weight_size, stride, padding, dilation, groups, 
 
 
 def torchs_own(reference, dtype, args):
-    """The results of `reference` at `dtype` for NCHW and for channels_last activations: torch runs other kernels for each."""
+    """The results of `reference` at `dtype` for NCHW and for channels_last activations: torch runs other
+    kernels for each."""
 
     def in_format(memory_format):
         return [
-            t.contiguous(memory_format=memory_format) if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in args
+            t.contiguous(memory_format=memory_format) if isinstance(t, torch.Tensor) and t.dim() == 4 else t
+            for t in args
         ]
 
     results = [reference(dtype, *in_format(f)) for f in (torch.contiguous_format, torch.channels_last)]
@@ -255,7 +280,11 @@ def ref_bn_fold(mean, var, gamma, beta, eps):
     gamma = torch.ones_like(mean) if gamma is None else gamma.double()
     beta = torch.zeros_like(mean) if beta is None else beta.double()
     rstd = 1 / torch.sqrt(var + eps)
-    return rstd, torch.stack([gamma * rstd, beta - mean * gamma * rstd]), beta.abs() + (mean * gamma * rstd).abs()
+    return (
+        rstd,
+        torch.stack([gamma * rstd, beta - mean * gamma * rstd]),
+        beta.abs() + (mean * gamma * rstd).abs(),
+    )
 
 
 def ref_bn_apply(work, x, affine, residual, relu):
@@ -297,7 +326,7 @@ def ref_bn_bwd_apply(work, dz, x, coef, affine, z):
     return (A * g + B * (x.to(work) - mean) + C).to(work), g
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # data
 
 LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_nchw", "stepped", "transposed")
@@ -327,7 +356,8 @@ def place(t, layout):
 
 
 def generator(*key):
-    """A generator seeded by what is tested, so that a case gets the same data alone and in the whole suite."""
+    """A generator seeded by what is tested, so that a case gets the same data alone and in the whole
+    suite."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -353,7 +383,7 @@ def zero_near_kink(dy, y, a, b, margin):
     return torch.where(near, torch.zeros((), dtype=dy.dtype), dy)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the grid
 
 
@@ -401,10 +431,12 @@ class Case:
 
 # (channels per group in, out, groups). Every width of the issue with equal in and out, then unequal ones.
 WIDTHS = (
-    (1, 1, 32), (2, 2, 16), (3, 3, 3), (4, 4, 32), (5, 5, 4), (8, 8, 8), (16, 16, 3), (24, 24, 2), (32, 32, 2), (48, 48, 1),
+    (1, 1, 32), (2, 2, 16), (3, 3, 3), (4, 4, 32), (5, 5, 4), (8, 8, 8), (16, 16, 3), (24, 24, 2), (32, 32,
+    2), (48, 48, 1),
     (56, 56, 2), (64, 64, 1), (112, 112, 1),
     (1, 1, 5), (4, 4, 3), (8, 8, 1), (16, 16, 1), (2, 2, 1), (32, 32, 1), (3, 3, 1), (5, 5, 1), (24, 24, 1),
-    (3, 5, 2), (4, 8, 8), (16, 24, 2), (8, 1, 4), (1, 8, 3), (8, 4, 5), (1, 2, 16), (2, 1, 17), (3, 64, 1), (64, 3, 1),
+    (3, 5, 2), (4, 8, 8), (16, 24, 2), (8, 1, 4), (1, 8, 3), (8, 4, 5), (1, 2, 16), (2, 1, 17), (3, 64, 1),
+    (64, 3, 1),
     (24, 16, 1), (7, 9, 2), (32, 16, 1), (17, 33, 1), (1, 1, 67), (12, 20, 3), (4, 6, 5), (6, 4, 7),
 )  # fmt: skip
 
@@ -443,15 +475,20 @@ GEOMETRIES = (
 
 
 def _grid():
-    """Each width with two geometries, each geometry with several widths; each stride, padding and dilation beside each other."""
+    """Each width with two geometries, each geometry with several widths; each stride, padding and dilation
+    beside each other."""
     cases = []
     for i, width in enumerate(WIDTHS):
         for j in (2 * i, 2 * i + 5):
             case = Case(*width, *GEOMETRIES[j % len(GEOMETRIES)])
             if case not in cases:
                 cases.append(case)
-    # The plain layer, in the shape of a real network, for the widths that matter most: full tiles, then their remainders.
-    cases += [Case(*width, 1, 10, 30) for width in ((1, 1, 32), (4, 4, 32), (8, 8, 8), (16, 16, 4), (32, 32, 2), (64, 64, 1))]
+    # The plain layer, in the shape of a real network, for the widths that matter most: full tiles, then their
+    # remainders.
+    cases += [
+        Case(*width, 1, 10, 30)
+        for width in ((1, 1, 32), (4, 4, 32), (8, 8, 8), (16, 16, 4), (32, 32, 2), (64, 64, 1))
+    ]
     return tuple(cases)
 
 
@@ -460,7 +497,8 @@ ZERO_BATCH = Case(4, 4, 2, 0, 5, 6)
 
 
 def rotate(values, *key):
-    """One of `values`, chosen evenly but arbitrarily by the key: pairs are covered without the full product."""
+    """One of `values`, chosen evenly but arbitrarily by the key: pairs are covered without the full
+    product."""
     return values[zlib.crc32(repr(key).encode()) % len(values)]
 
 
@@ -474,7 +512,8 @@ BWD_WEIGHT_VARIANTS = ("plain", "finish", "finish_nomask", "act", "finish_act")
 
 
 class Data:
-    """Makes the tensors of one case. kind "integer": exact in float32 and in the dtype; "normal": as in training."""
+    """Makes the tensors of one case. kind "integer": exact in float32 and in the dtype; "normal": as in
+    training."""
 
     def __init__(self, case, dtype, kind, *key):
         self.case, self.dtype, self.kind = case, dtype, kind
@@ -494,17 +533,21 @@ class Data:
         return torch.randn(shape, generator=self.gen)
 
     def weight(self, terms):
-        """`terms`: products per result. Low precision thins the weights so that no result passes 256 (bfloat16's exact range)."""
+        """`terms`: products per result. Low precision thins the weights so that no result passes 256
+        (bfloat16's exact range)."""
         shape = self.case.weight_size
         if self.kind == "integer":
             w = integers(shape, 1, self.gen, 40 / terms) if self.low else integers(shape, 2, self.gen)
         else:
             w = torch.randn(shape, generator=self.gen) * math.sqrt(2 / (9 * self.case.cin))
         w = w.to(self.dtype)
-        return w.contiguous(memory_format=rotate((torch.contiguous_format, torch.channels_last), *self.key, "weight"))
+        return w.contiguous(
+            memory_format=rotate((torch.contiguous_format, torch.channels_last), *self.key, "weight")
+        )
 
     def pair(self, channels, values=(-1.0, 1.0, 2.0)):
-        """(scale; shift) per channel, the shift mostly positive, so that relu(shift) differs from padding's 0."""
+        """(scale; shift) per channel, the shift mostly positive, so that relu(shift) differs from padding's
+        0."""
         if self.kind == "integer":
             shift = torch.randint(-1, 3, (channels,), generator=self.gen).float()
             return torch.stack([choice((channels,), values, self.gen), shift])
@@ -536,7 +579,6 @@ class Data:
 
 
 @functools.lru_cache(maxsize=16)
-@one_thread()
 def fwd_problem(case, dtype, kind, variant):
     """(arguments of grouped_conv_fwd, exact, torch's own)"""
     data = Data(case, dtype, kind, "fwd", variant)
@@ -551,11 +593,14 @@ def fwd_problem(case, dtype, kind, variant):
     if "residual" in variant:
         residual = data.placed(data.activation(case.output_size), "residual")
     args = (x, weight, *case.geometry, act_, affine, residual, variant.endswith("relu"))
-    return args, ref_fwd(torch.float64, *args), None if kind == "integer" else torchs_own(ref_fwd, dtype, args)
+    return (
+        args,
+        ref_fwd(torch.float64, *args),
+        None if kind == "integer" else torchs_own(ref_fwd, dtype, args),
+    )
 
 
 @functools.lru_cache(maxsize=16)
-@one_thread()
 def bwd_input_problem(case, dtype, kind, variant):
     data = Data(case, dtype, kind, "bwd_input", variant)
     weight = data.weight(9 * case.cout)
@@ -570,18 +615,25 @@ def bwd_input_problem(case, dtype, kind, variant):
             x = clear_of_kink(x, act_[0], act_[1], 1e-4)
         x = data.placed(x, "x")
     args = (dy, weight, case.input_size, *case.geometry, y, finish, x, act_)
-    return args, ref_bwd_input(torch.float64, *args), None if kind == "integer" else torchs_own(ref_bwd_input, dtype, args)
+    return (
+        args,
+        ref_bwd_input(torch.float64, *args),
+        None if kind == "integer" else torchs_own(ref_bwd_input, dtype, args),
+    )
 
 
 @functools.lru_cache(maxsize=16)
-@one_thread()
 def bwd_weight_problem(case, dtype, kind, variant):
     data = Data(case, dtype, kind, "bwd_weight", variant)
     x = data.placed(data.activation(case.input_size), "x")
     dy, y, finish = data.gradient(variant)
     act_ = data.pair(case.input_size[1]) if variant.endswith("act") else None
     args = (dy, x, case.weight_size, *case.geometry, y, finish, act_)
-    return args, ref_bwd_weight(torch.float64, *args), None if kind == "integer" else torchs_own(ref_bwd_weight, dtype, args)
+    return (
+        args,
+        ref_bwd_weight(torch.float64, *args),
+        None if kind == "integer" else torchs_own(ref_bwd_weight, dtype, args),
+    )
 
 
 def verify_fwd(op, case, dtype, kind, variant):
@@ -634,8 +686,3 @@ def verify_bwd_weight(op, case, dtype, kind, variant):
         assert_exact(dweight, exact, label)
     else:
         assert_accurate(dweight, exact, own, label)
-
-
-def coverage(cases, *axes):
-    """The combinations of the named attributes that the cases contain."""
-    return set(itertools.chain(tuple(getattr(c, a) for a in axes) for c in cases))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.utils.deterministic
-
 from checks import ISAS
 
 
 @pytest.fixture(scope="session")
 def ops():
-    """torch.ops.gconv with the C++ ops loaded; a suite without them proves nothing, hence an error and not a skip."""
+    """torch.ops.gconv with the C++ ops loaded; a suite without them proves nothing, hence an error and not a
+    skip."""
     import gconv  # noqa: F401  (loads the extension)
 
     if not hasattr(torch.ops.gconv, "grouped_conv_fwd"):

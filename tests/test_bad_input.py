@@ -1,4 +1,5 @@
-"""Bad input: what torch accepts works the same, what it refuses is refused in one clear line, and nothing crashes.
+"""Bad input: what torch accepts works the same, what it refuses is refused in one clear line, and nothing
+crashes.
 
 The wording is part of the promise: every refusal names the argument and shows what was given.
 """
@@ -7,15 +8,15 @@ import itertools
 import math
 import re
 
+import checks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_accurate
 from torch import nn
 
-import checks
 import gconv
-from checks import assert_accurate
 
 REFUSALS = (ValueError, RuntimeError, TypeError)
 X, W, B = torch.randn(2, 8, 6, 7), torch.randn(12, 2, 3, 3), torch.randn(12)
@@ -49,7 +50,10 @@ REFUSED = {
     "weight of 3 dimensions": ({"weight": W[0]}, ("weight:", "[2, 3, 3]")),
     "weight of 5 dimensions": ({"weight": W[None]}, ("weight:", "[1, 12, 2, 3, 3]")),
     "channels": ({"x": X[:, :7]}, ("7", "4", "[12, 2, 3, 3]")),
-    "channels of the weight": ({"weight": torch.ones(12, 3, 3, 3)}, ("weight:", "C/groups = 2", "[12, 3, 3, 3]")),
+    "channels of the weight": (
+        {"weight": torch.ones(12, 3, 3, 3)},
+        ("weight:", "C/groups = 2", "[12, 3, 3, 3]"),
+    ),
     "channels unbatched": ({"x": X[0, :7]}, ("7",)),
     "groups do not divide C": ({"groups": 3}, ("groups", "3")),
     "groups do not divide K": ({"weight": W[:10]}, ("weight:", "groups = 4", "[10, 2, 3, 3]")),
@@ -63,7 +67,10 @@ REFUSED = {
     "low dtype of weight": ({"weight": W.bfloat16()}, ("weight:", "float32", "bfloat16")),
     "low dtype of x": ({"x": X.half()}, ("weight:", "float16", "float32")),
     "dtype of bias": ({"bias": B.double()}, ("bias:", "float32", "float64")),
-    "float32 bias of bfloat16": ({"x": X.bfloat16(), "weight": W.bfloat16(), "bias": B}, ("bias:", "bfloat16", "float32")),
+    "float32 bias of bfloat16": (
+        {"x": X.bfloat16(), "weight": W.bfloat16(), "bias": B},
+        ("bias:", "bfloat16", "float32"),
+    ),
     "image smaller than the kernel": ({"x": X[..., :2, :2], "padding": 0}, ("x:", "3x3", "2x2")),
     "image narrower than the kernel": ({"x": X[..., :2], "padding": (2, 0)}, ("x:", "x2")),
     "image smaller than the dilated kernel": ({"dilation": 5}, ("x:", "11x11", "8x9")),
@@ -119,7 +126,12 @@ DEVICE_MIX = {
 @pytest.mark.parametrize("name", DEVICE_MIX)
 def test_conv2d_refuses_a_mix_of_devices(name):
     changes = {"bias": B, **DEVICE_MIX[name]}
-    refused(lambda: conv(gconv.functional.conv2d, **changes), "bias:" if name == "bias" else "weight:", "cpu", "meta")
+    refused(
+        lambda: conv(gconv.functional.conv2d, **changes),
+        "bias:" if name == "bias" else "weight:",
+        "cpu",
+        "meta",
+    )
 
 
 ACCEPTED = {
@@ -174,7 +186,12 @@ ACCEPTED = {
 def test_conv2d_accepts_what_torch_accepts(changes):
     want = conv(F.conv2d, **changes)
     got = conv(gconv.functional.conv2d, **changes)
-    assert got.shape == want.shape and got.dtype == want.dtype and got.device == want.device and got.layout == want.layout
+    assert (
+        got.shape == want.shape
+        and got.dtype == want.dtype
+        and got.device == want.device
+        and got.layout == want.layout
+    )
     if got.device.type == "meta":
         return
     got, want = (t.detach().to_dense() for t in (got, want))
@@ -197,7 +214,7 @@ def test_gradients_of_odd_but_good_calls(backend):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # conv_bn_relu, ConvBNReLU, batch_norm
 
 
@@ -254,12 +271,23 @@ BATCH_NORM = {
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("changes, words", BATCH_NORM.values(), ids=list(BATCH_NORM))
 def test_batch_norm_refuses(changes, words, training):
-    options = {"x": Y, "running_mean": torch.zeros(12), "running_var": torch.ones(12), "training": training} | changes
+    options = {
+        "x": Y,
+        "running_mean": torch.zeros(12),
+        "running_var": torch.ones(12),
+        "training": training,
+    } | changes
     refused(lambda: gconv.functional.batch_norm(**options), *words)
 
 
 def test_layers_refuse_as_torchs_do():
-    for arguments in ({"groups": 3}, {"groups": 0}, {"padding": "full"}, {"padding": "same", "stride": 2}, {"padding_mode": "none"}):
+    for arguments in (
+        {"groups": 3},
+        {"groups": 0},
+        {"padding": "full"},
+        {"padding": "same", "stride": 2},
+        {"padding_mode": "none"},
+    ):
         options = {"in_channels": 8, "out_channels": 12, "kernel_size": 3, **arguments}
         for layer in (nn.Conv2d, gconv.Conv2d, gconv.ConvBNReLU):
             with pytest.raises(ValueError):
@@ -271,27 +299,32 @@ def test_layers_refuse_as_torchs_do():
     assert layer(X).shape == Y.shape
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the C++ ops, called directly: they check for themselves, for nothing may read out of bounds
 
 ACT2, ACT4, AFFINE, FINISH = torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 12), torch.ones(6, 12)
 GEOMETRY = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 4}
 OPS = {
-    "grouped_conv_fwd": {"x": X, "weight": W, **GEOMETRY, "act": ACT2, "affine": AFFINE, "residual": Y, "relu": True},
+    "grouped_conv_fwd": {
+        "x": X, "weight": W, **GEOMETRY, "act": ACT2, "affine": AFFINE, "residual": Y, "relu": True,
+    },
     "grouped_conv_fwd_stats": {"x": X, "weight": W, **GEOMETRY, "act": ACT2},
     "grouped_conv_bwd_input": {
-        "dy": Y, "weight": W, "input_size": [2, 8, 6, 7], **GEOMETRY, "y": Y, "finish": FINISH, "x": X, "act": ACT4,
+        "dy": Y, "weight": W, "input_size": [2, 8, 6, 7], **GEOMETRY, "y": Y, "finish": FINISH, "x": X,
+        "act": ACT4,
     },
     "grouped_conv_bwd_weight": {
         "dy": Y, "x": X, "weight_size": [12, 2, 3, 3], **GEOMETRY, "y": Y, "finish": FINISH, "act": ACT2,
     },
     "batch_norm_stats": {"x": X},
     "batch_norm_fold": {
-        "mean": torch.ones(8), "var": torch.ones(8), "gamma": torch.ones(8), "beta": torch.ones(8), "eps": 1e-5,
+        "mean": torch.ones(8), "var": torch.ones(8), "gamma": torch.ones(8), "beta": torch.ones(8),
+        "eps": 1e-5,
     },
     "batch_norm_apply": {"x": X, "affine": ACT2, "residual": X, "relu": True},
     "batch_norm_bwd_reduce": {
-        "dz": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8), "affine": ACT2, "z": None,
+        "dz": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8),
+        "affine": ACT2, "z": None,
     },
     "batch_norm_bwd_apply": {"dz": X, "x": X, "coef": ACT4, "affine": None, "z": X, "want_g": True},
 }  # fmt: skip
@@ -301,14 +334,34 @@ ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z")
 def wrong_tensors(name, t):
     """(what, tensor) in every way an argument can be wrong."""
     if name == "weight":
-        shapes = {"rank": t[0], "K": t[:10], "C/groups": t[:, :1], "kernel": t[..., :2], "empty": t[:0], "rank 5": t[None]}
+        shapes = {
+            "rank": t[0],
+            "K": t[:10],
+            "C/groups": t[:, :1],
+            "kernel": t[..., :2],
+            "empty": t[:0],
+            "rank 5": t[None],
+        }
     elif name in ACTIVATIONS:
-        shapes = {"rank": t[0], "rank 5": t[None], "C": t[:, :-1], "H": t[:, :, :-1], "W": t[..., :-1], "N": t[:1]}
+        shapes = {
+            "rank": t[0],
+            "rank 5": t[None],
+            "C": t[:, :-1],
+            "H": t[:, :, :-1],
+            "W": t[..., :-1],
+            "N": t[:1],
+        }
     elif t.dim() == 2:
         shapes = {"rows": t[:1], "channels": t[:, :-1], "rank": t[0], "rank 3": t[None], "empty": t[:0]}
     else:
         shapes = {"channels": t[:-1], "rank": t[None], "scalar": t[0], "empty": t[:0]}
-    dtypes = {"float64": t.double(), "int32": t.int(), "bool": t.bool(), "complex": t + 0j, "bfloat16": t.bfloat16()}
+    dtypes = {
+        "float64": t.double(),
+        "int32": t.int(),
+        "bool": t.bool(),
+        "complex": t + 0j,
+        "bfloat16": t.bfloat16(),
+    }
     return shapes | dtypes
 
 
@@ -331,11 +384,41 @@ def op_cases():
                 yield pytest.param(op, name, value.numpy(), id=f"{op}-{name}-array")
                 yield pytest.param(op, name, "x", id=f"{op}-{name}-string")
             elif isinstance(value, list):
-                pairs = [[], [1], [1, 1, 1], [1, -1], [-1, 1], [2**62, 1], [1, 2**62], [-(2**63), 1], ["1", 1], [1.5, 1]]
-                pairs += [[0, 1], [3, 1]] if name in ("stride", "dilation") else [[3, 1]] if name == "padding" else []
+                pairs = [
+                    [],
+                    [1],
+                    [1, 1, 1],
+                    [1, -1],
+                    [-1, 1],
+                    [2**62, 1],
+                    [1, 2**62],
+                    [-(2**63), 1],
+                    ["1", 1],
+                    [1.5, 1],
+                ]
+                pairs += (
+                    [[0, 1], [3, 1]]
+                    if name in ("stride", "dilation")
+                    else [[3, 1]]
+                    if name == "padding"
+                    else []
+                )
                 if name.endswith("size"):
-                    wrong_sizes = ([2], value[:3], [*value, 1], [-1, *value[1:]], [*value[:3], 0], [2**62, *value[1:]])
-                    pairs = [*wrong_sizes, [*value[:3], 2**62], [value[0], value[1] + 1, *value[2:]], [*value[:2], 9, 9], "2233"]
+                    wrong_sizes = (
+                        [2],
+                        value[:3],
+                        [*value, 1],
+                        [-1, *value[1:]],
+                        [*value[:3], 0],
+                        [2**62, *value[1:]],
+                    )
+                    pairs = [
+                        *wrong_sizes,
+                        [*value[:3], 2**62],
+                        [value[0], value[1] + 1, *value[2:]],
+                        [*value[:2], 9, 9],
+                        "2233",
+                    ]
                 for wrong in pairs:
                     if (op, name, str(wrong)) in NO_CONTRADICTION:
                         continue
@@ -358,15 +441,22 @@ def test_ops_refuse(ops, op, name, wrong):
         getattr(ops, op)(**{**good, name: wrong})
     message = str(info.value)
     if f"gconv::{op}() Expected a value of type" in message:
-        assert f"argument '{name}'" in message, "torch's dispatcher refuses an argument of another Python type, in its words"
+        assert f"argument '{name}'" in message, (
+            "torch's dispatcher refuses an argument of another Python type, in its words"
+        )
     else:
         # Two arguments that contradict each other: either may be the one that is named.
-        assert re.fullmatch(r"\w+: \w+: want .+, got .+", message), f"want one line 'op: argument: want ..., got ...': {message}"
+        assert re.fullmatch(r"\w+: \w+: want .+, got .+", message), (
+            f"want one line 'op: argument: want ..., got ...': {message}"
+        )
 
 
-@pytest.mark.parametrize("op", [o for o, a in OPS.items() if sum(isinstance(v, torch.Tensor) for v in a.values()) > 1])
+@pytest.mark.parametrize(
+    "op", [o for o, a in OPS.items() if sum(isinstance(v, torch.Tensor) for v in a.values()) > 1]
+)
 def test_ops_refuse_a_tensor_of_another_device(ops, op):
-    """A meta tensor among CPU tensors has no memory behind it: an error (as of torch's batch_norm), not a result."""
+    """A meta tensor among CPU tensors has no memory behind it: an error (as of torch's batch_norm), not a
+    result."""
     accepted = []
     for name, value in OPS[op].items():
         if isinstance(value, torch.Tensor):
@@ -390,7 +480,9 @@ def test_ops_refuse_one_of_two_that_belong_together(ops, op, missing, left):
     refused(lambda: getattr(ops, op)(**{**OPS[op], missing: None}), op, missing, left)
 
 
-@pytest.mark.parametrize("op, name", [(o, n) for o in OPS for n in OPS[o] if n in ("x", "dy", "weight", "dz", "mean", "coef")])
+@pytest.mark.parametrize(
+    "op, name", [(o, n) for o in OPS for n in OPS[o] if n in ("x", "dy", "weight", "dz", "mean", "coef")]
+)
 def test_ops_refuse_none_for_what_they_need(ops, op, name):
     if op == "grouped_conv_bwd_input" and name == "x":
         refused(lambda: getattr(ops, op)(**{**OPS[op], name: None}), "act", "x")
@@ -399,7 +491,9 @@ def test_ops_refuse_none_for_what_they_need(ops, op, name):
         getattr(ops, op)(**{**OPS[op], name: None})
 
 
-VECTORS = [(o, n) for o, a in OPS.items() for n, v in a.items() if isinstance(v, torch.Tensor) and v.dim() < 3]
+VECTORS = [
+    (o, n) for o, a in OPS.items() for n, v in a.items() if isinstance(v, torch.Tensor) and v.dim() < 3
+]
 
 
 @pytest.mark.parametrize("op, name", VECTORS)
@@ -415,7 +509,11 @@ def test_ops_never_misread_a_strided_vector(ops, op, name):
     except REFUSALS as error:
         assert name in str(error) and "contiguous" in str(error)
         return
-    for a, b in zip((got,) if isinstance(got, torch.Tensor) else got, (want,) if isinstance(want, torch.Tensor) else want, strict=True):
+    for a, b in zip(
+        (got,) if isinstance(got, torch.Tensor) else got,
+        (want,) if isinstance(want, torch.Tensor) else want,
+        strict=True,
+    ):
         checks.assert_same_bits(a, b)
 
 
@@ -445,7 +543,8 @@ def test_ops_refuse_other_layouts_and_devices(ops):
 
 
 def test_ops_take_a_largest_dilation(ops):
-    """A dilation at the end of its range with the padding to match is still an empty output, computed without overflow."""
+    """A dilation at the end of its range with the padding to match is still an empty output, computed without
+    overflow."""
     for dilation in (2**31 - 1, 2**30):
         refused(
             lambda d=dilation: ops.grouped_conv_fwd(X, W, [1, 1], [2, 2], [d, d], 4, None, None, None, False),
@@ -454,7 +553,8 @@ def test_ops_take_a_largest_dilation(ops):
 
 
 def test_ops_survive_random_calls(ops):
-    """A thousand calls with arguments drawn from good and bad ones: each returns or raises, and what returns is right."""
+    """A thousand calls with arguments drawn from good and bad ones: each returns or raises, and what returns
+    is right."""
     gen = checks.generator("random calls")
 
     def pick(values):
@@ -464,9 +564,24 @@ def test_ops_survive_random_calls(ops):
     for _ in range(1000):
         groups = pick([1, 2, 3, 4])
         channels = groups * pick([1, 2, 3]) + pick([0, 0, 0, 0, 1])
-        x = torch.randn(pick([0, 1, 2]), channels, pick([0, 1, 3, 5, 6, 8]), pick([2, 4, 5, 7]), generator=gen)
-        w = torch.randn(groups * pick([1, 2, 3]), pick([channels // groups] * 4 + [2]), 3, pick([3] * 7 + [1]), generator=gen)
-        geometry = [[pick(v), pick(v)] for v in ([1, 1, 1, 1, 2, 2, 2, 2, 3, 0], [0, 0, 1, 1, 1, 2, 2, 2, 3, -1], [1, 1, 1, 1, 1, 1, 2, 2, 3, 0])]
+        x = torch.randn(
+            pick([0, 1, 2]), channels, pick([0, 1, 3, 5, 6, 8]), pick([2, 4, 5, 7]), generator=gen
+        )
+        w = torch.randn(
+            groups * pick([1, 2, 3]),
+            pick([channels // groups] * 4 + [2]),
+            3,
+            pick([3] * 7 + [1]),
+            generator=gen,
+        )
+        geometry = [
+            [pick(v), pick(v)]
+            for v in (
+                [1, 1, 1, 1, 2, 2, 2, 2, 3, 0],
+                [0, 0, 1, 1, 1, 2, 2, 2, 3, -1],
+                [1, 1, 1, 1, 1, 1, 2, 2, 3, 0],
+            )
+        ]
         args = (x, w, *geometry, groups)
         try:
             y = ops.grouped_conv_fwd(*args, None, None, None, False)
@@ -474,7 +589,14 @@ def test_ops_survive_random_calls(ops):
             assert "grouped_conv_fwd: " in str(error)
             # What we refuse is bad, or beyond the kernels' range.
             (s, p, d) = geometry
-            if max(s) <= 2 and max(p) <= 2 and w.shape[3] == 3 and min(*s, *d) > 0 and min(p) >= 0 and x.shape[2] > 0:
+            if (
+                max(s) <= 2
+                and max(p) <= 2
+                and w.shape[3] == 3
+                and min(*s, *d) > 0
+                and min(p) >= 0
+                and x.shape[2] > 0
+            ):
                 with pytest.raises(REFUSALS):
                     F.conv2d(*args[:2], None, *geometry, groups)
             continue

@@ -3,19 +3,30 @@
 import itertools
 import math
 
+import checks
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import (
+    DTYPES,
+    KINK_MARGIN,
+    LAYOUTS,
+    assert_accurate,
+    assert_exact,
+    assert_same_bits,
+    channel,
+    place,
+)
 
-import checks
 import gconv
-from checks import DTYPES, KINK_MARGIN, LAYOUTS, assert_accurate, assert_exact, assert_same_bits, channel, place
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 SHAPES = (
-    (2, 1, 7, 5), (1, 2, 29, 31), (3, 3, 2, 3), (2, 4, 14, 14), (2, 5, 1, 7), (1, 8, 57, 3), (2, 16, 7, 7), (3, 17, 5, 4),
-    (2, 24, 9, 8), (1, 32, 15, 13), (1, 33, 1, 2), (2, 48, 3, 5), (2, 56, 6, 6), (4, 64, 1, 1), (1, 112, 9, 11), (2, 130, 4, 7),
+    (2, 1, 7, 5), (1, 2, 29, 31), (3, 3, 2, 3), (2, 4, 14, 14), (2, 5, 1, 7), (1, 8, 57, 3), (2, 16, 7, 7),
+    (3, 17, 5, 4),
+    (2, 24, 9, 8), (1, 32, 15, 13), (1, 33, 1, 2), (2, 48, 3, 5), (2, 56, 6, 6), (4, 64, 1, 1), (1, 112, 9,
+    11), (2, 130, 4, 7),
 )  # fmt: skip
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
@@ -31,12 +42,20 @@ class Data:
         self.gen = checks.generator(*self.key)
 
     def activation(self):
-        t = checks.integers(self.shape, 4, self.gen) if self.integer else torch.randn(self.shape, generator=self.gen)
+        t = (
+            checks.integers(self.shape, 4, self.gen)
+            if self.integer
+            else torch.randn(self.shape, generator=self.gen)
+        )
         return t.to(self.dtype)
 
     def vector(self, values=(-1.0, 1.0, 2.0)):
         c = self.shape[1]
-        return checks.choice((c,), values, self.gen) if self.integer else torch.randn(c, generator=self.gen) + 0.5
+        return (
+            checks.choice((c,), values, self.gen)
+            if self.integer
+            else torch.randn(c, generator=self.gen) + 0.5
+        )
 
     def affine(self):
         return torch.stack([self.vector(), self.vector((-2.0, -1.0, 0.0, 1.0, 3.0))])
@@ -67,7 +86,13 @@ def test_apply(isa, ops, shape, dtype, residual, relu, kind):
     args = (x, affine, r, relu)
     y = ops.batch_norm_apply(*args)
     assert y.dtype == dtype
-    check(data.integer, y, checks.ref_bn_apply(torch.float64, *args), checks.ref_bn_apply(dtype, *args), "batch_norm_apply")
+    check(
+        data.integer,
+        y,
+        checks.ref_bn_apply(torch.float64, *args),
+        checks.ref_bn_apply(dtype, *args),
+        "batch_norm_apply",
+    )
     checks.assert_channels_last(y)
 
 
@@ -187,7 +212,10 @@ def test_chain_is_the_gradient_of_torchs_batch_norm(isa, ops, dtype, relu, resid
     gamma, beta = data.vector(), data.vector()
 
     def stock(work):
-        leaves = [t.detach().to(work).requires_grad_() for t in ((x, gamma, beta) if r is None else (x, gamma, beta, r))]
+        leaves = [
+            t.detach().to(work).requires_grad_()
+            for t in ((x, gamma, beta) if r is None else (x, gamma, beta, r))
+        ]
         z = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], True, 0.1, 1e-5)
         z = z if r is None else z + leaves[3]
         z = torch.relu(z) if relu else z
@@ -212,7 +240,7 @@ def test_chain_is_the_gradient_of_torchs_batch_norm(isa, ops, dtype, relu, resid
         assert_accurate(g, exact[3], own[3], "dresidual", dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # the contract's corners
 
 
@@ -226,7 +254,12 @@ def test_layout_does_not_change_a_bit(isa, ops, dtype, layout):
         mean, var = ops.batch_norm_stats(x)
         rstd, affine = ops.batch_norm_fold(mean, var, None, None, 1e-5)
         results.append(
-            (mean, var, ops.batch_norm_apply(x, affine, r, True), *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z))
+            (
+                mean,
+                var,
+                ops.batch_norm_apply(x, affine, r, True),
+                *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z),
+            )
         )
         results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][-1], affine, None, True)
     for want, got in zip(*results, strict=True):
@@ -240,7 +273,9 @@ def test_stride_0(isa, ops, dtype):
     dz = torch.ones((), dtype=dtype).expand(x.shape)
     mean, var = ops.batch_norm_stats(x)
     reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, None, None)
-    for got, want in zip(reduce, ops.batch_norm_bwd_reduce(dz.contiguous(), x, mean, var, None, None, None), strict=True):
+    for got, want in zip(
+        reduce, ops.batch_norm_bwd_reduce(dz.contiguous(), x, mean, var, None, None, None), strict=True
+    ):
         assert_same_bits(got, want)
     got = ops.batch_norm_bwd_apply(dz, x, coef, None, None, True)
     for a, b in zip(got, ops.batch_norm_bwd_apply(dz.contiguous(), x, coef, None, None, True), strict=True):
@@ -251,7 +286,12 @@ def test_stride_0(isa, ops, dtype):
 @pytest.mark.parametrize("shape", [(8, 64, 28, 28), (3, 17, 29, 31), (1, 130, 40, 33)], ids=str)
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtype, shape):
     data = Data(shape, dtype, "normal", "threads")
-    x, dz, affine, coef = data.activation(), data.activation(), data.affine(), torch.randn(4, shape[1], generator=data.gen)
+    x, dz, affine, coef = (
+        data.activation(),
+        data.activation(),
+        data.affine(),
+        torch.randn(4, shape[1], generator=data.gen),
+    )
 
     def run():
         mean, var = ops.batch_norm_stats(x)
@@ -312,7 +352,7 @@ def test_the_gradient_at_exactly_zero_is_blocked(isa, ops):
         assert torch.equal(g, torch.zeros_like(g))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # gconv.functional.batch_norm
 
 
@@ -359,7 +399,9 @@ def test_functional_against_stock(ops, dtype, training, affine, residual, relu):
     got = functional(gconv.functional.batch_norm, dtype, x, gamma, beta, dz, *rest, False)
     assert gconv.backend.counts().get("cpu.batch_norm") == 1, gconv.backend.counts()
     for name in exact:
-        assert_accurate(got[name], exact[name], own[name], name, torch.float32 if "running" in name else dtype)
+        assert_accurate(
+            got[name], exact[name], own[name], name, torch.float32 if "running" in name else dtype
+        )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -378,7 +420,9 @@ def test_functional_zero_batch_and_one_value():
     running = torch.zeros(4), torch.ones(4)
     y = gconv.functional.batch_norm(torch.empty(0, 4, 3, 3), *running, training=True)
     assert y.shape == (0, 4, 3, 3)
-    assert torch.equal(running[0], torch.zeros(4)) and torch.equal(running[1], torch.ones(4)), "an empty batch is no batch"
+    assert torch.equal(running[0], torch.zeros(4)) and torch.equal(running[1], torch.ones(4)), (
+        "an empty batch is no batch"
+    )
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         gconv.functional.batch_norm(torch.ones(1, 4, 1, 1), *running, training=True)
 
@@ -400,4 +444,6 @@ def test_mask_uses_channel_vectors_of_its_own_channel(isa, ops):
     coef = torch.stack([torch.arange(c).float(), *torch.zeros(3, c)])
     dx, g = ops.batch_norm_bwd_apply(x, x, coef, affine, None, True)
     want = torch.where(shut, 0.0, 1.0)
-    assert torch.equal(g, channel(want).expand_as(g)) and torch.equal(dx, channel(want * coef[0]).expand_as(dx))
+    assert torch.equal(g, channel(want).expand_as(g)) and torch.equal(
+        dx, channel(want * coef[0]).expand_as(dx)
+    )

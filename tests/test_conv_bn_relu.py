@@ -1,15 +1,16 @@
-"""conv_bn_relu and ConvBNReLU against nn.Conv2d, nn.BatchNorm2d and ReLU: outputs, every gradient, running statistics."""
+"""conv_bn_relu and ConvBNReLU against nn.Conv2d, nn.BatchNorm2d and ReLU: outputs, every gradient, running
+statistics."""
 
 import copy
 import itertools
 
+import checks
 import pytest
 import torch
+from checks import DTYPES, KINK_MARGIN, LAYOUTS, assert_accurate, assert_same_bits, place
 from torch import nn
 
-import checks
 import gconv
-from checks import DTYPES, KINK_MARGIN, LAYOUTS, assert_accurate, assert_same_bits, place
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 BOTH = list(itertools.product([False, True], repeat=2))
@@ -22,11 +23,15 @@ class FrozenBatchNorm2d(nn.Module):
         super().__init__()
         self.eps = eps
         for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.ones(features) if name in ("weight", "running_var") else torch.zeros(features))
+            self.register_buffer(
+                name, torch.ones(features) if name in ("weight", "running_var") else torch.zeros(features)
+            )
 
     def forward(self, x):
         scale = (self.weight * (self.running_var + self.eps).rsqrt()).view(1, -1, 1, 1)
-        return (x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)).to(x.dtype)
+        return (x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)).to(
+            x.dtype
+        )
 
 
 def randomize(conv, bn, key):
@@ -68,8 +73,8 @@ def pair_of_modules(key, channels, relu, frozen_bn=False, conv_options=None, **b
 
 
 def run(module, x, dz, residual, steps=1):
-    """Named results of `steps` calls with their backward: the last output and input gradients, the summed parameter gradients and
-    the running statistics."""
+    """Named results of `steps` calls with their backward: the last output and input gradients, the summed
+    parameter gradients and the running statistics."""
     leaf = x.detach().requires_grad_(x.requires_grad)
     extra = None if residual is None else residual.detach().requires_grad_(residual.requires_grad)
     for _ in range(steps):
@@ -83,12 +88,17 @@ def run(module, x, dz, residual, steps=1):
             z.backward(dz.to(z.dtype))
     results = {"z": z.detach(), "dx": leaf.grad, "dresidual": None if extra is None else extra.grad}
     results |= {f"d{name}": p.grad for name, p in module.named_parameters()}
-    results |= {name: b for name, b in module.named_buffers()}
+    results |= dict(module.named_buffers())
     return results
 
 
 def reformatted(memory_format, *tensors):
-    return [None if t is None else t.detach().contiguous(memory_format=memory_format).requires_grad_(t.requires_grad) for t in tensors]
+    return [
+        None
+        if t is None
+        else t.detach().contiguous(memory_format=memory_format).requires_grad_(t.requires_grad)
+        for t in tensors
+    ]
 
 
 def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=None, key=""):
@@ -96,17 +106,23 @@ def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=Non
     exact_module = copy.deepcopy(stock).double()
     wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (x, residual)]
     precision = autocast or dtype
-    with torch.no_grad():
+    with torch.no_grad(), checks.one_thread():
         z = run(copy.deepcopy(exact_module), wide[0], None, wide[1])["z"]
     dz = torch.randn(z.shape, generator=checks.generator("dz", key, tuple(z.shape)))
-    # Where rounding may decide on which side of ReLU a value falls, neither gradient is wrong: none is sent there.
-    dz = torch.where(z.abs() < KINK_MARGIN[precision], 0, dz).to(precision) if stock.relu else dz.to(precision)
-    exact = run(exact_module, wide[0], dz.double(), wide[1], steps)
+    # Where rounding may decide on which side of ReLU a value falls, neither gradient is wrong: none is sent
+    # there.
+    dz = (
+        torch.where(z.abs() < KINK_MARGIN[precision], 0, dz).to(precision) if stock.relu else dz.to(precision)
+    )
+    with checks.one_thread():
+        exact = run(exact_module, wide[0], dz.double(), wide[1], steps)
     cast = torch.autocast("cpu", autocast, enabled=autocast is not None)
     own = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        with cast:
-            own.append(run(copy.deepcopy(stock).to(dtype), *reformatted(memory_format, x, dz, residual), steps))
+        with cast, checks.one_thread():
+            own.append(
+                run(copy.deepcopy(stock).to(dtype), *reformatted(memory_format, x, dz, residual), steps)
+            )
     gconv.backend.reset_counts()
     with cast:
         got = run(ours, x, dz, residual, steps)
@@ -116,10 +132,18 @@ def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=Non
         elif not want.is_floating_point():
             assert torch.equal(got[name], want), f"{name}: want {want}, got {got[name]}"
         else:
-            assert got[name].dtype == own[0][name].dtype, f"{name}: want {own[0][name].dtype}, got {got[name].dtype}"
+            assert got[name].dtype == own[0][name].dtype, (
+                f"{name}: want {own[0][name].dtype}, got {got[name].dtype}"
+            )
             statistics = name.startswith("bn.running")
             baselines = [o[name] for o in own]
-            assert_accurate(got[name], want, baselines, name, None if statistics and precision == torch.float32 else precision)
+            assert_accurate(
+                got[name],
+                want,
+                baselines,
+                name,
+                None if statistics and precision == torch.float32 else precision,
+            )
     return got
 
 
@@ -160,7 +184,9 @@ def test_every_result_in_float32(isa, layer, training, residual, relu):
     stock.train(training), ours.train(training)
     got = compare(stock, ours, *inputs(layer, residual), key=layer)
     assert_ran_on_our_kernels()
-    assert all(got[n] is not None for n in ("dx", "dconv.weight", "dbn.weight", "dbn.bias")), "a gradient is missing"
+    assert all(got[n] is not None for n in ("dx", "dconv.weight", "dbn.weight", "dbn.bias")), (
+        "a gradient is missing"
+    )
     assert (got["dresidual"] is not None) == residual
     assert int(got["bn.num_batches_tracked"]) == int(training)
 
@@ -190,7 +216,8 @@ def test_autocast(ops, layer, dtype, training):
 
 
 BN_OPTIONS = (
-    {"momentum": None}, {"momentum": 0.0}, {"momentum": 1.0}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1},
+    {"momentum": None}, {"momentum": 0.0}, {"momentum": 1.0}, {"affine": False}, {"track_running_stats":
+    False}, {"eps": 0.1},
     {"affine": False, "track_running_stats": False}, {"affine": False, "momentum": None},
 )  # fmt: skip
 
@@ -218,7 +245,12 @@ def test_running_statistics_over_changing_batches(ops):
             for module, given in ((stock, x), (ours, x), (exact, x.double())):
                 module(given)
         for name in ("running_mean", "running_var"):
-            assert_accurate(getattr(ours.bn, name), getattr(exact.bn, name), getattr(stock.bn, name), f"{name}, momentum {momentum}")
+            assert_accurate(
+                getattr(ours.bn, name),
+                getattr(exact.bn, name),
+                getattr(stock.bn, name),
+                f"{name}, momentum {momentum}",
+            )
         assert int(ours.bn.num_batches_tracked) == 5
 
 
@@ -237,7 +269,9 @@ def test_convolution_bias(ops, layer, training):
 FREEZE = ("conv.weight", "bn.weight", "bn.bias", "x", "residual")
 
 
-@pytest.mark.parametrize("frozen", [s for n in (1, 2, 4) for s in itertools.combinations(FREEZE, n)], ids="+".join)
+@pytest.mark.parametrize(
+    "frozen", [s for n in (1, 2, 4) for s in itertools.combinations(FREEZE, n)], ids="+".join
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_frozen_parts(ops, frozen, training):
     """What needs no gradient gets none, and the others are as right as ever."""
@@ -272,7 +306,9 @@ def test_frozen_batch_norm(ops, training, residual):
 
 @layers
 @pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=["x_nchw", "x_nhwc"])
-@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=["w_nchw", "w_nhwc"])
+@pytest.mark.parametrize(
+    "weight_format", [torch.contiguous_format, torch.channels_last], ids=["w_nchw", "w_nhwc"]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_memory_format_follows_torchs_rule(ops, layer, x_format, weight_format, training):
     stock, ours = pair_of_modules(str(layer), layer[0], True, conv_options=layer[1])
@@ -324,7 +360,8 @@ def test_gradient_of_stride_0(ops, relu, residual, training):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_without_gradient_gives_the_same(ops, training, residual):
-    """torch.no_grad and inference_mode give what the differentiable call gives; training updates the statistics there too."""
+    """torch.no_grad and inference_mode give what the differentiable call gives; training updates the
+    statistics there too."""
     for layer in LAYERS[:3]:
         _, ours = pair_of_modules(str(layer), layer[0], True, conv_options=layer[1])
         ours.train(training)
@@ -361,12 +398,16 @@ def test_zero_batch(ops):
         stock.train(training), ours.train(training)
         results = []
         for module in (stock, ours):
-            results.append(run(module, torch.empty(0, 8, 5, 6).requires_grad_(), torch.empty(0, 16, 5, 6), None))
+            results.append(
+                run(module, torch.empty(0, 8, 5, 6).requires_grad_(), torch.empty(0, 16, 5, 6), None)
+            )
         for name, want in results[0].items():
             got = results[1][name]
             assert (got is None) == (want is None), name
             if want is not None:
-                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 def test_one_value_per_channel_is_refused_in_training(ops):
@@ -394,7 +435,9 @@ def test_nan_and_inf_go_where_torch_sends_them(ops, value, training):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_other_kernel_sizes_run_on_torch_and_say_so(ops, kernel_size, padding, training):
     ours = gconv.ConvBNReLU(6, 12, kernel_size, padding=padding, groups=2)
-    stock = Stock(nn.Conv2d(6, 12, kernel_size, padding=padding, groups=2, bias=False), nn.BatchNorm2d(12), True)
+    stock = Stock(
+        nn.Conv2d(6, 12, kernel_size, padding=padding, groups=2, bias=False), nn.BatchNorm2d(12), True
+    )
     randomize(stock.conv, stock.bn, "other kernel")
     ours.load_state_dict(stock.state_dict())
     stock.train(training), ours.train(training)
@@ -425,7 +468,16 @@ def test_functional_form(ops, training, residual, relu):
         want = module(x, r)
         conv = module.conv
         got = gconv.functional.conv_bn_relu(
-            x, conv.weight, bn, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, residual=r, relu=relu
+            x,
+            conv.weight,
+            bn,
+            conv.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            residual=r,
+            relu=relu,
         )
         assert_same_bits(got.detach(), want.detach())
         for (name, a), b in zip(bn.named_buffers(), module.bn.buffers(), strict=True):
@@ -441,15 +493,26 @@ def test_padding_modes(ops, padding_mode):
     assert_ran_on_our_kernels()
 
 
+@checks.one_thread()
 def test_training_step_by_step_follows_stock(ops):
-    """Twenty SGD steps of two blocks: losses stay together to float32 noise, so every gradient feeds the right parameter."""
+    """Twenty SGD steps of two blocks: losses stay together to float32 noise, so every gradient feeds the
+    right parameter."""
 
     def network(block):
         torch.manual_seed(0)
-        return nn.Sequential(block(3, 16, 1, 1), block(16, 16, 1, 4), block(16, 32, 2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+        return nn.Sequential(
+            block(3, 16, 1, 1),
+            block(16, 16, 1, 4),
+            block(16, 32, 2, 8),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 4),
+        )
 
     def stock_block(cin, cout, stride, groups):
-        return Stock(nn.Conv2d(cin, cout, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(cout), True)
+        return Stock(
+            nn.Conv2d(cin, cout, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(cout), True
+        )
 
     def our_block(cin, cout, stride, groups):
         return gconv.ConvBNReLU(cin, cout, 3, stride, 1, groups=groups)
@@ -457,7 +520,11 @@ def test_training_step_by_step_follows_stock(ops):
     gen = checks.generator("steps")
     x, target = torch.randn(16, 3, 10, 10, generator=gen), torch.randint(4, (16,), generator=gen)
     curves = []
-    for block, dtype in ((stock_block, torch.float64), (stock_block, torch.float32), (our_block, torch.float32)):
+    for block, dtype in (
+        (stock_block, torch.float64),
+        (stock_block, torch.float32),
+        (our_block, torch.float32),
+    ):
         model = network(block).to(dtype)
         optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
         losses = []
@@ -470,4 +537,7 @@ def test_training_step_by_step_follows_stock(ops):
         curves.append(torch.tensor(losses, dtype=torch.float64))
     exact, own, got = curves
     assert exact[-1] < 0.5 * exact[0], "the network does not learn: the curve would prove nothing"
-    assert ((got - exact).abs() <= 10 * (own - exact).abs().cummax(0).values + 1e-5).all(), (got - exact, own - exact)
+    assert ((got - exact).abs() <= 10 * (own - exact).abs().cummax(0).values + 1e-5).all(), (
+        got - exact,
+        own - exact,
+    )

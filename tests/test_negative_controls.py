@@ -1,12 +1,12 @@
-"""The criteria must fail on wrong results: each seeded defect below has to be caught by the very checks of the other tests."""
+"""The criteria must fail on wrong results: each seeded defect below has to be caught by the very checks of
+the other tests."""
 
 import functools
 
+import checks
 import pytest
 import torch
 import torch.nn.functional as F
-
-import checks
 from checks import Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -60,7 +60,9 @@ def padding_before_act(op, x, weight, stride, padding, dilation, groups, act, *r
     return op(padded, weight, stride, [0, 0], dilation, groups, act, *rest)
 
 
-def padding_before_act_in_weight_gradient(op, dy, x, weight_size, stride, padding, dilation, groups, y, finish, act):
+def padding_before_act_in_weight_gradient(
+    op, dy, x, weight_size, stride, padding, dilation, groups, y, finish, act
+):
     padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     return op(dy, padded, weight_size, stride, [0, 0], dilation, groups, y, finish, act)
 
@@ -79,9 +81,20 @@ def residual_after_relu(op, *args):
 def unfinished(op, *args):
     """dy used as it came: y and finish ignored."""
     args = list(args)
-    at = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 2 and a.shape[0] == 6)
-    args[at] = torch.stack([*[torch.ones_like(args[at][0])], *torch.zeros(4, args[at].shape[1]), torch.ones_like(args[at][0])])
+    at = next(
+        i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 2 and a.shape[0] == 6
+    )
+    args[at] = torch.stack(
+        [*[torch.ones_like(args[at][0])], *torch.zeros(4, args[at].shape[1]), torch.ones_like(args[at][0])]
+    )
     return op(*args)
+
+
+def unmasked(op, *args):
+    """finish with a = 0, b = 1: the gradient passes everywhere."""
+    finish = args[8].clone()
+    finish[4], finish[5] = 0, 1
+    return op(*args[:8], finish, *args[9:])
 
 
 def last_row_unwritten(t, _):
@@ -123,10 +136,7 @@ BWD_INPUT = {
     "unflipped taps": ("plain", lambda op, dy, w, *rest: op(dy, w.flip(2, 3), *rest)),
     "1 % too large": ("plain", first(lambda dx, a: dx * 1.01)),
     "finish ignored": ("finish", unfinished),
-    "mask of finish ignored": (
-        "finish",
-        lambda op, *a: op(*a[:8], torch.cat([a[8][:4], torch.zeros_like(a[8][:1]), torch.ones_like(a[8][:1])]), *a[9:]),
-    ),
+    "mask of finish ignored": ("finish", unmasked),
     "mask of act ignored": (
         "act", lambda op, *a: (op(*a[:9], None, None)[0], op(*a)[1]),
     ),
@@ -189,11 +199,20 @@ def on_grid(function):
 @on_grid
 @pytest.mark.parametrize("variant, defect", params(FWD))
 def test_wrong_forward(ops, dtype, kind, case, variant, defect):
-    must_fail(checks.verify_fwd, ops.grouped_conv_fwd, lambda op, *a: keep_layout(defect, op, *a), case, dtype, kind, variant)
+    must_fail(
+        checks.verify_fwd,
+        ops.grouped_conv_fwd,
+        lambda op, *a: keep_layout(defect, op, *a),
+        case,
+        dtype,
+        kind,
+        variant,
+    )
 
 
 def keep_layout(defect, op, *args):
-    """A wrong value must be caught as a wrong value, not by the layout it came in, unless the layout is the defect."""
+    """A wrong value must be caught as a wrong value, not by the layout it came in, unless the layout is the
+    defect."""
     y = defect(op, *args)
     if y.shape == op(*args).shape and not torch.equal(y.nan_to_num(7), op(*args).nan_to_num(7)):
         return like(y)
@@ -240,7 +259,8 @@ def test_one_element_off_by_one_is_seen_in_integers(ops, dtype, case):
 
 @pytest.mark.parametrize("dtype", checks.DTYPES[1:], ids=checks.dtype_name)
 def test_a_second_rounding_is_seen(ops, dtype):
-    """Storing the convolution before adding the residual rounds twice: exact arithmetic on whole numbers tells."""
+    """Storing the convolution before adding the residual rounds twice: exact arithmetic on whole numbers
+    tells."""
     gen = checks.generator("second rounding")
     case = Case(16, 16, 2, 2, 7, 9)
     limit = 10 if dtype == torch.bfloat16 else 35
@@ -269,7 +289,8 @@ def test_statistics_from_sums_of_squares_are_refused():
 
 
 def test_statistics_of_the_unrounded_value_are_refused():
-    """Statistics belong to y as stored; those of the float32 sums before rounding differ visibly in bfloat16."""
+    """Statistics belong to y as stored; those of the float32 sums before rounding differ visibly in
+    bfloat16."""
     y32 = torch.randn(2, 8, 9, 7, generator=checks.generator("unrounded")) + 3
     y = y32.bfloat16()
     with pytest.raises(AssertionError):
