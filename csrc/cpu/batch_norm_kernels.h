@@ -15,6 +15,8 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 namespace batch_norm {
 
+GCONV_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
 // The rows (pixels) of an activation, numbered as if they lay in one line. Where one stride serves all of
 // them no division is needed to find one; slices and expanded tensors mostly keep that property, crops do
 // not.
@@ -45,6 +47,23 @@ class Rows {
     const int64_t line = r / w_;
     return data_ + (line / h_) * n_stride_ + (line % h_) * h_stride_ + (r % w_) * w_stride_;
   }
+
+  // Channel c of ROWS rows from r on, and of those AHEAD rows further: what to fetch while these are worked
+  // on.
+  template <int ROWS>
+  struct Group {
+    T *at[ROWS], *next[ROWS];
+  };
+  template <int ROWS>
+  GCONV_INLINE Group<ROWS> group(int64_t r, int64_t end, int64_t c) const {
+    Group<ROWS> g;
+    for (int i = 0; i < ROWS; ++i) {
+      g.at[i] = row(r + i) + c;
+      g.next[i] = row(std::min(r + i + AHEAD, end - 1)) + c;
+    }
+    return g;
+  }
+  static constexpr int AHEAD = 4;
 
  private:
   T* data_;
@@ -92,11 +111,13 @@ void stats_block(const Rows<T>& x, const float* pivot, int64_t begin, int64_t en
   std::fill(square, square + width, 0.f);
   for_rows(begin, end, [&](int64_t r, auto rows) {
     constexpr int ROWS = decltype(rows)::value;
-    const T* p[ROWS];
-    for (int i = 0; i < ROWS; ++i) p[i] = x.row(r + i) + c0;
+    const auto p = x.template group<ROWS>(r, end, c0);
     for_channels(0, width, [&](int64_t c, int lanes) {
       const Vec at = load_lanes(pivot + c, lanes);
-      const Vec sum = sum_rows<ROWS>([&](int i) { return sub(load_lanes(p[i] + c, lanes), at); });
+      const Vec sum = sum_rows<ROWS>([&](int i) {
+        prefetch(p.next[i] + c);
+        return sub(load_lanes(p.at[i] + c, lanes), at);
+      });
       store_lanes(centre + c, add(load_lanes(centre + c, lanes), sum), lanes);
     });
   });
@@ -165,22 +186,39 @@ void stats(T*, const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
       });
 }
 
+// Stores a vector of an output; `stream` says whether the whole of it goes past the caches.
+template <typename T>
+GCONV_INLINE void write(T* p, Vec v, int lanes, bool stream) {
+  if (stream && lanes == LANES)
+    stream_as(p, v);
+  else
+    store_lanes(p, v, lanes);
+}
+
 template <typename T, bool RESIDUAL, bool RELU>
 void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   const Rows<T> x(p.shape, p.x), residual(p.shape, p.residual), y(p.shape, p.y);
   const float *a = p.affine, *b = p.affine + p.shape.c;
-  const Share share(p.shape.n * p.shape.h * p.shape.w, ith, nth);
+  const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
+  const bool stream = streams<T>(p.y, rows, p.shape.c);
+  const Share share(rows, ith, nth);
   for (int64_t r = share.begin; r < share.end; ++r) {
-    const T* in = x.row(r);
-    const T* more = RESIDUAL ? residual.row(r) : nullptr;
+    const auto in = x.template group<1>(r, share.end, 0);
+    typename Rows<T>::template Group<1> more{};
+    if constexpr (RESIDUAL) more = residual.template group<1>(r, share.end, 0);
     T* out = y.row(r);
     for_channels(0, p.shape.c, [&](int64_t c, int lanes) {
-      Vec v = fma(load_lanes(a + c, lanes), load_lanes(in + c, lanes), load_lanes(b + c, lanes));
-      if constexpr (RESIDUAL) v = add(v, load_lanes(more + c, lanes));
+      prefetch(in.next[0] + c);
+      Vec v = fma(load_lanes(a + c, lanes), load_lanes(in.at[0] + c, lanes), load_lanes(b + c, lanes));
+      if constexpr (RESIDUAL) {
+        prefetch(more.next[0] + c);
+        v = add(v, load_lanes(more.at[0] + c, lanes));
+      }
       if constexpr (RELU) v = relu(v);
-      store_lanes(out + c, v, lanes);
+      write(out + c, v, lanes, stream);
     });
   }
+  if (stream) stream_end();
 }
 
 template <typename T>
@@ -224,18 +262,20 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
           std::fill(block_gx, block_gx + width, 0.f);
           for_rows(r0, std::min(r0 + plan.block_rows, end), [&](int64_t r, auto rows) {
             constexpr int ROWS = decltype(rows)::value;
-            const T *dz_row[ROWS], *x_row[ROWS], *z_row[ROWS];
-            for (int i = 0; i < ROWS; ++i) {
-              dz_row[i] = dz.row(r + i) + c0;
-              x_row[i] = x.row(r + i) + c0;
-              z_row[i] = MASK == Mask::from_z ? z.row(r + i) + c0 : nullptr;
-            }
+            const auto dz_rows = dz.template group<ROWS>(r, end, c0),
+                       x_rows = x.template group<ROWS>(r, end, c0);
+            typename Rows<T>::template Group<ROWS> z_rows{};
+            if constexpr (MASK == Mask::from_z) z_rows = z.template group<ROWS>(r, end, c0);
             for_channels(0, width, [&](int64_t c, int lanes) {
               const Vec centre = load_lanes(mean + c, lanes);
               Vec g[ROWS], gx[ROWS];
               for (int i = 0; i < ROWS; ++i) {
-                const Vec value = load_lanes(x_row[i] + c, lanes);
-                g[i] = masked<MASK>(load_lanes(dz_row[i] + c, lanes), value, z_row[i], a, b, c, lanes);
+                prefetch(dz_rows.next[i] + c);
+                prefetch(x_rows.next[i] + c);
+                if constexpr (MASK == Mask::from_z) prefetch(z_rows.next[i] + c);
+                const Vec value = load_lanes(x_rows.at[i] + c, lanes),
+                          dz_value = load_lanes(dz_rows.at[i] + c, lanes);
+                g[i] = masked<MASK>(dz_value, value, z_rows.at[i], a, b, c, lanes);
                 gx[i] = mul(g[i], sub(value, centre));
               }
               const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
@@ -270,20 +310,28 @@ void bwd_apply_rows(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) 
   const float *slope = p.coef, *tilt = slope + channels, *level = tilt + channels, *mean = level + channels;
   const float* a = MASK == Mask::from_x ? p.affine : nullptr;
   const float* b = MASK == Mask::from_x ? a + channels : nullptr;
-  const Share share(p.shape.n * p.shape.h * p.shape.w, ith, nth);
+  const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
+  const bool stream = streams<T>(p.dx, rows, channels) && (!WANT_G || streams<T>(p.g, rows, channels));
+  const Share share(rows, ith, nth);
   for (int64_t r = share.begin; r < share.end; ++r) {
-    const T *dz_row = dz.row(r), *x_row = x.row(r), *z_row = MASK == Mask::from_z ? z.row(r) : nullptr;
+    const auto dz_row = dz.template group<1>(r, share.end, 0), x_row = x.template group<1>(r, share.end, 0);
+    typename Rows<T>::template Group<1> z_row{};
+    if constexpr (MASK == Mask::from_z) z_row = z.template group<1>(r, share.end, 0);
     T* dx_row = dx.row(r);
     T* g_row = WANT_G ? g_out.row(r) : nullptr;
     for_channels(0, channels, [&](int64_t c, int lanes) {
-      const Vec value = load_lanes(x_row + c, lanes);
-      const Vec g = masked<MASK>(load_lanes(dz_row + c, lanes), value, z_row, a, b, c, lanes);
+      prefetch(dz_row.next[0] + c);
+      prefetch(x_row.next[0] + c);
+      if constexpr (MASK == Mask::from_z) prefetch(z_row.next[0] + c);
+      const Vec value = load_lanes(x_row.at[0] + c, lanes), dz_value = load_lanes(dz_row.at[0] + c, lanes);
+      const Vec g = masked<MASK>(dz_value, value, z_row.at[0], a, b, c, lanes);
       const Vec rest = fma(load_lanes(tilt + c, lanes), sub(value, load_lanes(mean + c, lanes)),
                            load_lanes(level + c, lanes));
-      store_lanes(dx_row + c, fma(load_lanes(slope + c, lanes), g, rest), lanes);
-      if constexpr (WANT_G) store_lanes(g_row + c, g, lanes);
+      write(dx_row + c, fma(load_lanes(slope + c, lanes), g, rest), lanes, stream);
+      if constexpr (WANT_G) write(g_row + c, g, lanes, stream);
     });
   }
+  if (stream) stream_end();
 }
 
 template <typename T, Mask MASK>
