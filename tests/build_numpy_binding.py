@@ -4,6 +4,7 @@ As a program: python tests/build_numpy_binding.py [--sanitize] [--run [pytest op
 tests follow, under AddressSanitizer and UndefinedBehaviorSanitizer if --sanitize is given.
 """
 
+import fcntl
 import importlib.util
 import os
 import shlex
@@ -61,6 +62,12 @@ def build(sanitize=False):
     flags = FLAGS + (SANITIZED if sanitize else OPTIMIZED)
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     command = [*compiler(), *flags, *(f"-I{path}" for path in includes)]
+    with open(folder / "lock", "w") as lock:  # two test runs in one checkout take turns
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_in(folder, command, flags, sources)
+
+
+def build_in(folder, command, flags, sources):
     target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     note = folder / "command.txt"
     if not note.exists() or note.read_text() != " ".join(command):
