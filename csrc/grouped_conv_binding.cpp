@@ -30,8 +30,8 @@ struct Geometry {
   // The shape of a convolution of [n, c, h, w] with a weight [k, c/groups, 3, 3].
   GroupedConvShape shape(int64_t n, int64_t c, int64_t h, int64_t w, const Shape& weight) const {
     check_pair(op, "stride", stride, 1, 2);
-    check_pair(op, "padding", padding, 0, 2);
     check_pair(op, "dilation", dilation, 1, INT32_MAX);
+    check_pair(op, "padding", padding, 0, 2 * std::min(dilation[0], dilation[1]));
     check(groups >= 1 && c % groups == 0, op, ": groups: want a divisor of the ", c, " input channels, got ",
           groups);
     const int64_t k = weight.size[0];
@@ -67,6 +67,20 @@ Tensor activation(const char* op, const char* name, const Tensor& t, ScalarType 
   return channels_adjacent(t);
 }
 
+bool is_channels_last(const Tensor& w) {
+  return w.stride(0) == w.size(1) * 9 && w.stride(1) == 1 && w.stride(2) == 3 * w.size(1) &&
+         w.stride(3) == w.size(1);
+}
+
+WeightLayout weight_layout(int64_t channels, bool channels_last) {
+  return channels_last ? WeightLayout{1, channels} : WeightLayout{9, 1};
+}
+
+// weight itself in either of torch's two layouts, else a contiguous copy.
+Tensor dense_weight(const Tensor& weight) {
+  return is_channels_last(weight) ? weight : torch::stable::contiguous(weight);
+}
+
 Tensor workspace_floats(int64_t floats, const Tensor& like) { return empty_floats({floats}, like); }
 
 // What a convolution costs, in the elements that run_stage counts.
@@ -89,10 +103,11 @@ struct Forward {
     const GroupedConvShape& s = p.shape;
     check_tensor(op, "weight", weight, x.scalar_type(), shape_of(weight));
     x = channels_adjacent(x);
-    weight = torch::stable::contiguous(weight);
+    weight = dense_weight(weight);
     y = empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
     p.x = view_of(x);
     p.weight = weight.const_data_ptr();
+    p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
     p.act = channel_floats(op, "act", act, {2, s.c});
     p.y = writable_view_of(y);
   }
@@ -160,9 +175,10 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
   const Shape output{s.n, s.k, s.oh, s.ow};
   check_tensor(op, "weight", weight, type, shape_of(weight));
   const Tensor gradient = activation(op, "dy", dy, type, output);
-  const Tensor filters = torch::stable::contiguous(weight);
+  const Tensor filters = dense_weight(weight);
   p.dy = view_of(gradient);
   p.weight = filters.const_data_ptr();
+  p.layout = weight_layout(s.c / s.groups, is_channels_last(filters));
   p.finish = finish_floats(op, finish, y, s.k);
   Tensor raw_output, raw_input;
   if (y.has_value()) {
@@ -190,7 +206,8 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
 
 Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_size, Ints stride, Ints padding,
                                Ints dilation, int64_t groups, const OptionalTensor& y,
-                               const OptionalTensor& finish, const OptionalTensor& act) {
+                               const OptionalTensor& finish, const OptionalTensor& act,
+                               bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
   GroupedConvBwdWeightParams p{};
   p.dtype = activation_dtype(op, "x", x);
@@ -212,8 +229,10 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_si
     p.y = view_of(raw_output);
   }
   p.act = channel_floats(op, "act", act, {2, s.c});
-  Tensor dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device());
+  Tensor dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
+                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   p.dweight = dweight.mutable_data_ptr();
+  p.layout = weight_layout(s.c / s.groups, channels_last);
   const Tensor workspace = workspace_floats(grouped_conv_bwd_weight_workspace(p), x);
   p.workspace = floats_of(workspace);
   run_stage(grouped_conv_bwd_weight_cpu, p, work_of(s));
@@ -238,7 +257,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "Tensor? act) -> (Tensor dx, Tensor sums)");
   m.def(
       "grouped_conv_bwd_weight(Tensor dy, Tensor x, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act) -> Tensor");
+      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act, "
+      "bool channels_last=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {

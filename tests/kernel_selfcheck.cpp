@@ -162,7 +162,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
   Stored out(dtype, static_cast<int64_t>(y.size()));
   GroupedConvFwdParams f{};
   f.shape = s, f.dtype = dtype, f.isa = isa;
-  f.x = xs.view(s.h, s.w, s.c), f.weight = ws.bytes.data(), f.y = out.view(s.oh, s.ow, s.k);
+  f.x = xs.view(s.h, s.w, s.c), f.weight = ws.bytes.data(), f.layout = {9, 1}, f.y = out.view(s.oh, s.ow, s.k);
   f.act = act_floats.data(), f.affine = affine_floats.data();
   f.residual = ys.view(s.oh, s.ow, s.k), f.relu = true;
   const Workspace forward(grouped_conv_fwd_workspace(f));
@@ -175,7 +175,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
   GroupedConvBwdInputParams b{};
   b.shape = s, b.dtype = dtype, b.isa = isa;
   b.dy = dys.view(s.oh, s.ow, s.k), b.y = ys.view(s.oh, s.ow, s.k), b.finish = finish_floats.data();
-  b.weight = ws.bytes.data(), b.dx = dx.view(s.h, s.w, s.c);
+  b.weight = ws.bytes.data(), b.layout = {9, 1}, b.dx = dx.view(s.h, s.w, s.c);
   const Workspace input(grouped_conv_bwd_input_workspace(b));
   b.workspace = input.data;
   stage(grouped_conv_bwd_input_pack_cpu, b);
@@ -185,7 +185,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
   Stored dw(dtype, static_cast<int64_t>(w.size()));
   GroupedConvBwdWeightParams d{};
   d.shape = s, d.dtype = dtype, d.isa = isa;
-  d.dy = b.dy, d.y = b.y, d.finish = b.finish, d.x = f.x, d.act = f.act, d.dweight = dw.bytes.data();
+  d.dy = b.dy, d.y = b.y, d.finish = b.finish, d.x = f.x, d.act = f.act, d.dweight = dw.bytes.data(), d.layout = {9, 1};
   const Workspace weight(grouped_conv_bwd_weight_workspace(d));
   d.workspace = weight.data;
   stage(grouped_conv_bwd_weight_cpu, d);

@@ -124,6 +124,7 @@ void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
   p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
   p.x = run.activation("x", x, in_shape(s));
   p.weight = run.contiguous("weight", weight, weight_size(s));
+  p.layout = {9, 1};
   p.act = floats("act", act, 2 * s.c);
   p.affine = floats("affine", affine, 2 * s.k);
   p.residual = run.activation("residual", residual, out_shape(s));
@@ -148,6 +149,7 @@ void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pai
   p.y = run.activation("y", y, out_shape(s));
   p.finish = floats("finish", finish, 6 * s.k);
   p.weight = run.contiguous("weight", weight, weight_size(s));
+  p.layout = {9, 1};
   p.x = run.activation("x", x, in_shape(s));
   p.act = floats("act", act, 4 * s.c);
   p.dx = run.activation("dx", dx, in_shape(s));
@@ -171,6 +173,7 @@ void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pa
   p.x = run.activation("x", x, in_shape(s));
   p.act = floats("act", act, 2 * s.c);
   p.dweight = run.contiguous("dweight", dweight, weight_size(s));
+  p.layout = {9, 1};
   const Workspace workspace(grouped_conv_bwd_weight_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_bwd_weight_cpu, p);

@@ -20,6 +20,11 @@ const BatchNormTable& table(Isa isa) {
   return batch_norm_portable;
 }
 
+// A sum and what it lacks; beside an infinity the latter is NaN and means nothing.
+double compensated(float high, float low) {
+  return std::isfinite(high) ? static_cast<double>(high) + low : high;
+}
+
 }  // namespace
 
 int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p) {
@@ -65,7 +70,7 @@ void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nt
 }
 
 int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p) {
-  return BatchNormSlabs(p.shape).slabs * 2 * p.shape.c;
+  return BatchNormSlabs(p.shape).slabs * 4 * p.shape.c;
 }
 
 void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
@@ -78,9 +83,9 @@ void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t 
   for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
     double sum_g = 0, sum_gx = 0;
     for (int64_t s = 0; s < plan.slabs; ++s) {
-      const float* partial = p.workspace + s * 2 * channels + c;
-      sum_g += partial[0];
-      sum_gx += partial[channels];
+      const float* partial = p.workspace + s * 4 * channels + c;
+      sum_g += compensated(partial[0], partial[channels]);
+      sum_gx += compensated(partial[2 * channels], partial[3 * channels]);
     }
     const double rstd = p.rstd[c], scale = (p.gamma ? p.gamma[c] : 1.0) * rstd;
     const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);

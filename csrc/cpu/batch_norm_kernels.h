@@ -242,28 +242,38 @@ GCONV_INLINE Vec masked(Vec dz, Vec x, const T* z, const float* a, const float* 
     return dz;
 }
 
+// Adds b to the sum held in high + low without loss (Knuth's two-sum).
+GCONV_INLINE void add_exactly(float* high, float* low, Vec b, int lanes) {
+  const Vec a = load_lanes(high, lanes), sum = add(a, b), b_seen = sub(sum, a);
+  const Vec lost = add(sub(a, sub(sum, b_seen)), sub(b, b_seen));
+  store_lanes(high, sum, lanes);
+  store_lanes(low, add(load_lanes(low, lanes), lost), lanes);
+}
+
 template <typename T, Mask MASK>
 void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  constexpr int64_t BLOCK_ROWS = 64;  // summed in plain float32
   const Rows<T> dz(p.shape, p.dz), x(p.shape, p.x), z(p.shape, p.z);
+  const int64_t channels = p.shape.c;
   for_slabs(
-      p.shape, ith, nth,
-      [&](const BatchNormSlabs& plan, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+      p.shape, ith, nth, [&](const auto&, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
         alignas(64) float block_g[PANEL], block_gx[PANEL];
         const int64_t width = c1 - c0;
         const float* mean = p.mean + c0;
         const float* a = MASK == Mask::from_x ? p.affine + c0 : nullptr;
-        const float* b = MASK == Mask::from_x ? a + p.shape.c : nullptr;
-        float* sum_g = p.workspace + slab * 2 * p.shape.c + c0;
-        float* sum_gx = sum_g + p.shape.c;
-        std::fill(sum_g, sum_g + width, 0.f);
-        std::fill(sum_gx, sum_gx + width, 0.f);
-        for (int64_t r0 = begin; r0 < end; r0 += plan.block_rows) {
+        const float* b = MASK == Mask::from_x ? a + channels : nullptr;
+        float* sums[4];
+        for (int i = 0; i < 4; ++i) {
+          sums[i] = p.workspace + (slab * 4 + i) * channels + c0;
+          std::fill(sums[i], sums[i] + width, 0.f);
+        }
+        for (int64_t block = begin; block < end; block += BLOCK_ROWS) {
           std::fill(block_g, block_g + width, 0.f);
           std::fill(block_gx, block_gx + width, 0.f);
-          for_rows(r0, std::min(r0 + plan.block_rows, end), [&](int64_t r, auto rows) {
+          for_rows(block, std::min(block + BLOCK_ROWS, end), [&](int64_t r, auto rows) {
             constexpr int ROWS = decltype(rows)::value;
-            const auto dz_rows = dz.template group<ROWS>(r, end, c0),
-                       x_rows = x.template group<ROWS>(r, end, c0);
+            const auto dz_rows = dz.template group<ROWS>(r, end, c0);
+            const auto x_rows = x.template group<ROWS>(r, end, c0);
             typename Rows<T>::template Group<ROWS> z_rows{};
             if constexpr (MASK == Mask::from_z) z_rows = z.template group<ROWS>(r, end, c0);
             for_channels(0, width, [&](int64_t c, int lanes) {
@@ -273,9 +283,9 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
                 prefetch(dz_rows.next[i] + c);
                 prefetch(x_rows.next[i] + c);
                 if constexpr (MASK == Mask::from_z) prefetch(z_rows.next[i] + c);
-                const Vec value = load_lanes(x_rows.at[i] + c, lanes),
-                          dz_value = load_lanes(dz_rows.at[i] + c, lanes);
-                g[i] = masked<MASK>(dz_value, value, z_rows.at[i], a, b, c, lanes);
+                const Vec value = load_lanes(x_rows.at[i] + c, lanes);
+                g[i] =
+                    masked<MASK>(load_lanes(dz_rows.at[i] + c, lanes), value, z_rows.at[i], a, b, c, lanes);
                 gx[i] = mul(g[i], sub(value, centre));
               }
               const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
@@ -285,9 +295,8 @@ void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nt
             });
           });
           for_channels(0, width, [&](int64_t c, int lanes) {
-            store_lanes(sum_g + c, add(load_lanes(sum_g + c, lanes), load_lanes(block_g + c, lanes)), lanes);
-            store_lanes(sum_gx + c, add(load_lanes(sum_gx + c, lanes), load_lanes(block_gx + c, lanes)),
-                        lanes);
+            add_exactly(sums[0] + c, sums[1] + c, load_lanes(block_g + c, lanes), lanes);
+            add_exactly(sums[2] + c, sums[3] + c, load_lanes(block_gx + c, lanes), lanes);
           });
         }
       });

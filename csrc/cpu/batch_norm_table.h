@@ -26,12 +26,13 @@ struct BatchNormSlabs {
   int64_t rows_of(int64_t slab) const { return std::min(slab_rows, rows - slab * slab_rows); }
 };
 
-// The passes as one instruction set provides them. A slab's two partial results lie in workspace as
-// [slabs][2][C].
+// The passes as one instruction set provides them. The partial results of stats lie in workspace as
+// [slabs][2][C], mean and M2 of x - pivot, followed by the pivot [C]; those of bwd_reduce as [slabs][4][C],
+// sum g and sum g*(x - mean), each a float32 and what it lacks.
 struct BatchNormTable {
   void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);  // mean, M2
   void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
-  void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);  // sum g, sum g*(x - mean)
+  void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);
   void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
 };
 

@@ -70,39 +70,41 @@ GCONV_INLINE float scalar_at(const float* p) { return *p; }
 // [K, C/groups, 3, 3] to [vector][source channel][3][3][LANES]; for the input gradient the roles of the
 // channels are exchanged and the taps mirrored. Lanes past the tail get weight 0.
 template <typename T>
-void pack_weight(const Pass& p, const T* weight, float* packed, int64_t ith, int64_t nth) {
-  const int64_t per_output = p.source_per_group * 9, per_group = p.output_per_group * per_output;
+void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
+                 int64_t nth) {
+  const int64_t terms = p.source_per_group * 9;
+  const int64_t kernel = 9 * (p.transposed ? p.output_per_group : p.source_per_group);
   const Share share(p.vectors(), ith, nth);
   for (int64_t v = share.begin; v < share.end; ++v) {
-    float* out = packed + v * per_output * LANES;
     for (int64_t l = 0; l < LANES; ++l) {
       const int64_t channel = v * LANES + l;
+      float* out = packed + v * terms * LANES + l;
       if (channel >= p.output_channels()) {
-        for (int64_t i = 0; i < per_output; ++i) out[i * LANES + l] = 0;
-      } else if (!p.transposed) {
-        const T* from = weight + channel * per_output;
-        for (int64_t i = 0; i < per_output; ++i) out[i * LANES + l] = scalar_at(from + i);
-      } else {
-        const int64_t group = channel / p.output_per_group, within = channel % p.output_per_group;
-        const T* from = weight + group * per_group + within * 9;
-        for (int64_t k = 0; k < p.source_per_group; ++k)
-          for (int64_t t = 0; t < 9; ++t)
-            out[(k * 9 + t) * LANES + l] = scalar_at(from + k * p.output_per_group * 9 + 8 - t);
+        for (int64_t i = 0; i < terms; ++i) out[i * LANES] = 0;
+        continue;
       }
+      const int64_t group = channel / p.output_per_group, within = channel % p.output_per_group;
+      const T* from = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+                                   : weight + channel * kernel;
+      const int64_t step = p.transposed ? kernel : layout.stride_c;
+      for (int64_t c = 0; c < p.source_per_group; ++c, from += step, out += 9 * LANES)
+        for (int64_t t = 0; t < 9; ++t)
+          out[t * LANES] = scalar_at(from + (p.transposed ? 8 - t : t) * layout.stride_tap);
     }
   }
 }
 
-inline void pack_pass(const Pass& p, const void* weight, float* packed, int64_t ith, int64_t nth) {
+inline void pack_pass(const Pass& p, const void* weight, WeightLayout layout, float* packed, int64_t ith,
+                      int64_t nth) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    pack_weight(p, static_cast<const T*>(weight), packed, ith, nth);
+    pack_weight(p, static_cast<const T*>(weight), layout, packed, ith, nth);
   });
 }
 
 int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
-  pack_pass(plan_forward(q), q.weight, q.workspace, ith, nth);
+  pack_pass(plan_forward(q), q.weight, q.layout, q.workspace, ith, nth);
 }
 void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
 
@@ -132,7 +134,7 @@ int64_t bwd_input_workspace(const GroupedConvBwdInputParams& q) {
   return pass_floats(plan_input_gradient(q));
 }
 void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
-  pack_pass(plan_input_gradient(q), q.weight, q.workspace, ith, nth);
+  pack_pass(plan_input_gradient(q), q.weight, q.layout, q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   run_pass(plan_input_gradient(q), ith, nth);

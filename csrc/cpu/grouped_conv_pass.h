@@ -40,22 +40,28 @@ struct TileArgs {
 // Weights lie [vector][channel][3][3][LANES].
 constexpr int WEIGHTS_PER_CHANNEL = 9 * LANES;
 
-// Calls channel(source, weights, part) for every source channel of a packed row, in order.
-template <Fetch FETCH, typename Channel>
-GCONV_INLINE void each_channel(const TileArgs& a, const float* block, const float* w,
-                               const Channel& channel) {
-  constexpr int PER_BLOCK = block_channels(FETCH);
-  for (int c0 = 0; c0 < a.channels; c0 += PER_BLOCK, block += a.block) {
-    const int here = std::min(PER_BLOCK, a.channels - c0);
-    if constexpr (FETCH == Fetch::broadcast) {
-      for (int c = 0; c < here; ++c, w += WEIGHTS_PER_CHANNEL)
-        channel(block + c, w, std::integral_constant<int, 0>());
-    } else {
-      channel(block, w, std::integral_constant<int, 0>());
-      w += WEIGHTS_PER_CHANNEL;
-      if (here == 1) continue;
-      channel(block, w, std::integral_constant<int, 1>());
-      w += WEIGHTS_PER_CHANNEL;
+// Calls channel(source, weights, part) for every source channel of a row of taps, in order, and flush()
+// after each partial sum. One float32 sum over all terms of a wide group would lose digits that blocked
+// matrix products keep; a narrow group has too few terms to matter.
+template <Fetch FETCH, typename Channel, typename Flush>
+GCONV_INLINE void each_channel(const TileArgs& a, const Channel& channel, const Flush& flush) {
+  constexpr int PER_BLOCK = block_channels(FETCH), PARTIAL = 64, NARROW = 24;
+  for (int r = 0; r < a.rows; ++r) {
+    const float* block = a.source[r];
+    const float* w = a.weight[r];
+    for (int c0 = 0; c0 < a.channels; c0 += PER_BLOCK, block += a.block) {
+      if (a.channels > NARROW && c0 % PARTIAL == 0 && r + c0 > 0) flush();
+      const int here = std::min(PER_BLOCK, a.channels - c0);
+      if constexpr (FETCH == Fetch::broadcast) {
+        for (int c = 0; c < here; ++c, w += WEIGHTS_PER_CHANNEL)
+          channel(block + c, w, std::integral_constant<int, 0>());
+      } else {
+        channel(block, w, std::integral_constant<int, 0>());
+        w += WEIGHTS_PER_CHANNEL;
+        if (here == 1) continue;
+        channel(block, w, std::integral_constant<int, 1>());
+        w += WEIGHTS_PER_CHANNEL;
+      }
     }
   }
 }
@@ -94,12 +100,21 @@ void tile_shared(const TileArgs& a) {
       }
     }
   };
-  for (int r = 0; r < a.rows; ++r) each_channel<FETCH>(a, a.source[r], a.weight[r], channel);
-  GCONV_UNROLL
-  for (int v = 0; v < VECTORS; ++v) {
+  bool flushed = false;
+  const auto flush = [&]() GCONV_LAMBDA {
     GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) store(a.out + v * a.out_pair + p * a.out_step, acc[v][p]);
-  }
+    for (int v = 0; v < VECTORS; ++v) {
+      GCONV_UNROLL
+      for (int p = 0; p < PIXELS; ++p) {
+        float* out = a.out + v * a.out_pair + p * a.out_step;
+        store(out, flushed ? add(load(out), acc[v][p]) : acc[v][p]);
+        acc[v][p] = zero();
+      }
+    }
+    flushed = true;
+  };
+  each_channel<FETCH>(a, channel, flush);
+  flush();
 }
 
 // Taps at any distance (dilation): one fetch per pixel and tap.
@@ -118,9 +133,18 @@ void tile_scattered(const TileArgs& a) {
         acc[p] = fma(fetch_part<FETCH, PART>(column + p * a.step * LANES), weight, acc[p]);
     }
   };
-  for (int r = 0; r < a.rows; ++r) each_channel<FETCH>(a, a.source[r], a.weight[r], channel);
-  GCONV_UNROLL
-  for (int p = 0; p < PIXELS; ++p) store(a.out + p * a.out_step, acc[p]);
+  bool flushed = false;
+  const auto flush = [&]() GCONV_LAMBDA {
+    GCONV_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
+      float* out = a.out + p * a.out_step;
+      store(out, flushed ? add(load(out), acc[p]) : acc[p]);
+      acc[p] = zero();
+    }
+    flushed = true;
+  };
+  each_channel<FETCH>(a, channel, flush);
+  flush();
 }
 
 using TileFunction = void (*)(const TileArgs&);

@@ -23,6 +23,7 @@ struct WgradPass {
   int64_t source_per_group, output_per_group;
   RowSource x, dy;
   void* dweight;
+  WeightLayout layout;
   float* partials;  // [splits][vectors][source_per_group][9][LANES]
   int64_t splits, chunk;
   int64_t first_column, columns;  // packed columns of x
@@ -322,9 +323,13 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.x = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.dweight = q.dweight;
+  p.layout = q.layout;
   p.partials = q.workspace;
   p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
-  p.splits = std::max<int64_t>(1, std::min(s.n, 32 / p.chunks()));
+  // More splits than the pixels are worth would move more partial results than input.
+  const int64_t inputs = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k);
+  const int64_t worth = inputs / (2 * p.vectors() * p.vector_floats());
+  p.splits = std::max<int64_t>(1, std::min({s.n, 32 / p.chunks(), worth}));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
   return p;
@@ -341,7 +346,7 @@ inline void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   });
 }
 
-// Sums the splits in order and writes [K, C/groups, 3, 3].
+// Sums the splits in order and writes dweight.
 inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const Share share(p.vectors(), ith, nth);
@@ -356,7 +361,8 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
           sum = add(sum, load(p.partials + ((split * p.vectors() + v) * terms + i) * LANES));
         T lane[LANES];
         store_as(lane, sum);
-        for (int64_t l = 0; l < lanes; ++l) out[l * terms + i] = lane[l];
+        T* at = out + i / 9 * p.layout.stride_c + i % 9 * p.layout.stride_tap;
+        for (int64_t l = 0; l < lanes; ++l) at[l * terms] = lane[l];
       }
     }
   });
