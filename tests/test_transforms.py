@@ -171,8 +171,9 @@ def samples(ops):
             (dy, weight, list(INPUT), *conv, y, finish, x, act4),
         ],
         "grouped_conv_bwd_weight": [
-            (dy, x, list(WEIGHT), *conv, None, None, None),
-            (dy, x, list(WEIGHT), *conv, y, finish, act),
+            (dy, x, list(WEIGHT), *conv, None, None, None, False),
+            (dy, x, list(WEIGHT), *conv, None, None, None, True),
+            (dy, x, list(WEIGHT), *conv, y, finish, act, False),
         ],
         "batch_norm_stats": [(y,)],
         "batch_norm_fold": [(mean, var, gamma, beta, 1e-3), (mean, var, None, None, 1e-3)],
@@ -192,7 +193,7 @@ def samples(ops):
 
 CASES = [(name, i) for name, i in (
     ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
-    ("grouped_conv_bwd_weight", 2), ("batch_norm_stats", 1), ("batch_norm_fold", 2), ("batch_norm_apply", 2),
+    ("grouped_conv_bwd_weight", 3), ("batch_norm_stats", 1), ("batch_norm_fold", 2), ("batch_norm_apply", 2),
     ("batch_norm_bwd_reduce", 3), ("batch_norm_bwd_apply", 2),
 )]  # fmt: skip
 ALL_CASES = [(name, i) for name, count in CASES for i in range(count)]
