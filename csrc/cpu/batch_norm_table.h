@@ -30,7 +30,7 @@ struct BatchNormSlabs {
 // [slabs][2][C], mean and M2 of x - pivot, followed by the pivot [C]; those of bwd_reduce as [slabs][4][C],
 // sum g and sum g*(x - mean), each a float32 and what it lacks.
 struct BatchNormTable {
-  void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);  // mean, M2
+  void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);
   void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
   void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);
   void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
