@@ -376,4 +376,6 @@ def test_gradcheck_would_notice(reference_ops, monkeypatch):
     x, weight = doubles((1, 2, 3, 3), (2, 1, 3, 3))
     conf = ((1, 1), (1, 1), (1, 1), 2)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        check_both_orders(lambda *xw: conv_module.conv_apply(*xw, None, None, None, False, *conf), [x, weight])
+        check_both_orders(
+            lambda *xw: conv_module.conv_apply(*xw, None, None, None, False, *conf), [x, weight]
+        )
