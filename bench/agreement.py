@@ -2,10 +2,10 @@
 
 Two right implementations of a ReLU network drift apart: rounding decides the side of the ReLU's kink where
 its input is next to 0, one such element moves a gradient by up to a percent, and every step builds on the
-last. How far is not a constant, so it is measured: stock torch.nn runs in both memory layouts, which differ by
-rounding and nothing else, and gconv may stray from stock by a few times what stock strays from itself. What
-drift would hide is checked where there is none: the first loss, the gradients of the initial network and the
-predictions of the trained one, against float64 on the same weights.
+last. How far is not a constant, so it is measured: stock torch.nn runs in both memory layouts, which
+differ by rounding and nothing else, and gconv may stray from stock by a few times what stock strays from
+itself. What drift would hide is checked where there is none: the first loss, the gradients of an untrained
+network and the predictions of the trained one, against float64 on the same weights.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def check_gradients(stock: nn.Module, ours: nn.Module, x: Tensor, y: Tensor) -> 
     error, name = _worst(_gradients(_in(ours, layouts[1]), x.contiguous(memory_format=layouts[1]), y), exact)
     allowed = FACTOR * own + KINK
     text = (
-        f"gradients of the initial network: relative error {error:.1e} ({name}), stock's own {own:.1e}, "
+        f"gradients of the untrained network: relative error {error:.1e} ({name}), stock's own {own:.1e}, "
         f"{allowed:.1e} allowed"
     )
     return Check("gradients", error <= allowed, text)

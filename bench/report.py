@@ -83,8 +83,8 @@ def _headlines(layers: Run | None, training: Training | None) -> list[dict]:
             text = (
                 f"Training: {training.checks[0].text}. Test accuracy {100 * best.accuracy[-1]:.2f} % with "
                 f"stock torch.nn, {100 * ours.accuracy[-1]:.2f} % with gconv; {best.epoch_seconds:.2f} s per "
-                f"epoch with stock ({best.layout}, its faster layout), {ours.epoch_seconds:.2f} s with gconv: "
-                f"{best.epoch_seconds / ours.epoch_seconds:.2f}×."
+                f"epoch with stock ({best.layout}, its faster layout), {ours.epoch_seconds:.2f} s with "
+                f"gconv: {best.epoch_seconds / ours.epoch_seconds:.2f}×."
             )
             lines.append({"ok": True, "text": text})
     if layers:

@@ -164,7 +164,7 @@ def contestants() -> list[Contestant]:
 
 
 def _models(seed: int) -> tuple[nn.Module, nn.Module]:
-    """Stock and gconv with the weights that every contestant starts from."""
+    """Stock and gconv with equal random weights and no residual branch at zero: every gradient counts."""
     from gconv.models.resnet import resnext_digits
 
     pair = []
