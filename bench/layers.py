@@ -22,9 +22,9 @@ __all__ = ["DTYPES", "MODES", "Options", "Run", "run"]
 MODES = ("inference", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COLUMNS = (
-    ("layer", "left"), ("shape", "left"), ("mode", "left"), ("match", "right"), ("gconv ms", "right"),
-    ("best other ms", "right"), ("of", "left"), ("speedup", "right"), ("95 %", "right"), ("GFLOP/s", "right"),
-    ("GB/s", "right"), ("% roof", "right"),
+    ("layer", "left", 5), ("shape", "left", 33), ("mode", "left", 9), ("match", "right", 7),
+    ("gconv ms", "right", 8), ("best other ms", "right", 13), ("of", "left", 19), ("speed-up", "right", 8),
+    ("95 %", "right", 11), ("GFLOP/s", "right", 7), ("GB/s", "right", 5), ("% roof", "right", 6),
 )  # fmt: skip
 
 

@@ -60,17 +60,17 @@ def say(text: str = "", mood: str = "") -> None:
 class Screen:
     """`with Screen(title, columns, total) as screen:` then `step`, `tick`, `row`.
 
-    columns: (heading, "left" | "right") pairs; `total`: how many rows or epochs the overall bar counts.
+    columns: (heading, "left" | "right", width) with the width that plain lines are aligned to; total: how many
+    rows or epochs the overall bar counts.
     """
 
-    def __init__(self, title: str, columns: Sequence[tuple[str, str]], total: int, unit: str = "rows"):
-        self.title, self.columns, self.total, self.unit = title, list(columns), total, unit
+    def __init__(self, title: str, columns: Sequence[tuple], total: int, unit: str = "rows"):
+        self.title, self.columns, self.total, self.unit = title, columns, total, unit
         console = _console()
         self.console = console if console and console.is_terminal else None
         self.done = 0
         self.live = None
         self._drawn = self._said = 0.0
-        self._widths = [len(heading) for heading, _ in self.columns]
         self._began = time.perf_counter()
 
     def __enter__(self) -> Screen:
@@ -80,7 +80,7 @@ class Screen:
         self.table = Table(
             title=self.title, title_justify="left", title_style="bold", expand=False, pad_edge=False
         )
-        for heading, justify in self.columns:
+        for heading, justify, _ in self.columns:
             self.table.add_column(heading, justify=justify, no_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}", justify="left"),
@@ -140,13 +140,12 @@ class Screen:
             self._draw(force=True)
             return
         if self.done == 1:
-            self._widths = [max(w, len(c)) + 1 for w, c in zip(self._widths, cells)]
-            self._print([heading for heading, _ in self.columns])
+            self._print([heading for heading, _, _ in self.columns])
         self._print(cells)
 
     def _print(self, cells: Sequence[str]) -> None:
         aligned = [
-            str(c).rjust(w) if justify == "right" else str(c).ljust(w)
-            for c, w, (_, justify) in zip(cells, self._widths, self.columns)
+            str(c).rjust(width) if justify == "right" else str(c).ljust(width)
+            for c, (_, justify, width) in zip(cells, self.columns)
         ]
-        print(" ".join(aligned).rstrip(), flush=True)
+        print("  ".join(aligned).rstrip(), flush=True)

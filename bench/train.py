@@ -179,8 +179,8 @@ def run(options: Options) -> Training:
     everyone = contestants()
     threads = options.threads or torch.get_num_threads()
     columns = (
-        ("epoch", "right"), ("contestant", "left"), ("layout", "left"), ("mean loss", "right"),
-        ("test accuracy", "right"), ("seconds", "right"), ("from stock NCHW", "right"),
+        ("epoch", "right", 5), ("contestant", "left", 14), ("layout", "left", 13), ("mean loss", "right", 9),
+        ("test accuracy", "right", 13), ("seconds", "right", 7), ("from stock NCHW", "right", 15),
     )  # fmt: skip
     title = (
         f"ResNeXt on 1,797 digits at 32×32, {options.epochs} epochs, batch {options.batch}, Adam, "
