@@ -489,6 +489,12 @@ def _grid():
         Case(*width, 1, 10, 30)
         for width in ((1, 1, 32), (4, 4, 32), (8, 8, 8), (16, 16, 4), (32, 32, 2), (64, 64, 1))
     ]
+    # Padding as wide as dilated taps reach.
+    cases += [
+        Case(4, 4, 8, 1, 9, 11, (1, 1), (3, 3), (3, 3)),
+        Case(8, 8, 2, 1, 10, 8, (2, 2), (4, 4), (2, 2)),
+        Case(5, 3, 2, 2, 6, 7, (1, 2), (3, 4), (2, 2)),
+    ]
     return tuple(cases)
 
 

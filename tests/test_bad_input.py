@@ -546,6 +546,9 @@ def test_ops_take_a_largest_dilation(ops):
     """A dilation at the end of its range with the padding to match is still an empty output, computed without
     overflow."""
     for dilation in (2**31 - 1, 2**30):
+        with pytest.raises(REFUSALS):  # an output of 2^64 pixels
+            padding = [2 * dilation, 2 * dilation]
+            ops.grouped_conv_fwd(X, W, [1, 1], padding, [dilation] * 2, 4, None, None, None, False)
         refused(
             lambda d=dilation: ops.grouped_conv_fwd(X, W, [1, 1], [2, 2], [d, d], 4, None, None, None, False),
             "grouped_conv_fwd",
