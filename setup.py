@@ -32,6 +32,7 @@ COMPILE_ARGS = [
     "-fvisibility-inlines-hidden",
     "-g0",
     "-Wall",
+    "-Wno-unknown-warning-option",  # clang does not know the next one
     "-Wno-maybe-uninitialized",  # GCC's own AVX-512 header names registers it leaves undefined
     f"-DTORCH_TARGET_VERSION={MIN_TORCH}",
 ]  # no -march: translation units for one instruction set carry their own target pragmas

@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "gconv_kernels_numpy"
-FLAGS = [
+FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # as in setup.py
     "-std=c++20",
     "-fPIC",
     "-pthread",
