@@ -19,13 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "gconv_kernels_numpy"
 FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # as in setup.py
-    "-std=c++20",
-    "-fPIC",
-    "-pthread",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-maybe-uninitialized",
-]
 OPTIMIZED = ["-O3"]
 SANITIZED = [
     "-O1",
