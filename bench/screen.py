@@ -60,8 +60,8 @@ def say(text: str = "", mood: str = "") -> None:
 class Screen:
     """`with Screen(title, columns, total) as screen:` then `step`, `tick`, `row`.
 
-    columns: (heading, "left" | "right", width) with the width that plain lines are aligned to; total: how many
-    rows or epochs the overall bar counts.
+    columns: (heading, "left" | "right", width) with the width that plain lines are aligned to; total: how
+    many rows or epochs the overall bar counts.
     """
 
     def __init__(self, title: str, columns: Sequence[tuple], total: int, unit: str = "rows"):
