@@ -45,7 +45,8 @@ constexpr int WEIGHTS_PER_CHANNEL = 9 * LANES;
 // matrix products keep; a narrow group has too few terms to matter.
 template <Fetch FETCH, typename Channel, typename Flush>
 GCONV_INLINE void each_channel(const TileArgs& a, const Channel& channel, const Flush& flush) {
-  constexpr int PER_BLOCK = block_channels(FETCH), PARTIAL = 64, NARROW = 24;
+  constexpr int PER_BLOCK = block_channels(FETCH), PARTIAL = 64;
+  constexpr int NARROW = LANES == 4 ? 8 : 24;  // without fused multiply-add every product is rounded too
   for (int r = 0; r < a.rows; ++r) {
     const float* block = a.source[r];
     const float* w = a.weight[r];
@@ -339,7 +340,7 @@ struct RowResult {
 
 // g = dx where the prologue's ReLU passed, and the sums of g and g*xhat.
 template <typename T>
-void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
+void finish_input_gradient(const Pass& p, const RowResult& r, CompensatedSum (*sums)[2]) {
   constexpr int64_t PIXELS = 8;  // whose channels are finished together: they share pages, and the sums stay
   const int64_t channels = p.output_channels(), width = p.output_w;
   const int64_t out_step = p.output.stride_w, x_step = p.mask_x.stride_w;
@@ -355,7 +356,7 @@ void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
       T* out = r.output<T>(p) + v * LANES + w0 * out_step;
       const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel) + w0 * x_step;
       const float* row = r.row + v * r.row_floats;
-      Vec sum = sums[v][0], sum_xhat = sums[v][1];
+      Vec sum = zero(), sum_xhat = zero();
       for (int64_t w = w0; w < end; ++w, out += out_step, x += x_step) {
         const Vec raw = load_lanes(x, lanes);
         const Vec g = rounded_to(x, relu_mask(load(row + w * LANES), fma(a, raw, b)));
@@ -366,8 +367,8 @@ void finish_input_gradient(const Pass& p, const RowResult& r, Vec (*sums)[2]) {
         sum = add(sum, g);
         sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
       }
-      sums[v][0] = sum;
-      sums[v][1] = sum_xhat;
+      sums[v][0].add(sum);
+      sums[v][1].add(sum_xhat);
     }
 }
 
@@ -596,10 +597,11 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   std::fill(packed_tags, packed_tags + band.ring_rows, -1);
 
   Moments moments[SourcePlan::MOST];
-  Vec sums[SourcePlan::MOST][2];
+  CompensatedSum sums[SourcePlan::MOST][2];
   for (int64_t v = 0; v < vectors; ++v) {
     moments[v].reset();
-    sums[v][0] = sums[v][1] = zero();
+    sums[v][0].reset();
+    sums[v][1].reset();
   }
   const RowColumns columns{p.first_column, p.columns, p.source_w};
   for (band.first = rows.begin; band.first < rows.end; band.first += p.band) {
@@ -640,8 +642,8 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t channel = (first_vector + v) * LANES;
     const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
-    store_lanes(partial + channel, p.moments ? moments[v].mean : sums[v][0], lanes);
-    store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : sums[v][1], lanes);
+    store_lanes(partial + channel, p.moments ? moments[v].mean : sums[v][0].total, lanes);
+    store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : sums[v][1].total, lanes);
   }
 }
 

@@ -147,7 +147,7 @@ void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
     GCONV_UNROLL
     for (int c = 0; c < CHANNELS; ++c) {
       GCONV_UNROLL
-      for (int t = 0; t < 3; ++t) acc[r][c][t] = load(out[r] + (c * 9 + t) * LANES);
+      for (int t = 0; t < 3; ++t) acc[r][c][t] = zero();
     }
   }
   wgrad_row<ROWS, CHANNELS, FETCH, SLIDING>(p, row, acc);
@@ -156,7 +156,10 @@ void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
     GCONV_UNROLL
     for (int c = 0; c < CHANNELS; ++c) {
       GCONV_UNROLL
-      for (int t = 0; t < 3; ++t) store(out[r] + (c * 9 + t) * LANES, acc[r][c][t]);
+      for (int t = 0; t < 3; ++t) {
+        float* at = out[r] + (c * 9 + t) * LANES;
+        store(at, add(load(at), acc[r][c][t]));
+      }
     }
   }
 }

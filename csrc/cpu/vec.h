@@ -448,6 +448,18 @@ struct Moments {
   }
 };
 
+// A float32 sum of each lane that carries what rounding drops (Kahan 1965).
+struct CompensatedSum {
+  Vec total, lost;
+  GCONV_INLINE void reset() { total = lost = zero(); }
+  GCONV_INLINE void add(Vec term) {
+    const Vec y = sub(term, lost);
+    const Vec next = GCONV_ISA_NS::add(total, y);
+    lost = sub(sub(next, total), y);
+    total = next;
+  }
+};
+
 // Scratch of one thread, kept between calls: fresh pages cost more than small kernels do.
 class Scratch {
  public:
