@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import (
@@ -61,13 +62,15 @@ class Screen:
     """`with Screen(title, columns, total) as screen:` then `step`, `tick`, `row`.
 
     columns: (heading, "left" | "right", width) with the width that plain lines are aligned to; total: how
-    many rows or epochs the overall bar counts.
+    many rows or epochs the overall bar counts; optional: headings a narrow terminal does without, first to go
+    first (plain lines have them all).
     """
 
-    def __init__(self, title: str, columns: Sequence[tuple], total: int, unit: str = "rows"):
+    def __init__(self, title: str, columns: Sequence[tuple], total: int, unit: str = "rows", optional=()):
         self.title, self.columns, self.total, self.unit = title, columns, total, unit
         console = _console()
         self.console = console if console and console.is_terminal else None
+        self.optional = list(optional)
         self.done = 0
         self.live = None
         self._drawn = self._said = 0.0
@@ -78,9 +81,10 @@ class Screen:
             print(f"\n{self.title}", flush=True)
             return self
         self.table = Table(
-            title=self.title, title_justify="left", title_style="bold", expand=False, pad_edge=False
+            title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
         )
-        for heading, justify, _ in self.columns:
+        self.shown = self._fitting()
+        for heading, justify, _ in (self.columns[i] for i in self.shown):
             self.table.add_column(heading, justify=justify, no_wrap=True)
         self.progress = Progress(
             TextColumn("{task.description}", justify="left"),
@@ -105,6 +109,15 @@ class Screen:
             self._draw(force=True)
             self.live.__exit__(*exc)
         sys.stdout.flush()
+
+    def _fitting(self) -> list[int]:
+        """The indices of the columns that fit the terminal's width."""
+        shown = list(range(len(self.columns)))
+        for heading in self.optional:
+            if sum(self.columns[i][2] + 2 for i in shown) <= self.console.width:
+                break
+            shown = [i for i in shown if self.columns[i][0] != heading]
+        return shown
 
     def _draw(self, force: bool = False) -> None:
         now = time.perf_counter()
@@ -135,7 +148,8 @@ class Screen:
         """A finished row; its cells may be `Cell`s with a mood."""
         self.done += 1
         if self.live:
-            self.table.add_row(*(Text(str(c), style=STYLES[getattr(c, "mood", "")]) for c in cells))
+            chosen = (cells[i] for i in self.shown)
+            self.table.add_row(*(Text(str(c), style=STYLES[getattr(c, "mood", "")]) for c in chosen))
             self.progress.update(self.overall, completed=self.done)
             self._draw(force=True)
             return

@@ -63,9 +63,10 @@ class ConvShape:
         return itemsize * (x_passes * x + y_passes * y + 3 * self.weights)
 
     def describe(self) -> str:
+        """Channels in and out, channels per group, image, and the stride where it is not 1."""
         return (
-            f"{self.in_channels}→{self.out_channels}, {self.channels_per_group} per group, "
-            f"{self.size}×{self.size}" + (f" /{self.stride}" if self.stride > 1 else "")
+            f"{self.in_channels}→{self.out_channels}, {self.channels_per_group}, {self.size}×{self.size}"
+            + (f" /{self.stride}" if self.stride > 1 else "")
         )
 
 
