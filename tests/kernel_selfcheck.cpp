@@ -162,7 +162,8 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
   Stored out(dtype, static_cast<int64_t>(y.size()));
   GroupedConvFwdParams f{};
   f.shape = s, f.dtype = dtype, f.isa = isa;
-  f.x = xs.view(s.h, s.w, s.c), f.weight = ws.bytes.data(), f.layout = {9, 1}, f.y = out.view(s.oh, s.ow, s.k);
+  f.x = xs.view(s.h, s.w, s.c), f.weight = ws.bytes.data(), f.layout = {9, 1},
+  f.y = out.view(s.oh, s.ow, s.k);
   f.act = act_floats.data(), f.affine = affine_floats.data();
   f.residual = ys.view(s.oh, s.ow, s.k), f.relu = true;
   const Workspace forward(grouped_conv_fwd_workspace(f));
@@ -185,7 +186,8 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
   Stored dw(dtype, static_cast<int64_t>(w.size()));
   GroupedConvBwdWeightParams d{};
   d.shape = s, d.dtype = dtype, d.isa = isa;
-  d.dy = b.dy, d.y = b.y, d.finish = b.finish, d.x = f.x, d.act = f.act, d.dweight = dw.bytes.data(), d.layout = {9, 1};
+  d.dy = b.dy, d.y = b.y, d.finish = b.finish, d.x = f.x, d.act = f.act, d.dweight = dw.bytes.data(),
+  d.layout = {9, 1};
   const Workspace weight(grouped_conv_bwd_weight_workspace(d));
   d.workspace = weight.data;
   stage(grouped_conv_bwd_weight_cpu, d);
