@@ -24,7 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _COLUMNS = (
     ("layer", "left", 5), ("channels, per group, image", "left", 26), ("mode", "left", 9),
     ("match", "right", 7), ("gconv ms", "right", 8), ("best ms", "right", 7), ("of the others", "left", 19),
-    ("speed-up", "right", 8), ("95 %", "right", 11), ("GFLOP/s", "right", 7), ("GB/s", "right", 5), ("% roof", "right", 6),
+    ("speed-up", "right", 8), ("95 %", "right", 11), ("GFLOP/s", "right", 7), ("GB/s", "right", 5),
+    ("% roof", "right", 6),
 )  # fmt: skip
 _OPTIONAL = ("GB/s", "95 %", "GFLOP/s", "% roof", "channels, per group, image")
 
