@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PADDING = 2
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
-DENSE_TO_TORCH_CHANNELS: int | None = None
+DENSE_TO_TORCH_CHANNELS: int | None = 128
 
 
 class FallbackWarning(UserWarning):

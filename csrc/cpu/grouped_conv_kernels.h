@@ -68,29 +68,35 @@ GCONV_INLINE float scalar_at(const T* p) {
 GCONV_INLINE float scalar_at(const float* p) { return *p; }
 
 // [K, C/groups, 3, 3] to [vector][source channel][3][3][LANES]; for the input gradient the roles of the
-// channels are exchanged and the taps mirrored. Lanes past the tail get weight 0.
+// channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
+// never stored.
 template <typename T>
 void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
                  int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const int64_t kernel = 9 * (p.transposed ? p.output_per_group : p.source_per_group);
+  const int64_t step = p.transposed ? kernel : layout.stride_c;
   const Share share(p.vectors(), ith, nth);
   for (int64_t v = share.begin; v < share.end; ++v) {
+    const T* from[LANES];
+    int32_t offset[LANES];
     for (int64_t l = 0; l < LANES; ++l) {
-      const int64_t channel = v * LANES + l;
-      float* out = packed + v * terms * LANES + l;
-      if (channel >= p.output_channels()) {
-        for (int64_t i = 0; i < terms; ++i) out[i * LANES] = 0;
-        continue;
-      }
+      const int64_t channel = std::min(v * LANES + l, p.output_channels() - 1);
       const int64_t group = channel / p.output_per_group, within = channel % p.output_per_group;
-      const T* from = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
-                                   : weight + channel * kernel;
-      const int64_t step = p.transposed ? kernel : layout.stride_c;
-      for (int64_t c = 0; c < p.source_per_group; ++c, from += step, out += 9 * LANES)
-        for (int64_t t = 0; t < 9; ++t)
-          out[t * LANES] = scalar_at(from + (p.transposed ? 8 - t : t) * layout.stride_tap);
+      from[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+                             : weight + channel * kernel;
+      offset[l] = static_cast<int32_t>(from[l] - from[0]);
     }
+    const Index lanes = index_load(offset);
+    float* out = packed + v * terms * LANES;
+    for (int64_t c = 0; c < p.source_per_group; ++c)
+      for (int64_t t = 0; t < 9; ++t, out += LANES) {
+        const int64_t at = c * step + (p.transposed ? 8 - t : t) * layout.stride_tap;
+        if constexpr (std::is_same_v<T, float>)
+          store(out, gather(from[0] + at, lanes));
+        else
+          for (int l = 0; l < LANES; ++l) out[l] = scalar_at(from[l] + at);
+      }
   }
 }
 
