@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
             "--flush", action="store_true", help="overwrite 64 MiB before every call: cold caches"
         )
         parser_.add_argument(
+            "--fresh-memory",
+            action="store_true",
+            help="give freed memory back before every call: page faults",
+        )
+        parser_.add_argument(
             "--record", action="store_true", help="append the rows to bench/records/<machine>.csv"
         )
     for parser_ in (demo, train):
@@ -109,7 +114,7 @@ def _layer_options(options: argparse.Namespace, seconds: float):
         plan = timing.Plan(min_rounds=3, seconds=seconds / 5)
     if options.repeats is not None:
         plan = timing.Plan(min_rounds=options.repeats, max_rounds=options.repeats)
-    plan.flush = options.flush
+    plan.flush, plan.fresh = options.flush, options.fresh_memory
     return layers.Options(
         shapes=shapes.select(options.model, options.layers),
         batch=options.batch,

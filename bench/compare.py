@@ -8,7 +8,7 @@ from . import records
 
 __all__ = ["Finding", "compare", "show"]
 
-KEY = ("model", "layer", "mode", "dtype", "batch", "threads")
+KEY = ("model", "layer", "mode", "dtype", "batch", "threads", "conditions")
 TOLERANCE = 0.05
 
 
@@ -79,7 +79,7 @@ def show(findings: list[Finding], metric: str) -> str:
 
     table = [("layer", "mode", "dtype", "before", "after", "finding")]
     for f in findings:
-        _, layer, mode, dtype, _, _ = f.key
+        _, layer, mode, dtype, *_ = f.key
         table.append(
             (layer, mode, dtype, text(f.before), text(f.after), f.kind.upper() if f.regression else f.kind)
         )

@@ -104,6 +104,7 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen, skip
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": mode,
+        "conditions": options.plan.conditions,
         "kernel": kernel,
         "match": verdict.ok,
         "error_ratio": verdict.error_ratio,

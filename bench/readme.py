@@ -34,8 +34,8 @@ def table(rows: list[dict]) -> str:
         f"{first['model']}'s 3×3 layers as conv + BN + ReLU, {first['dtype']}, batch {first['batch']}, "
         f"{first['threads']} threads of {first['device']} ({first['isa']}), torch {first['torch']}, "
         f"{first['date'][:10]}, commit {first['commit']}. In the same run a matrix product reached "
-        f"{first['gemm_gflops']:.0f} GFLOP/s and a copy {first['copy_gbps']:.1f} GB/s. Medians in ms; the "
-        "speed-up is over the best of the others in that run.",
+        f"{first['gemm_gflops']:.0f} GFLOP/s and a copy {first['copy_gbps']:.1f} GB/s. "
+        f"Medians in ms, {first['conditions']}; the speed-up is over the best of the others in that run.",
     ]
     for mode, heading in HEADINGS.items():
         group = [row for row in rows if row["mode"] == mode]

@@ -19,7 +19,7 @@ FOLDER = os.path.join(os.path.abspath(_HOME), "records")
 _WHERE = ("date", "commit", "machine", "device", "cores", "isa", "threads", "gconv", "torch", "python")
 _WHAT = (
     "model", "layer", "count", "in_channels", "out_channels", "groups", "size", "stride", "batch", "dtype",
-    "mode",
+    "mode", "conditions",
 )  # fmt: skip
 # "error_ratio" is our worst error as a multiple of torch's own; without a match there are no times of ours.
 _HOW = ("kernel", "match", "error_ratio", "worst")
@@ -35,7 +35,7 @@ COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
 
 _TEXT = {
     "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype",
-    "mode", "kernel", "match", "worst", "best", "bound", "note",
+    "mode", "conditions", "kernel", "match", "worst", "best", "bound", "note",
 }  # fmt: skip
 _FLAGS = {"match": ("no", "yes"), "noisy": ("no", "yes")}
 

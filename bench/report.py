@@ -29,7 +29,7 @@ METHOD = (
     "them. A turn of a fast one is an untimed call, which wakes its threads, and then several timed "
     "ones. Figures are medians.",
     "Inputs rotate over several buffers, so data come from where a network leaves them, the outer "
-    "caches. Outputs are allocated by every call, as in use.",
+    "caches. Outputs are allocated by every call, as in use, and freed in between.",
     "Training is a forward and a backward with a random upstream gradient: gradients of x, weight, gamma "
     "and beta, running statistics updated.",
     "torch.compile runs inductor on channels_last with static shapes, for inference with frozen weights; "

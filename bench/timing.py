@@ -53,6 +53,12 @@ class Plan:
     seconds: float = 3.0
     warmup: int = 2
     flush: bool = False  # overwrite a buffer larger than the caches before every call
+    fresh: bool = False  # give freed memory back to the system before every call
+
+    @property
+    def conditions(self) -> str:
+        """What a record says about caches and memory."""
+        return f"{'cold' if self.flush else 'warm'} caches, {'fresh' if self.fresh else 'reused'} memory"
 
 
 @dataclass
@@ -113,14 +119,19 @@ class _Flush:
         self.buffer += 1
 
 
+def _trim() -> None:
+    """Gives freed heap pages back to the kernel (glibc's malloc_trim); the next call has to fault them in."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _turn(
-    rival: Rival, index: int, calls: int, lead_in: bool, flush: Callable[[], None] | None
+    rival: Rival, index: int, calls: int, lead_in: bool, before: Sequence[Callable[[], None]]
 ) -> np.ndarray:
     times = np.empty(calls)
     for k in range(-1 if lead_in else 0, calls):
         rival.prepare(index + k + 1)
-        if flush:
-            flush()
+        for action in before:
+            action()
         start = time.perf_counter_ns()
         output = rival.run()
         stop = time.perf_counter_ns()
@@ -135,10 +146,12 @@ def interleave(
     rivals: Sequence[Rival], plan: Plan, on_round: Callable[[int, int], None] | None = None
 ) -> Result:
     """Times the rivals in turns; `on_round(done, expected)` is called between rounds, outside every clock."""
-    flush = _Flush() if plan.flush else None
+    before: list[Callable[[], None]] = [_Flush()] if plan.flush else []
+    if plan.fresh:
+        before.append(_trim)
     estimates = {}
     for rival in rivals:
-        warm = _turn(rival, 0, max(2, plan.warmup), True, flush)
+        warm = _turn(rival, 0, max(2, plan.warmup), True, before)
         estimates[rival.name] = float(warm.min())
     calls = {
         name: int(np.clip(TURN_MS // max(t, 1e-3), 1, MAX_CALLS_PER_TURN)) for name, t in estimates.items()
@@ -157,7 +170,7 @@ def interleave(
         for rival in (*rivals[done % len(rivals) :], *rivals[: done % len(rivals)]):
             switches, stolen = _disturbances()
             n = calls[rival.name]
-            samples[rival.name].append(_turn(rival, done * n, n, lead_in[rival.name], flush))
+            samples[rival.name].append(_turn(rival, done * n, n, lead_in[rival.name], before))
             switches_after, stolen_after = _disturbances()
             allowed = SWITCHES_PER_CALL * (n + lead_in[rival.name])
             bad |= switches_after - switches > allowed or stolen_after - stolen > 1
@@ -204,11 +217,11 @@ def ratio_interval(
 def peak_memory_mb(call: Callable[[], Any]) -> float | None:
     """Memory one call needs at its peak above what was resident before it, or None where Linux does not tell.
 
-    Free heap pages go back to the kernel first (glibc's malloc_trim), so memory that the call merely reuses
+    Free heap pages go back to the kernel first, so memory that the call merely reuses
     counts too.
     """
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _trim()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # resets the high-water mark of resident memory
     except (OSError, AttributeError):
