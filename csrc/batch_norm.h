@@ -3,12 +3,15 @@
 //   stats       mean, var over n*h*w of each channel, var biased
 //   fold        rstd = 1/sqrt(var + eps); a = gamma*rstd; b = beta - mean*a
 //   apply       y = relu?(a*x + b [+ residual])
-//   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the coefficients of
+//   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the table `finish` of
 //   bwd_apply   dx = A*g + B*(x - mean) + C
+//   update_running  running <- (1 - momentum)*running + momentum*new, var unbiased
 //
 // mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1;
-// so a NaN passes. Rows (pixels) are cut into slabs by shape alone and their partial results merged in a
-// fixed order in double: every result is bit-identical from run to run and for any number of threads.
+// so a NaN passes. finish [6, C] holds A, B, C, mean and the a, b of the mask (0, 1 unless it comes from x):
+// a convolution that reads it finishes dz as it loads it (grouped_conv.h). Rows (pixels) are cut into slabs
+// by shape alone and their partial results merged in a fixed order in double: every result is bit-identical
+// from run to run and for any number of threads.
 #pragma once
 #include "cpu/isa.h"
 #include "tensor.h"
@@ -40,6 +43,17 @@ struct BatchNormFoldParams {
   float* affine;       // outgoing [2, C]: a, b
 };
 
+struct BatchNormUpdateRunningParams {
+  int64_t c;
+  const float* mean;    // incoming [C], of the batch
+  const float* var;     // incoming [C], of the batch, biased
+  const float* shift;   // incoming [C], added to mean: the bias of the convolution before; null: 0
+  int64_t count;        // values per channel in the batch, at least 2
+  double momentum;      // weight of the batch
+  float* running_mean;  // incoming and outgoing [C]
+  float* running_var;   // incoming and outgoing [C]
+};
+
 struct BatchNormApplyParams {
   BatchNormShape shape;
   DType dtype;  // of x, residual and y
@@ -64,7 +78,7 @@ struct BatchNormBwdReduceParams {
   Nhwc z;               // incoming: the output of the forward, for the mask; data null: none
   float* dgamma;        // outgoing [C]
   float* dbeta;         // outgoing [C]
-  float* coef;          // outgoing [4, C]: A, B, C, mean
+  float* finish;        // outgoing [6, C]: A, B, C, mean, a, b
   float* workspace;     // batch_norm_bwd_reduce_workspace() floats
 };
 
@@ -74,8 +88,7 @@ struct BatchNormBwdApplyParams {
   Isa isa;
   Nhwc dz;              // incoming
   Nhwc x;               // incoming
-  const float* coef;    // incoming [4, C]: A, B, C, mean
-  const float* affine;  // incoming [2, C], as in BatchNormBwdReduceParams
+  const float* finish;  // incoming [6, C]: A, B, C, mean, a, b; a, b unused beside z
   Nhwc z;               // incoming, as in BatchNormBwdReduceParams
   Nhwc dx;              // outgoing
   Nhwc g;               // outgoing: masked dz, the gradient of the residual; data null: not wanted
@@ -88,6 +101,8 @@ void batch_norm_stats_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nt
 void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int64_t nth);
 
 void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth);
+void batch_norm_update_running_cpu(const BatchNormUpdateRunningParams& p, int64_t ith, int64_t nth);
+
 void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nth);
 
 int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p);

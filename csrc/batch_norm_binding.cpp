@@ -70,6 +70,37 @@ std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var
   return {rstd, affine};
 }
 
+// Counts the batch where there is a counter. Without a momentum the running statistics are the average over
+// all batches counted.
+void batch_norm_update_running(const Tensor& running_mean, const Tensor& running_var,
+                               const OptionalTensor& num_batches_tracked, const Tensor& mean,
+                               const Tensor& var, const OptionalTensor& shift, int64_t count,
+                               std::optional<double> momentum) {
+  const char* op = "batch_norm_update_running";
+  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+  const int64_t c = mean.size(0);
+  BatchNormUpdateRunningParams p{};
+  p.c = c;
+  p.mean = channel_floats(op, "mean", mean, {c});
+  p.var = channel_floats(op, "var", var, {c});
+  p.shift = channel_floats(op, "shift", shift, {c});
+  channel_floats(op, "running_mean", running_mean, {c});
+  channel_floats(op, "running_var", running_var, {c});
+  p.running_mean = floats_of(running_mean);
+  p.running_var = floats_of(running_var);
+  check(count >= 2, op, ": count: want at least 2 values per channel, got ", count);
+  p.count = count;
+  if (num_batches_tracked.has_value())
+    check_tensor(op, "num_batches_tracked", *num_batches_tracked, ScalarType::Long, {});
+  else
+    check(momentum.has_value(), op, ": momentum: want a number where nothing counts batches, got None");
+  int64_t batches = 0;
+  if (num_batches_tracked.has_value())
+    batches = ++*static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+  p.momentum = momentum.has_value() ? *momentum : 1.0 / static_cast<double>(batches);
+  run_stage(batch_norm_update_running_cpu, p, c);
+}
+
 Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual, bool relu) {
   const Activations a("batch_norm_apply", "x", x);
   const Tensor input = channels_adjacent(x);
@@ -102,20 +133,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const
   p.affine = channel_floats(a.op, "affine", affine, a.table(2));
   p.z = view_of(output);
   Tensor dgamma = empty_floats(a.vector(), x), dbeta = empty_floats(a.vector(), x);
-  Tensor coef = empty_floats(a.table(4), x);
+  Tensor finish = empty_floats(a.table(6), x);
   p.dgamma = floats_of(dgamma);
   p.dbeta = floats_of(dbeta);
-  p.coef = floats_of(coef);
+  p.finish = floats_of(finish);
   const Tensor workspace = empty_floats({batch_norm_bwd_reduce_workspace(p)}, x);
   p.workspace = floats_of(workspace);
   run_stage(batch_norm_bwd_reduce_cpu, p, a.elements());
   run_stage(batch_norm_bwd_reduce_merge_cpu, p, workspace.numel());
-  return {dgamma, dbeta, coef};
+  return {dgamma, dbeta, finish};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& x, const Tensor& coef,
-                                                const OptionalTensor& affine, const OptionalTensor& z,
-                                                bool want_g) {
+std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& x, const Tensor& finish,
+                                                const OptionalTensor& z, bool want_g) {
   const Activations a("batch_norm_bwd_apply", "x", x);
   const Tensor input = channels_adjacent(x), gradient = a.readable("dz", dz);
   const OptionalTensor output = a.readable("z", z);
@@ -125,8 +155,7 @@ std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& 
   p.isa = isa_current();
   p.dz = gconv::view_of(gradient);
   p.x = gconv::view_of(input);
-  p.coef = channel_floats(a.op, "coef", coef, a.table(4));
-  p.affine = channel_floats(a.op, "affine", affine, a.table(2));
+  p.finish = channel_floats(a.op, "finish", finish, a.table(6));
   p.z = view_of(output);
   Tensor dx = empty_channels_last(a.sizes(), x);
   Tensor g = want_g ? empty_channels_last(a.sizes(), x)
@@ -144,19 +173,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
   m.def(
       "batch_norm_fold(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor rstd, "
       "Tensor affine)");
+  m.def(
+      "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, Tensor? shift, SymInt count, "
+      "float? momentum) -> ()");
   m.def("batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, bool relu) -> Tensor");
   m.def(
       "batch_norm_bwd_reduce(Tensor dz, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
       "Tensor? z) "
-      "-> (Tensor dgamma, Tensor dbeta, Tensor coef)");
+      "-> (Tensor dgamma, Tensor dbeta, Tensor finish)");
   m.def(
-      "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor coef, Tensor? affine, Tensor? z, bool want_g) "
+      "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor finish, Tensor? z, bool want_g) "
       "-> (Tensor dx, Tensor g)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
   m.impl("batch_norm_fold", TORCH_BOX(&batch_norm_fold));
+  m.impl("batch_norm_update_running", TORCH_BOX(&batch_norm_update_running));
   m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
   m.impl("batch_norm_bwd_reduce", TORCH_BOX(&batch_norm_bwd_reduce));
   m.impl("batch_norm_bwd_apply", TORCH_BOX(&batch_norm_bwd_apply));

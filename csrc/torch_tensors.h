@@ -41,6 +41,8 @@ inline const char* dtype_name(ScalarType type) {
       return "float16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Long:
+      return "int64";
     default:
       return torch::headeronly::toString(type);
   }

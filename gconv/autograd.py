@@ -35,22 +35,22 @@ def applier(function: type[torch.autograd.Function]) -> Callable:
     plain_apply = super(torch.autograd.Function, function).apply
 
     def apply(*args):
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        if transformed():
             return function.apply(*args)
         return plain_apply(*[unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args])
 
     return apply
 
 
+def transformed() -> bool:
+    """True where a compiler or a function transform must see every step."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
+
+
 def untracked() -> bool:
     """True if nothing watches the tensors: no gradient mode, function transform, forward-mode AD or tracing.
     Then a forward may call its op without the Function."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return not (torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0)
 
 
 def decide(op_name: str, x, *args) -> backend.Decision:
@@ -114,9 +114,9 @@ def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) ->
     return tuple(result)
 
 
-def register(name: str, fake: Callable, ref: Callable, formula: Callable | None = None) -> None:
+def register(name: str, fake: Callable, ref: Callable | None, formula: Callable | None = None) -> None:
     """Registers the fake and the autograd formula of torch.ops.gconv.<name>; nothing to do without the
-    extension.
+    extension. An op that writes into its arguments has no formula: its `ref` is None.
 
     `formula(args, outputs, grads, wanted)` returns one gradient (or None) per argument, or NotImplemented to
     leave the case to the reference, which also serves where no formula is given.
@@ -149,7 +149,8 @@ def register(name: str, fake: Callable, ref: Callable, formula: Callable | None 
         return fake(*args)
 
     torch.library.register_fake(f"gconv::{name}", checked_fake)
-    torch.library.register_autograd(f"gconv::{name}", backward, setup_context=setup_context)
+    if ref is not None:
+        torch.library.register_autograd(f"gconv::{name}", backward, setup_context=setup_context)
 
 
 # ------------------------------------------------------------------------------------------ vmap and layout

@@ -25,6 +25,7 @@ from gconv.autograd import (
     register,
     stored,
     suggests_channels_last,
+    transformed,
     untracked,
     vjp_by_reference,
     vmap_by,
@@ -73,24 +74,27 @@ def _masked(dz, x, affine, z):
 
 
 def batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, affine, z):
-    """(dgamma, dbeta, coef): the sums of the backward (the paper's section 3) over g, dz masked by the ReLU.
+    """(dgamma, dbeta, finish): the sums of the backward (the paper's section 3) over g, dz masked by the
+    ReLU.
 
-    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; coef [4, C] = (A; B; C; mean) with dx = A*g + B*(x - mean)
-    + C.
+    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; finish [6, C] = (A; B; C; mean; a; b) with dx = A*g + B*(x
+    - mean) + C. (a; b) is the affine where it gives the mask, else (0; 1), which masks nothing.
     """
     g = _masked(dz, x, affine, z)
     count = x.shape[0] * x.shape[2] * x.shape[3]
     dbeta = g.sum(PIXELS)
     dgamma = (g * (x - per_channel(mean)) * per_channel(rstd)).sum(PIXELS)
     scale = rstd if gamma is None else gamma * rstd
-    coef = torch.stack((scale, -scale * rstd * dgamma / count, -scale * dbeta / count, mean))
-    return dgamma, dbeta, coef
+    from_x = affine is not None and z is None
+    a, b = affine if from_x else (torch.zeros_like(mean), torch.ones_like(mean))
+    finish = torch.stack((scale, -scale * rstd * dgamma / count, -scale * dbeta / count, mean, a, b))
+    return dgamma, dbeta, finish
 
 
-def batch_norm_bwd_apply_ref(dz, x, coef, affine, z, want_g):
+def batch_norm_bwd_apply_ref(dz, x, finish, z, want_g):
     """(dx, g): dx = A*g + B*(x - mean) + C; g, dz masked by the ReLU, has shape [0] unless wanted."""
-    g = _masked(dz, x, affine, z)
-    scale, slope, offset, mean = (per_channel(row) for row in coef)
+    g = _masked(dz, x, finish[4:], z)
+    scale, slope, offset, mean = (per_channel(row) for row in finish[:4])
     dx = scale * g + slope * (x - mean) + offset
     return stored(dx, x.dtype), stored(g, x.dtype) if want_g else x.new_zeros(0)
 
@@ -112,11 +116,31 @@ def tail(y, residual, relu):
     return torch.relu(y) if relu else y
 
 
+def batch_norm_update_running_ref(
+    running_mean, running_var, num_batches_tracked, mean, var, shift, count, momentum
+) -> None:
+    """running <- (1 - momentum)*running + momentum*new, in place, with the mean and the unbiased variance of
+    a batch of `count` values per channel; `shift` [C] is added to the mean (the bias of the convolution
+    before). A counter, if any, counts the batch, and momentum None averages over all batches counted."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = num_batches_tracked.reciprocal()
+    if shift is not None:
+        mean = mean + shift
+    for running, new, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
+        if running.dtype is torch.float32 and not isinstance(momentum, torch.Tensor):
+            running.mul_(1 - momentum).add_(new, alpha=momentum * factor)
+        else:
+            running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
+
+
 _stats = op("batch_norm_stats", batch_norm_stats_ref)
 fold = op("batch_norm_fold", batch_norm_fold_ref)
 apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
 bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
 bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
+_update_running = op("batch_norm_update_running", batch_norm_update_running_ref)
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -203,8 +227,8 @@ class BatchNormBackward(Function):
         dz = channels_last(dz)
         mask = affine if relu and z is None else None
         want_g = wanted[3] and relu
-        dgamma, dbeta, coef = call(bwd_reduce, dz, x, mean, rstd, gamma, mask, z)
-        dx, g = call(bwd_apply, dz, x, coef, mask, z, want_g) if wanted[0] or want_g else (None, None)
+        dgamma, dbeta, finish = call(bwd_reduce, dz, x, mean, rstd, gamma, mask, z)
+        dx, g = call(bwd_apply, dz, x, finish, z, want_g) if wanted[0] or want_g else (None, None)
         return only((*wanted[:3], want_g), (dx, dgamma, dbeta, g))
 
     @staticmethod
@@ -280,7 +304,7 @@ def _fold_fake(mean, var, gamma, beta, eps):
 
 
 def _bwd_reduce_fake(dz, x, mean, rstd, gamma, affine, z):
-    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(4, mean.shape[0])
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(6, mean.shape[0])
 
 
 def _stats_fake(x):
@@ -288,12 +312,13 @@ def _stats_fake(x):
     return mean, torch.empty_like(mean)
 
 
-def _bwd_apply_fake(dz, x, coef, affine, z, want_g):
+def _bwd_apply_fake(dz, x, finish, z, want_g):
     return empty_channels_last(x, x.shape), empty_channels_last(x, x.shape) if want_g else x.new_empty(0)
 
 
 register("batch_norm_stats", _stats_fake, batch_norm_stats_ref)
 register("batch_norm_fold", _fold_fake, batch_norm_fold_ref)
+register("batch_norm_update_running", lambda *args: None, None)
 register(
     "batch_norm_apply",
     lambda x, affine, residual, relu: empty_channels_last(x, x.shape),
@@ -323,31 +348,37 @@ def uses_batch_statistics(bn) -> bool:
     return not is_frozen(bn) and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
-def count_batch(bn):
-    """What nn.BatchNorm2d.forward does to its state before normalising: returns the momentum of this step,
-    None if running statistics stay as they are. A cumulative average (momentum None) gives 1/batches as a
-    tensor."""
+def update_state(bn, running_mean, running_var, mean, var, count, shift=None) -> None:
+    """What nn.BatchNorm2d.forward does to its state: counts the batch and moves its running statistics."""
     if not (bn.training and bn.track_running_stats):
-        return None
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            return bn.num_batches_tracked.reciprocal()
-    return 0.0 if momentum is None else momentum
+        return
+    counter, momentum = bn.num_batches_tracked, bn.momentum
+    if momentum is None and counter is None:
+        momentum = 0.0
+    if running_mean is not None:
+        update_running(running_mean, running_var, counter, mean, var, shift, count, momentum)
+    elif counter is not None:
+        counter.add_(1)
 
 
-def update_running(running_mean, running_var, mean, var, count, momentum, shift=None) -> None:
-    """running <- (1 - momentum)*running + momentum*new, with the unbiased variance; `shift` [C] is added to
-    the mean (the bias of the convolution before). mean and var carry no gradient."""
-    unbiased = count / (count - 1)
-    if shift is not None:
-        mean = mean + shift.detach()
-    for running, new, factor in ((running_mean, mean, 1.0), (running_var, var, unbiased)):
-        if running.dtype is torch.float32 and not isinstance(momentum, torch.Tensor):
-            running.mul_(1 - momentum).add_(new, alpha=momentum * factor)
-        else:
-            running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
+def update_running(running_mean, running_var, counter, mean, var, shift, count, momentum) -> None:
+    """`batch_norm_update_running_ref`, as one op where that covers the buffers. A compiler fuses the
+    reference with what surrounds it, and a function transform must see every step."""
+    shift = None if shift is None else as_float(shift.detach())
+    args = (running_mean, running_var, counter, mean, var, shift, count, momentum)
+    if transformed() or not _updates_in_place(*args[:3]):
+        batch_norm_update_running_ref(*args)
+        return
+    call(_update_running, *args)
+    # Autograd, which the call went below, must know that saved statistics are no longer what they were.
+    torch.autograd.graph.increment_version((running_mean, running_var))
+
+
+def _updates_in_place(running_mean, running_var, counter) -> bool:
+    floats = running_mean.dtype is torch.float32 and running_var.dtype is torch.float32
+    dense = running_mean.is_contiguous() and running_var.is_contiguous()
+    counts = counter is None or (counter.dtype is torch.int64 and counter.dim() == 0 and counter.is_cpu)
+    return floats and dense and counts
 
 
 def check_count(name: str, shape) -> int:
@@ -491,7 +522,7 @@ def batch_norm(
         count = check_count("batch_norm", x.shape)
         y, mean, var = train(x, weight, bias, residual, eps, relu)
         if running_mean is not None:
-            update_running(running_mean, running_var, mean, var, count, momentum)
+            update_running(running_mean, running_var, None, mean, var, None, count, momentum)
     elif covered:
         y = infer(x, running_mean, running_var, weight, bias, residual, eps, relu)
     else:
@@ -520,10 +551,8 @@ def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
     running_mean, running_var, gamma, beta = state
     if training:
         count = check_count("batch_norm", x.shape)
-        momentum = count_batch(bn)
         y, mean, var = train(x, gamma, beta, residual, bn.eps, relu)
-        if momentum is not None and running_mean is not None:
-            update_running(running_mean, running_var, mean, var, count, momentum)
+        update_state(bn, running_mean, running_var, mean, var, count)
     else:
         y = infer(x, running_mean, running_var, gamma, beta, residual, bn.eps, relu)
     backend.record(decision, "batch_norm", x, y)

@@ -35,7 +35,6 @@ from gconv.batch_norm import (
     check_count,
     check_eps,
     check_residual,
-    count_batch,
     fold,
     inference_affine,
     is_frozen,
@@ -47,7 +46,7 @@ from gconv.batch_norm import (
     state_of,
     tail,
     train_composed,
-    update_running,
+    update_state,
     uses_batch_statistics,
 )
 from gconv.grouped_conv import (
@@ -145,14 +144,13 @@ class ConvBatchNormBackward(Function):
         dz = channels_last(dz)
         mask = affine if relu and z is None else None
         want_g = want_residual and relu
-        dgamma, dbeta, coef = call(bwd_reduce, dz, y, mean, rstd, gamma, mask, z)
+        dgamma, dbeta, finish = call(bwd_reduce, dz, y, mean, rstd, gamma, mask, z)
         dx = dweight = g = None
         if want_x or want_weight or want_g:
-            dy, raw, finish = dz, None, None
-            if FINISH_ON_LOAD and z is None:
-                raw, finish = y, torch.cat((coef, affine if relu else _open_mask(affine)))
-            else:
-                dy, g = call(bwd_apply, dz, y, coef, mask, z, want_g)
+            dy, raw = dz, y
+            if not FINISH_ON_LOAD or z is not None:
+                dy, g = call(bwd_apply, dz, y, finish, z, want_g)
+                raw = finish = None
             if want_x:
                 dx, _ = call(bwd_input, dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
             if want_weight:
@@ -190,11 +188,6 @@ class ConvBatchNormBackward(Function):
         )
 
 
-def _open_mask(affine):
-    """The (a; b) that masks nothing: a*y + b = 1."""
-    return torch.stack((torch.zeros_like(affine[0]), torch.ones_like(affine[0])))
-
-
 _train_apply = applier(ConvBatchNorm)
 _backward_apply = applier(ConvBatchNormBackward)
 
@@ -206,11 +199,9 @@ def _train(x, weight, bias, bn, state, residual, relu, conf, count):
     running_mean, running_var, gamma, beta = state
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     run = ConvBatchNorm.forward if untracked() else _train_apply
-    momentum = count_batch(bn)
     x, gamma, beta = channels_last(x), as_float(gamma), as_float(beta)
     z, _, mean, var, *_ = run(x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
-    if momentum is not None and running_mean is not None:
-        update_running(running_mean, running_var, mean, var, count, momentum, bias)
+    update_state(bn, running_mean, running_var, mean, var, count, bias)
     return in_format(z, keep)
 
 

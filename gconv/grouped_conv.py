@@ -312,11 +312,11 @@ bwd_weight_apply = applier(GroupedConvBwdWeight)
 
 def conv_output_size(x, weight, stride, padding, dilation) -> tuple:
     """[N, K, OH, OW]."""
-    spatial = (
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
-    return (x.shape[0], weight.shape[0], *spatial)
+    n, _, h, w = x.shape
+    k, _, r, s = weight.shape
+    oh = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    ow = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    return n, k, oh, ow
 
 
 def _fwd_fake(x, weight, stride, padding, dilation, groups, act, affine, residual, relu):

@@ -306,7 +306,7 @@ def masked(work, dz, x, affine, z):
 
 
 def ref_bn_bwd_reduce(work, dz, x, mean, rstd, gamma, affine, z):
-    """(dgamma, dbeta, coef [4, C], magnitudes of dgamma and of dbeta)"""
+    """(dgamma, dbeta, finish [6, C], magnitudes of dgamma and of dbeta)"""
     wide = torch.promote_types(work, torch.float32)
     g = masked(work, dz, x, affine, z).to(wide)
     mean, rstd = mean.to(wide), rstd.to(wide)
@@ -315,14 +315,21 @@ def ref_bn_bwd_reduce(work, dz, x, mean, rstd, gamma, affine, z):
     dims = (0, 2, 3)
     dgamma, dbeta = terms.sum(dims), g.sum(dims)
     m = max(x.numel() // max(x.shape[1], 1), 1)
-    coef = torch.stack([gamma * rstd, -gamma * rstd**2 * dgamma / m, -gamma * rstd * dbeta / m, mean])
-    return dgamma, dbeta, coef, terms.square().sum(dims).sqrt(), g.square().sum(dims).sqrt()
+    coefficients = gamma * rstd, -gamma * rstd**2 * dgamma / m, -gamma * rstd * dbeta / m, mean
+    mask = no_mask(len(mean)) if affine is None or z is not None else affine
+    finish = torch.stack([*coefficients, *mask.to(wide)])
+    return dgamma, dbeta, finish, terms.square().sum(dims).sqrt(), g.square().sum(dims).sqrt()
 
 
-def ref_bn_bwd_apply(work, dz, x, coef, affine, z):
+def no_mask(channels):
+    """The (a; b) of a `finish` that masks nothing: a*x + b = 1."""
+    return torch.stack([torch.zeros(channels), torch.ones(channels)])
+
+
+def ref_bn_bwd_apply(work, dz, x, finish, z):
     """(dx, g)"""
-    g = masked(work, dz, x, affine, z)
-    A, B, C, mean = vectors(coef, work)
+    g = masked(work, dz, x, finish[4:], z)
+    A, B, C, mean = vectors(finish[:4], work)
     return (A * g + B * (x.to(work) - mean) + C).to(work), g
 
 

@@ -198,8 +198,9 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
 void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where) {
   const int64_t rows = s.n * s.h * s.w, count = rows * s.c;
   const auto x = integers(count, -3, 3), dz = integers(count, -3, 3), z = integers(count, -1, 1);
-  const auto mean = integers(s.c, -2, 2), affine = integers(2 * s.c, -2, 2), coef = integers(4 * s.c, -2, 2);
-  const auto mean_floats = floats(mean), affine_floats = floats(affine), coef_floats = floats(coef);
+  const auto mean = integers(s.c, -2, 2), affine = integers(2 * s.c, -2, 2),
+             finish = integers(6 * s.c, -2, 2);
+  const auto mean_floats = floats(mean), affine_floats = floats(affine), finish_floats = floats(finish);
   const std::vector<float> rstd(s.c, 0.5f);
   Stored xs(dtype, x), dzs(dtype, dz), zs(dtype, z);
   std::vector<double> want_y(count), want_dx(count), sum(s.c), square(s.c), sum_g(s.c), sum_gx(s.c);
@@ -207,12 +208,12 @@ void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where
     const int64_t c = i % s.c;
     const double g = z[i] <= 0 ? 0 : dz[i];
     want_y[i] = std::fmax(affine[c] * x[i] + affine[s.c + c] + z[i], 0.0);
-    want_dx[i] = coef[c] * g + coef[s.c + c] * (x[i] - coef[3 * s.c + c]) + coef[2 * s.c + c];
+    want_dx[i] = finish[c] * g + finish[s.c + c] * (x[i] - finish[3 * s.c + c]) + finish[2 * s.c + c];
     sum[c] += x[i], square[c] += x[i] * x[i];
     sum_g[c] += g, sum_gx[c] += g * (x[i] - mean[c]) * 0.5;
   }
 
-  std::vector<float> got_mean(s.c), got_var(s.c), dgamma(s.c), dbeta(s.c), got_coef(4 * s.c);
+  std::vector<float> got_mean(s.c), got_var(s.c), dgamma(s.c), dbeta(s.c), got_finish(6 * s.c);
   BatchNormStatsParams t{s, dtype, isa, xs.view(s.h, s.w, s.c), got_mean.data(), got_var.data(), nullptr};
   const Workspace moments(batch_norm_stats_workspace(t));
   t.workspace = moments.data;
@@ -240,7 +241,7 @@ void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where
   r.shape = s, r.dtype = dtype, r.isa = isa;
   r.dz = dzs.view(s.h, s.w, s.c), r.x = t.x, r.z = a.residual;
   r.mean = mean_floats.data(), r.rstd = rstd.data();
-  r.dgamma = dgamma.data(), r.dbeta = dbeta.data(), r.coef = got_coef.data();
+  r.dgamma = dgamma.data(), r.dbeta = dbeta.data(), r.finish = got_finish.data();
   const Workspace sums(batch_norm_bwd_reduce_workspace(r));
   r.workspace = sums.data;
   stage(batch_norm_bwd_reduce_cpu, r);
@@ -252,7 +253,7 @@ void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where
 
   BatchNormBwdApplyParams p{};
   p.shape = s, p.dtype = dtype, p.isa = isa;
-  p.dz = r.dz, p.x = t.x, p.coef = coef_floats.data(), p.z = a.residual, p.dx = dx.view(s.h, s.w, s.c);
+  p.dz = r.dz, p.x = t.x, p.finish = finish_floats.data(), p.z = a.residual, p.dx = dx.view(s.h, s.w, s.c);
   stage(batch_norm_bwd_apply_cpu, p);
   expect_stored("batch_norm_bwd_apply", where, dx, want_dx);
 }

@@ -205,6 +205,19 @@ void norm_fold(const Run& run, int64_t c, py::object mean, py::object var, py::o
   run.stage(batch_norm_fold_cpu, p);
 }
 
+void norm_update_running(const Run& run, int64_t c, py::object mean, py::object var, py::object shift,
+                         int64_t count, double momentum, py::object running_mean, py::object running_var) {
+  const BatchNormUpdateRunningParams p{c,
+                                       floats("mean", mean, c),
+                                       floats("var", var, c),
+                                       floats("shift", shift, c),
+                                       count,
+                                       momentum,
+                                       floats("running_mean", running_mean, c),
+                                       floats("running_var", running_var, c)};
+  run.stage(batch_norm_update_running_cpu, p);
+}
+
 void norm_apply(const Run& run, std::array<int64_t, 4> s, py::object x, py::object affine,
                 py::object residual, bool relu, py::object y) {
   BatchNormApplyParams p{};
@@ -219,7 +232,7 @@ void norm_apply(const Run& run, std::array<int64_t, 4> s, py::object x, py::obje
 
 void norm_bwd_reduce(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object mean,
                      py::object rstd, py::object gamma, py::object affine, py::object z, py::object dgamma,
-                     py::object dbeta, py::object coef) {
+                     py::object dbeta, py::object finish) {
   BatchNormBwdReduceParams p{};
   p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
   p.dz = run.activation("dz", dz, s);
@@ -231,21 +244,20 @@ void norm_bwd_reduce(const Run& run, std::array<int64_t, 4> s, py::object dz, py
   p.z = run.activation("z", z, s);
   p.dgamma = floats("dgamma", dgamma, s[3]);
   p.dbeta = floats("dbeta", dbeta, s[3]);
-  p.coef = floats("coef", coef, 4 * s[3]);
+  p.finish = floats("finish", finish, 6 * s[3]);
   const Workspace workspace(batch_norm_bwd_reduce_workspace(p));
   p.workspace = workspace.data();
   run.stage(batch_norm_bwd_reduce_cpu, p);
   run.stage(batch_norm_bwd_reduce_merge_cpu, p);
 }
 
-void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object coef,
-                    py::object affine, py::object z, py::object dx, py::object g) {
+void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object finish,
+                    py::object z, py::object dx, py::object g) {
   BatchNormBwdApplyParams p{};
   p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
   p.dz = run.activation("dz", dz, s);
   p.x = run.activation("x", x, s);
-  p.coef = floats("coef", coef, 4 * s[3]);
-  p.affine = floats("affine", affine, 2 * s[3]);
+  p.finish = floats("finish", finish, 6 * s[3]);
   p.z = run.activation("z", z, s);
   p.dx = run.activation("dx", dx, s);
   p.g = run.activation("g", g, s);
@@ -270,6 +282,7 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);
   m.def("batch_norm_stats", &norm_stats);
   m.def("batch_norm_fold", &norm_fold);
+  m.def("batch_norm_update_running", &norm_update_running);
   m.def("batch_norm_apply", &norm_apply);
   m.def("batch_norm_bwd_reduce", &norm_bwd_reduce);
   m.def("batch_norm_bwd_apply", &norm_bwd_apply);

@@ -326,7 +326,11 @@ OPS = {
         "dz": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8),
         "affine": ACT2, "z": None,
     },
-    "batch_norm_bwd_apply": {"dz": X, "x": X, "coef": ACT4, "affine": None, "z": X, "want_g": True},
+    "batch_norm_bwd_apply": {"dz": X, "x": X, "finish": torch.ones(6, 8), "z": X, "want_g": True},
+    "batch_norm_update_running": {
+        "running_mean": torch.ones(8), "running_var": torch.ones(8), "num_batches_tracked": torch.tensor(3),
+        "mean": torch.ones(8), "var": torch.ones(8), "shift": torch.ones(8), "count": 9, "momentum": 0.1,
+    },
 }  # fmt: skip
 ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z")
 
@@ -353,6 +357,8 @@ def wrong_tensors(name, t):
         }
     elif t.dim() == 2:
         shapes = {"rows": t[:1], "channels": t[:, :-1], "rank": t[0], "rank 3": t[None], "empty": t[:0]}
+    elif t.dim() == 0:
+        shapes = {"rank": t[None], "empty": t[None][:0]}
     else:
         shapes = {"channels": t[:-1], "rank": t[None], "scalar": t[0], "empty": t[:0]}
     dtypes = {
@@ -426,6 +432,9 @@ def op_cases():
             elif name == "groups":
                 for wrong in (0, -1, 3, 5, 2**62, -(2**63), 1, 8, "4", 4.5, None):
                     yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
+            elif name == "count":
+                for wrong in (1, 0, -1, -(2**63), "9", 4.5, None):
+                    yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
             else:
                 yield pytest.param(op, name, "x", id=f"{op}-{name}-string")
 
@@ -480,9 +489,10 @@ def test_ops_refuse_one_of_two_that_belong_together(ops, op, missing, left):
     refused(lambda: getattr(ops, op)(**{**OPS[op], missing: None}), op, missing, left)
 
 
-@pytest.mark.parametrize(
-    "op, name", [(o, n) for o in OPS for n in OPS[o] if n in ("x", "dy", "weight", "dz", "mean", "coef")]
-)
+NEEDED = ("x", "dy", "weight", "dz", "mean", "finish", "running_mean", "running_var")
+
+
+@pytest.mark.parametrize("op, name", [(o, n) for o in OPS for n in OPS[o] if n in NEEDED])
 def test_ops_refuse_none_for_what_they_need(ops, op, name):
     if op == "grouped_conv_bwd_input" and name == "x":
         refused(lambda: getattr(ops, op)(**{**OPS[op], name: None}), "act", "x")
@@ -492,7 +502,7 @@ def test_ops_refuse_none_for_what_they_need(ops, op, name):
 
 
 VECTORS = [
-    (o, n) for o, a in OPS.items() for n, v in a.items() if isinstance(v, torch.Tensor) and v.dim() < 3
+    (o, n) for o, a in OPS.items() for n, v in a.items() if isinstance(v, torch.Tensor) and 0 < v.dim() < 3
 ]
 
 

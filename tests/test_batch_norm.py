@@ -19,6 +19,7 @@ from checks import (
 )
 
 import gconv
+from gconv.batch_norm import batch_norm_update_running_ref
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -139,6 +140,55 @@ def test_fold(isa, ops, gamma, beta, eps):
     assert ((affine[1].double() - exact[1]).abs() <= checks.EPS32 * magnitude).all()
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None], ids=str)
+def test_update_running(isa, ops, shift, momentum):
+    """Three batches of different sizes against the reference in float64."""
+    gen = checks.generator("update running")
+    c = 37
+    running = [torch.randn(c, generator=gen), torch.rand(c, generator=gen) + 0.5]
+    exact, counter, exact_counter = [t.double() for t in running], torch.tensor(4), torch.tensor(4)
+    for count in (2, 9, 10**6):
+        mean, var = torch.randn(c, generator=gen), torch.rand(c, generator=gen)
+        added = torch.randn(c, generator=gen) if shift else None
+        rest = (mean, var, added, count, momentum)
+        assert ops.batch_norm_update_running(*running, counter, *rest) is None
+        wide = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
+        if momentum is None:
+            wide[-1] = 1 / (exact_counter.item() + 1)
+        batch_norm_update_running_ref(*exact, exact_counter, *wide)
+        assert torch.equal(counter, exact_counter)
+        magnitude = 1 + mean.abs().max() + (0 if added is None else added.abs().max())
+        for got, want in zip(running, exact, strict=True):
+            assert got.dtype == torch.float32
+            assert ((got.double() - want).abs() <= 4 * checks.EPS32 * magnitude).all()
+            want.copy_(got)
+    ops.batch_norm_update_running(*running, None, mean, var, None, 2, 0.5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+def test_update_running_is_its_reference(ops, momentum):
+    """What compilers and function transforms run instead, in float32."""
+    gen = checks.generator("update running in float32")
+    state = [torch.randn(9, generator=gen), torch.rand(9, generator=gen), torch.tensor(2)]
+    other = [t.clone() for t in state]
+    args = (torch.randn(9, generator=gen), torch.rand(9, generator=gen), torch.ones(9), 6, momentum)
+    ops.batch_norm_update_running(*state, *args)
+    batch_norm_update_running_ref(*other, *args)
+    for got, want in zip(state, other, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_backward_through_running_statistics_that_moved_is_refused(ops):
+    """As after any change in place of a tensor that autograd saved."""
+    bn = torch.nn.BatchNorm2d(3)
+    penalties = [(bn.weight * statistic).sum() for statistic in (bn.running_mean, bn.running_var)]
+    gconv.functional.batch_norm(torch.randn(2, 3, 4, 4), bn.running_mean, bn.running_var, training=True)
+    for penalty in penalties:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            penalty.backward()
+
+
 MASKS = ("none", "affine", "output")
 
 
@@ -165,11 +215,11 @@ def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
     mean, rstd = data.vector((-1.0, 0.0, 2.0)), data.vector((0.5, 1.0, 2.0))
     gamma = checks.rotate((None, data.vector()), shape, str(dtype), mask)
     args = (v["dz"], v["x"], mean, rstd, gamma, v["affine"], v["z"])
-    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(*args)
+    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(*args)
     exact = checks.ref_bn_bwd_reduce(torch.float64, *args)
     own = checks.ref_bn_bwd_reduce(dtype, *args)
-    assert dgamma.dtype == dbeta.dtype == coef.dtype == torch.float32
-    assert coef.shape == (4, shape[1])
+    assert dgamma.dtype == dbeta.dtype == finish.dtype == torch.float32
+    assert finish.shape == (6, shape[1])
     # The masked gradient has the dtype of dz, exactly: what is added up is float32 whatever the dtype.
     check(data.integer, dgamma, exact[0], own[0], "dgamma", torch.float32, exact[3])
     check(data.integer, dbeta, exact[1], own[1], "dbeta", torch.float32, exact[4])
@@ -177,7 +227,8 @@ def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
     scale = (torch.ones_like(mean) if gamma is None else gamma).double() * rstd
     slope = scale * rstd / m
     for row, magnitude in ((0, None), (1, slope * exact[3]), (2, scale * exact[4] / m), (3, None)):
-        assert_accurate(coef[row], exact[2][row], own[2][row], f"coef[{row}]", torch.float32, magnitude)
+        assert_accurate(finish[row], exact[2][row], own[2][row], f"finish[{row}]", torch.float32, magnitude)
+    assert_exact(finish[4:], exact[2][4:], "finish: the mask")
 
 
 @shapes
@@ -187,8 +238,9 @@ def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
 @kinds
 def test_backward_apply(isa, ops, shape, dtype, mask, want_g, kind):
     data, v = backward_problem(shape, dtype, kind, mask)
-    coef = torch.stack([data.vector(), 0.5 * data.vector(), data.vector(), data.vector((-2.0, 0.0, 2.0))])
-    args = (v["dz"], v["x"], coef, v["affine"], v["z"])
+    mask = checks.no_mask(shape[1]) if v["affine"] is None else v["affine"]
+    coefficients = data.vector(), 0.5 * data.vector(), data.vector(), data.vector((-2.0, 0.0, 2.0))
+    args = (v["dz"], v["x"], torch.stack([*coefficients, *mask]), v["z"])
     dx, g = ops.batch_norm_bwd_apply(*args, want_g)
     exact, own = checks.ref_bn_bwd_apply(torch.float64, *args), checks.ref_bn_bwd_apply(dtype, *args)
     assert dx.dtype == dtype
@@ -231,8 +283,8 @@ def test_chain_is_the_gradient_of_torchs_batch_norm(isa, ops, dtype, relu, resid
     rstd, affine = ops.batch_norm_fold(mean, var, gamma, beta, 1e-5)
     z = ops.batch_norm_apply(x, affine, r, relu)
     mask = (affine if relu and r is None else None, z if relu and r is not None else None)
-    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(dz, x, mean, rstd, gamma, *mask)
-    dx, g = ops.batch_norm_bwd_apply(dz, x, coef, *mask, residual)
+    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(dz, x, mean, rstd, gamma, *mask)
+    dx, g = ops.batch_norm_bwd_apply(dz, x, finish, mask[1], residual)
     assert_accurate(z, exact_z.detach(), own_z.detach(), "z")
     for name, got, i in (("dx", dx, 0), ("dgamma", dgamma, 1), ("dbeta", dbeta, 2)):
         assert_accurate(got, exact[i], own[i], name, dtype)
@@ -261,7 +313,7 @@ def test_layout_does_not_change_a_bit(isa, ops, dtype, layout):
                 *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z),
             )
         )
-        results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][-1], affine, None, True)
+        results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][-1], None, True)
     for want, got in zip(*results, strict=True):
         assert_same_bits(got, want)
 
@@ -269,7 +321,7 @@ def test_layout_does_not_change_a_bit(isa, ops, dtype, layout):
 @dtypes
 def test_stride_0(isa, ops, dtype):
     data = Data((2, 9, 5, 6), dtype, "normal", "stride 0")
-    x, coef = data.activation(), torch.randn(4, 9, generator=data.gen)
+    x, finish = data.activation(), torch.randn(6, 9, generator=data.gen)
     dz = torch.ones((), dtype=dtype).expand(x.shape)
     mean, var = ops.batch_norm_stats(x)
     reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, None, None)
@@ -277,8 +329,8 @@ def test_stride_0(isa, ops, dtype):
         reduce, ops.batch_norm_bwd_reduce(dz.contiguous(), x, mean, var, None, None, None), strict=True
     ):
         assert_same_bits(got, want)
-    got = ops.batch_norm_bwd_apply(dz, x, coef, None, None, True)
-    for a, b in zip(got, ops.batch_norm_bwd_apply(dz.contiguous(), x, coef, None, None, True), strict=True):
+    got = ops.batch_norm_bwd_apply(dz, x, finish, None, True)
+    for a, b in zip(got, ops.batch_norm_bwd_apply(dz.contiguous(), x, finish, None, True), strict=True):
         assert_same_bits(a, b)
 
 
@@ -286,11 +338,11 @@ def test_stride_0(isa, ops, dtype):
 @pytest.mark.parametrize("shape", [(8, 64, 28, 28), (3, 17, 29, 31), (1, 130, 40, 33)], ids=str)
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtype, shape):
     data = Data(shape, dtype, "normal", "threads")
-    x, dz, affine, coef = (
+    x, dz, affine, finish = (
         data.activation(),
         data.activation(),
         data.affine(),
-        torch.randn(4, shape[1], generator=data.gen),
+        torch.randn(6, shape[1], generator=data.gen),
     )
 
     def run():
@@ -298,7 +350,7 @@ def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtyp
         reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, affine, None)
         return (
             mean, var, ops.batch_norm_apply(x, affine, dz, True), *reduce,
-            *ops.batch_norm_bwd_apply(dz, x, coef, affine, None, True),
+            *ops.batch_norm_bwd_apply(dz, x, finish, None, True),
         )  # fmt: skip
 
     threads(2)
@@ -323,10 +375,10 @@ def test_nan_and_inf_stay_in_their_channel(isa, ops, dtype, value):
     identity = torch.stack([torch.ones(21), torch.zeros(21)])
     assert_exact(ops.batch_norm_apply(x, identity, None, True), torch.relu(x.double()))
     ones = torch.ones_like(x)
-    coef = torch.stack([torch.ones(21), *torch.zeros(3, 21)])
-    _, g = ops.batch_norm_bwd_apply(ones, x, coef, identity, None, True)
+    finish = torch.stack([torch.ones(21), *torch.zeros(3, 21), *identity])
+    _, g = ops.batch_norm_bwd_apply(ones, x, finish, None, True)
     assert_exact(g, checks.kept(x).double(), "the mask lets the gradient through at NaN, as torch's does")
-    _, g = ops.batch_norm_bwd_apply(ones, ones, coef, None, x, True)
+    _, g = ops.batch_norm_bwd_apply(ones, ones, finish, x, True)
     assert_exact(g, checks.kept(x).double(), "the mask by output")
 
 
@@ -336,9 +388,9 @@ def test_zero_batch(isa, ops):
     assert mean.shape == var.shape == (6,)
     vector = torch.ones(6)
     assert ops.batch_norm_apply(x, torch.ones(2, 6), x, True).shape == x.shape
-    dgamma, dbeta, coef = ops.batch_norm_bwd_reduce(x, x, vector, vector, vector, torch.ones(2, 6), None)
-    assert torch.equal(dgamma, torch.zeros(6)) and torch.equal(dbeta, torch.zeros(6)) and coef.shape == (4, 6)
-    dx, g = ops.batch_norm_bwd_apply(x, x, torch.ones(4, 6), None, None, True)
+    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(x, x, vector, vector, vector, torch.ones(2, 6), None)
+    assert torch.equal(dgamma, torch.zeros(6)) and torch.equal(dbeta, torch.zeros(6))
+    dx, g = ops.batch_norm_bwd_apply(x, x, finish, None, True)
     assert dx.shape == g.shape == x.shape
 
 
@@ -346,9 +398,9 @@ def test_the_gradient_at_exactly_zero_is_blocked(isa, ops):
     x, affine = torch.zeros(1, 20, 2, 3), torch.stack([torch.ones(20), torch.zeros(20)])
     ones, vector = torch.ones_like(x), torch.ones(20)
     for mask in ((affine, None), (None, x)):
-        dgamma, dbeta, _ = ops.batch_norm_bwd_reduce(ones, x, vector, vector, None, *mask)
+        dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(ones, x, vector, vector, None, *mask)
         assert torch.equal(dbeta, torch.zeros(20)) and torch.equal(dgamma, torch.zeros(20))
-        _, g = ops.batch_norm_bwd_apply(ones, x, torch.ones(4, 20), *mask, True)
+        _, g = ops.batch_norm_bwd_apply(ones, x, finish, mask[1], True)
         assert torch.equal(g, torch.zeros_like(g))
 
 
@@ -441,9 +493,8 @@ def test_mask_uses_channel_vectors_of_its_own_channel(isa, ops):
     shut = torch.arange(c) % 3 == 0
     affine = torch.stack([torch.zeros(c), torch.where(shut, -1.0, 1.0)])
     x = torch.ones(2, c, 3, 4)
-    coef = torch.stack([torch.arange(c).float(), *torch.zeros(3, c)])
-    dx, g = ops.batch_norm_bwd_apply(x, x, coef, affine, None, True)
+    slope = torch.arange(c).float()
+    finish = torch.stack([slope, *torch.zeros(3, c), *affine])
+    dx, g = ops.batch_norm_bwd_apply(x, x, finish, None, True)
     want = torch.where(shut, 0.0, 1.0)
-    assert torch.equal(g, channel(want).expand_as(g)) and torch.equal(
-        dx, channel(want * coef[0]).expand_as(dx)
-    )
+    assert torch.equal(g, channel(want).expand_as(g)) and torch.equal(dx, channel(want * slope).expand_as(dx))

@@ -448,6 +448,28 @@ def test_norm_apply_exact(kernels, isa, dtype, channels):
             assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {shape}")
 
 
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_norm_update_running(kernels, with_shift):
+    rng = np.random.default_rng(2)
+    c, count = 37, 5
+    mean, shift, before_mean = (rng.standard_normal(c).astype(np.float32) for _ in range(3))
+    var, before_var = (rng.random(c).astype(np.float32) + 0.5 for _ in range(2))
+    for momentum in (0.0, 0.1, 1.0, 1 / 3):
+        running_mean, running_var = before_mean.copy(), before_var.copy()
+        run = kernels.Run("portable", "float32", 3)
+        added = shift if with_shift else None
+        kernels.batch_norm_update_running(
+            run, c, mean, var, added, count, momentum, running_mean, running_var
+        )
+        new_mean = mean.astype(np.float64) + (shift if with_shift else 0)
+        new_var = var.astype(np.float64) * count / (count - 1)
+        want_mean = (1 - momentum) * before_mean.astype(np.float64) + momentum * new_mean
+        want_var = (1 - momentum) * before_var.astype(np.float64) + momentum * new_var
+        magnitude = np.abs(before_mean) + np.abs(new_mean)
+        assert (np.abs(running_mean - want_mean) <= 6e-8 * magnitude).all()
+        np.testing.assert_allclose(running_var, want_var, rtol=6e-8)
+
+
 MASKS = ("none", "from x", "from z")
 
 
@@ -475,7 +497,7 @@ class NormBackward:
     def reduce(self, kernels, isa, dtype):
         def call(run, arrays):
             c = self.shape[-1]
-            outputs = [arrays.table_output(c), arrays.table_output(c), arrays.table_output(4, c)]
+            outputs = [arrays.table_output(c), arrays.table_output(c), arrays.table_output(6, c)]
             dz, x, z = (optional(arrays.activation, self, name, dtype) for name in ("dz", "x", "z"))
             vectors = (optional(arrays.table, self, name) for name in ("mean", "rstd", "gamma", "affine"))
             kernels.batch_norm_bwd_reduce(run, self.shape, dz, x, *vectors, z, *outputs)
@@ -483,12 +505,16 @@ class NormBackward:
 
         return both_ways(kernels, isa, dtype, call)
 
-    def apply(self, kernels, isa, dtype, coef, with_g):
+    def mask_table(self):
+        """The (a; b) of the mask in `finish`: those that mask nothing unless it comes from x."""
+        c = self.shape[-1]
+        return np.stack([np.zeros(c), np.ones(c)]) if self.affine is None else self.affine
+
+    def apply(self, kernels, isa, dtype, finish, with_g):
         def call(run, arrays):
             dx, g = arrays.output(self.shape), arrays.output(self.shape) if with_g else None
             dz, x, z = (optional(arrays.activation, self, name, dtype) for name in ("dz", "x", "z"))
-            affine = optional(arrays.table, self, "affine")
-            kernels.batch_norm_bwd_apply(run, self.shape, dz, x, arrays.table(table(coef)), affine, z, dx, g)
+            kernels.batch_norm_bwd_apply(run, self.shape, dz, x, arrays.table(table(finish)), z, dx, g)
             return [dx, g] if with_g else [dx]
 
         return both_ways(kernels, isa, dtype, call)
@@ -507,7 +533,7 @@ def optional(place, case, name, dtype=None):
 def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
     for rng, shape in norm_cases(channels):
         case = NormBackward(rng, shape, mask)
-        dgamma, dbeta, coef = case.reduce(kernels, isa, dtype)
+        dgamma, dbeta, finish = case.reduce(kernels, isa, dtype)
         g, rows = case.g().reshape(-1, channels), max(1, int(np.prod(shape[:3])))
         want_dbeta = g.sum(0)
         want_dgamma = (g * (case.x.reshape(-1, channels) - case.mean)).sum(0) * case.rstd
@@ -515,7 +541,8 @@ def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
         assert_same(dgamma, want_dgamma, f"dgamma at {shape}")
         a = case.gamma * case.rstd
         want = np.stack([a, -a * case.rstd * want_dgamma / rows, -a * want_dbeta / rows, case.mean])
-        np.testing.assert_allclose(coef, want, rtol=1.2e-7, atol=0)
+        np.testing.assert_allclose(finish[:4], want, rtol=1.2e-7, atol=0)
+        assert_same(finish[4:], case.mask_table(), f"mask at {shape}")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -523,13 +550,14 @@ def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
 def test_norm_bwd_apply_exact(kernels, isa, dtype, channels, mask):
     for rng, shape in norm_cases(channels):
         case = NormBackward(rng, shape, mask)
-        coef = np.stack([integers(rng, -4, 4, channels) / 2 for _ in range(3)] + [case.mean])
+        coefficients = [integers(rng, -4, 4, channels) / 2 for _ in range(3)]
+        finish = np.stack([*coefficients, case.mean, *case.mask_table()])
         if case.x.size:
             case.dz.flat[0] = np.nan
         want_g = case.g()
-        want_dx = coef[0] * want_g + coef[1] * (case.x - coef[3]) + coef[2]
+        want_dx = finish[0] * want_g + finish[1] * (case.x - finish[3]) + finish[2]
         for with_g in (False, True):
-            got = case.apply(kernels, isa, dtype, coef, with_g)
+            got = case.apply(kernels, isa, dtype, finish, with_g)
             assert_same(value(got[0], dtype), value(store(want_dx, dtype), dtype), f"dx at {shape}")
             if with_g:
                 assert_same(value(got[1], dtype), value(store(want_g, dtype), dtype), f"g at {shape}")
@@ -540,13 +568,16 @@ def test_norm_mask_lets_nan_through(kernels, isa, mask):
     """As in torch, a gradient passes where the ReLU's output is NaN."""
     dz, x = np.ones((1, 1, 3, 5), np.float32), np.zeros((1, 1, 3, 5), np.float32)
     source = np.array(np.broadcast_to(np.array([np.nan, -1, 1], np.float32)[None, None, :, None], x.shape))
-    affine = table([np.ones(5), np.zeros(5)])
-    coef, dx, g = table([np.ones(5), *np.zeros((3, 5))]), np.full_like(x, 9), np.full_like(x, 9)
+    finish, dx, g = (
+        table([np.ones(5), *np.zeros((3, 5)), np.ones(5), np.zeros(5)]),
+        np.full_like(x, 9),
+        np.full_like(x, 9),
+    )
     run = kernels.Run(isa, "float32", 1)
     if mask == "from x":
-        kernels.batch_norm_bwd_apply(run, x.shape, dz, source, coef, affine, None, dx, g)
+        kernels.batch_norm_bwd_apply(run, x.shape, dz, source, finish, None, dx, g)
     else:
-        kernels.batch_norm_bwd_apply(run, x.shape, dz, x, coef, None, source, dx, g)
+        kernels.batch_norm_bwd_apply(run, x.shape, dz, x, finish, source, dx, g)
     assert np.array_equal(g[0, 0, :, 0], [1, 0, 1])
 
 

@@ -65,6 +65,15 @@ void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth)
   }
 }
 
+void batch_norm_update_running_cpu(const BatchNormUpdateRunningParams& p, int64_t ith, int64_t nth) {
+  const double keep = 1.0 - p.momentum, unbiased = static_cast<double>(p.count) / (p.count - 1);
+  for (int64_t c = p.c * ith / nth; c < p.c * (ith + 1) / nth; ++c) {
+    const double mean = static_cast<double>(p.mean[c]) + (p.shift ? p.shift[c] : 0.f);
+    p.running_mean[c] = static_cast<float>(keep * p.running_mean[c] + p.momentum * mean);
+    p.running_var[c] = static_cast<float>(keep * p.running_var[c] + p.momentum * unbiased * p.var[c]);
+  }
+}
+
 void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   table(p.isa).apply(p, ith, nth);
 }
@@ -91,10 +100,13 @@ void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t 
     const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);
     p.dbeta[c] = static_cast<float>(sum_g);
     p.dgamma[c] = static_cast<float>(sum_gx * rstd);
-    p.coef[c] = static_cast<float>(scale);
-    p.coef[channels + c] = static_cast<float>(-scale * rstd * (sum_gx * rstd) * per_row);
-    p.coef[2 * channels + c] = static_cast<float>(-scale * sum_g * per_row);
-    p.coef[3 * channels + c] = p.mean[c];
+    const bool mask_from_x = p.affine != nullptr && p.z.data == nullptr;
+    p.finish[c] = static_cast<float>(scale);
+    p.finish[channels + c] = static_cast<float>(-scale * rstd * (sum_gx * rstd) * per_row);
+    p.finish[2 * channels + c] = static_cast<float>(-scale * sum_g * per_row);
+    p.finish[3 * channels + c] = p.mean[c];
+    p.finish[4 * channels + c] = mask_from_x ? p.affine[c] : 0.f;
+    p.finish[5 * channels + c] = mask_from_x ? p.affine[channels + c] : 1.f;
   }
 }
 

@@ -316,9 +316,8 @@ template <typename T, Mask MASK, bool WANT_G>
 void bwd_apply_rows(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
   const Rows<T> dz(p.shape, p.dz), x(p.shape, p.x), z(p.shape, p.z), dx(p.shape, p.dx), g_out(p.shape, p.g);
   const int64_t channels = p.shape.c;
-  const float *slope = p.coef, *tilt = slope + channels, *level = tilt + channels, *mean = level + channels;
-  const float* a = MASK == Mask::from_x ? p.affine : nullptr;
-  const float* b = MASK == Mask::from_x ? a + channels : nullptr;
+  const float *slope = p.finish, *tilt = slope + channels, *level = tilt + channels, *mean = level + channels;
+  const float *a = mean + channels, *b = a + channels;
   const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
   const bool stream = streams<T>(p.dx, rows, channels) && (!WANT_G || streams<T>(p.g, rows, channels));
   const Share share(rows, ith, nth);
@@ -352,10 +351,8 @@ template <typename T>
 void bwd_apply(T*, const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
   if (p.z.data)
     bwd_apply_masked<T, Mask::from_z>(p, ith, nth);
-  else if (p.affine)
-    bwd_apply_masked<T, Mask::from_x>(p, ith, nth);
   else
-    bwd_apply_masked<T, Mask::none>(p, ith, nth);
+    bwd_apply_masked<T, Mask::from_x>(p, ith, nth);
 }
 
 constexpr BatchNormTable TABLE = {
