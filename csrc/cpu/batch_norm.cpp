@@ -20,6 +20,17 @@ const BatchNormTable& table(Isa isa) {
   return batch_norm_portable;
 }
 
+// Partial results lie slab by slab, so they are merged for some channels at a time, not channel by channel.
+constexpr int64_t MERGED_CHANNELS = 128;
+
+// Calls f(first channel, number of channels) for the share of the channels.
+template <typename F>
+void for_merged(int64_t channels, int64_t ith, int64_t nth, F&& f) {
+  const int64_t end = channels * (ith + 1) / nth;
+  for (int64_t c = channels * ith / nth; c < end; c += MERGED_CHANNELS)
+    f(c, std::min(MERGED_CHANNELS, end - c));
+}
+
 // A sum and what it lacks; beside an infinity the latter is NaN and means nothing.
 double compensated(float high, float low) {
   return std::isfinite(high) ? static_cast<double>(high) + low : high;
@@ -39,20 +50,25 @@ void batch_norm_stats_merge_cpu(const BatchNormStatsParams& p, int64_t ith, int6
   const BatchNormSlabs plan(p.shape);
   const int64_t channels = p.shape.c;
   const float* pivot = p.workspace + plan.slabs * 2 * channels;
-  for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
-    double count = 0, mean = 0, m2 = 0;
+  const bool empty = plan.rows == 0;
+  for_merged(channels, ith, nth, [&](int64_t first, int64_t width) {
+    double count = 0, mean[MERGED_CHANNELS] = {}, m2[MERGED_CHANNELS] = {};
     for (int64_t s = 0; s < plan.slabs; ++s) {
-      const float* partial = p.workspace + s * 2 * channels + c;
-      const double n = static_cast<double>(plan.rows_of(s));
-      const double delta = partial[0] - mean, total = count + n;
-      mean += delta * (n / total);
-      m2 += partial[channels] + delta * delta * (count * (n / total));
+      const float* partial = p.workspace + s * 2 * channels + first;
+      const double n = static_cast<double>(plan.rows_of(s)), total = count + n, weight = n / total;
+      for (int64_t c = 0; c < width; ++c) {
+        const double delta = partial[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += partial[channels + c] + delta * delta * (count * weight);
+      }
       count = total;
     }
-    const bool empty = plan.rows == 0;
-    p.mean[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(pivot[c] + mean);
-    p.var[c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(m2 / count);
-  }
+    for (int64_t c = 0; c < width; ++c) {
+      const float at = empty ? 0.f : pivot[first + c];
+      p.mean[first + c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(at + mean[c]);
+      p.var[first + c] = empty ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(m2[c] / count);
+    }
+  });
 }
 
 void batch_norm_fold_cpu(const BatchNormFoldParams& p, int64_t ith, int64_t nth) {
@@ -89,25 +105,30 @@ void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, i
 void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
   const BatchNormSlabs plan(p.shape);
   const int64_t channels = p.shape.c;
-  for (int64_t c = channels * ith / nth; c < channels * (ith + 1) / nth; ++c) {
-    double sum_g = 0, sum_gx = 0;
+  const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);
+  const bool mask_from_x = p.affine != nullptr && p.z.data == nullptr;
+  for_merged(channels, ith, nth, [&](int64_t first, int64_t width) {
+    double sum_g[MERGED_CHANNELS] = {}, sum_gx[MERGED_CHANNELS] = {};
     for (int64_t s = 0; s < plan.slabs; ++s) {
-      const float* partial = p.workspace + s * 4 * channels + c;
-      sum_g += compensated(partial[0], partial[channels]);
-      sum_gx += compensated(partial[2 * channels], partial[3 * channels]);
+      const float* partial = p.workspace + s * 4 * channels + first;
+      for (int64_t c = 0; c < width; ++c) {
+        sum_g[c] += compensated(partial[c], partial[channels + c]);
+        sum_gx[c] += compensated(partial[2 * channels + c], partial[3 * channels + c]);
+      }
     }
-    const double rstd = p.rstd[c], scale = (p.gamma ? p.gamma[c] : 1.0) * rstd;
-    const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);
-    p.dbeta[c] = static_cast<float>(sum_g);
-    p.dgamma[c] = static_cast<float>(sum_gx * rstd);
-    const bool mask_from_x = p.affine != nullptr && p.z.data == nullptr;
-    p.finish[c] = static_cast<float>(scale);
-    p.finish[channels + c] = static_cast<float>(-scale * rstd * (sum_gx * rstd) * per_row);
-    p.finish[2 * channels + c] = static_cast<float>(-scale * sum_g * per_row);
-    p.finish[3 * channels + c] = p.mean[c];
-    p.finish[4 * channels + c] = mask_from_x ? p.affine[c] : 0.f;
-    p.finish[5 * channels + c] = mask_from_x ? p.affine[channels + c] : 1.f;
-  }
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t c = first + i;
+      const double rstd = p.rstd[c], scale = (p.gamma ? p.gamma[c] : 1.0) * rstd;
+      p.dbeta[c] = static_cast<float>(sum_g[i]);
+      p.dgamma[c] = static_cast<float>(sum_gx[i] * rstd);
+      p.finish[c] = static_cast<float>(scale);
+      p.finish[channels + c] = static_cast<float>(-scale * rstd * (sum_gx[i] * rstd) * per_row);
+      p.finish[2 * channels + c] = static_cast<float>(-scale * sum_g[i] * per_row);
+      p.finish[3 * channels + c] = p.mean[c];
+      p.finish[4 * channels + c] = mask_from_x ? p.affine[c] : 0.f;
+      p.finish[5 * channels + c] = mask_from_x ? p.affine[channels + c] : 1.f;
+    }
+  });
 }
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {

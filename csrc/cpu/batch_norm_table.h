@@ -13,12 +13,13 @@ struct BatchNormSlabs {
   static constexpr int64_t PANEL = 512;            // channels whose accumulators fit in L1 beside the data
   static constexpr int64_t BLOCK_ELEMENTS = 8192;  // of a panel: 32 KiB of float32
   static constexpr int64_t MAX_SLABS = 128;        // more would cost more in merging than threads could gain
+  static constexpr int64_t MIN_ELEMENTS = 32768;   // of a panel in a slab, for the same reason
   int64_t rows, block_rows, slab_rows, slabs, panels;
 
   explicit BatchNormSlabs(const BatchNormShape& s) : rows(s.n * s.h * s.w) {
-    const int64_t width = std::clamp<int64_t>(s.c, 1, PANEL);
+    const int64_t width = std::clamp<int64_t>(s.c, 16, PANEL);  // fewer channels fill no vector
     block_rows = std::clamp<int64_t>(BLOCK_ELEMENTS / width / 4 * 4, 16, 256);
-    const int64_t share = (rows + MAX_SLABS - 1) / MAX_SLABS;
+    const int64_t share = std::max((rows + MAX_SLABS - 1) / MAX_SLABS, MIN_ELEMENTS / width);
     slab_rows = std::max<int64_t>(1, (share + block_rows - 1) / block_rows) * block_rows;
     slabs = (rows + slab_rows - 1) / slab_rows;
     panels = (s.c + PANEL - 1) / PANEL;
