@@ -166,6 +166,27 @@ def test_weight_layout_does_not_change_a_bit(isa, ops, case):
             assert_same_bits(got[name], want[name], f"{name}, weight {layout}")
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
+@pytest.mark.parametrize("width", [1, 3, 4, 6, 8, 12, 16, 24, 32])
+def test_weight_layout_at_every_width_of_a_group(isa, ops, dtype, width):
+    """Weights are packed by blocks of a vector's width: groups within, across and as wide as such blocks."""
+    groups = 3
+    gen = checks.generator("weight layout", width)
+    x = checks.integers((1, groups * width, 4, 5), 3, gen).to(dtype)
+    weight = checks.integers((groups * (width + 2), width, 3, 3), 3, gen).to(dtype)
+    dy = checks.integers((1, groups * (width + 2), 4, 5), 3, gen).to(dtype)
+    geometry = ([1, 1], [1, 1], [1, 1], groups)
+    want_y = torch.nn.functional.conv2d(x.double(), weight.double(), None, 1, 1, 1, groups)
+    want_dx = torch.nn.grad.conv2d_input(x.shape, weight.double(), dy.double(), 1, 1, 1, groups)
+    for layout in ("contiguous", "channels_last"):
+        placed = place(weight, layout)
+        y = ops.grouped_conv_fwd(x, placed, *geometry, None, None, None, False)
+        dx, _ = ops.grouped_conv_bwd_input(dy, placed, list(x.shape), *geometry, None, None, None, None)
+        assert torch.equal(y, want_y.to(dtype)), layout
+        assert torch.equal(dx, want_dx.to(dtype)), layout
+
+
 EXPANDED = {
     "scalar": lambda t: t[:1, :1, :1, :1].expand(t.shape),
     "batch": lambda t: t[:1].expand(t.shape),

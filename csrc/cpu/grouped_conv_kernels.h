@@ -59,13 +59,20 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   return p;
 }
 
-template <typename T>
-GCONV_INLINE float scalar_at(const T* p) {
-  float lanes[LANES];
-  store(lanes, load_as(p, 1));
-  return lanes[0];
+// Calls f(i, element i of each of LANES rows) for every i below `count`.
+template <typename T, typename F>
+GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
+  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
+    const T* at[LANES];
+    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
+    Vec v[LANES];
+    load_columns(at, columns, v);
+    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
+  };
+  int64_t first = 0;
+  for (; first + LANES <= count; first += LANES) block(first, LANES);
+  if (first < count) block(first, static_cast<int>(count - first));
 }
-GCONV_INLINE float scalar_at(const float* p) { return *p; }
 
 // [K, C/groups, 3, 3] to [vector][source channel][3][3][LANES]; for the input gradient the roles of the
 // channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
@@ -73,30 +80,40 @@ GCONV_INLINE float scalar_at(const float* p) { return *p; }
 template <typename T>
 void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
                  int64_t nth) {
-  const int64_t terms = p.source_per_group * 9;
-  const int64_t kernel = 9 * (p.transposed ? p.output_per_group : p.source_per_group);
-  const int64_t step = p.transposed ? kernel : layout.stride_c;
+  const int64_t per_group = p.output_per_group, terms = p.source_per_group * 9;
+  const int64_t kernel = 9 * (p.transposed ? per_group : p.source_per_group);
+  const int64_t last = p.output_channels() - 1;
   const Share share(p.vectors(), ith, nth);
   for (int64_t v = share.begin; v < share.end; ++v) {
-    const T* from[LANES];
-    int32_t offset[LANES];
+    const T* rows[LANES];
     for (int64_t l = 0; l < LANES; ++l) {
-      const int64_t channel = std::min(v * LANES + l, p.output_channels() - 1);
-      const int64_t group = channel / p.output_per_group, within = channel % p.output_per_group;
-      from[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+      const int64_t channel = std::min(v * LANES + l, last);
+      const int64_t group = channel / per_group, within = channel % per_group;
+      rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
                              : weight + channel * kernel;
-      offset[l] = static_cast<int32_t>(from[l] - from[0]);
     }
-    const Index lanes = index_load(offset);
     float* out = packed + v * terms * LANES;
-    for (int64_t c = 0; c < p.source_per_group; ++c)
-      for (int64_t t = 0; t < 9; ++t, out += LANES) {
-        const int64_t at = c * step + (p.transposed ? 8 - t : t) * layout.stride_tap;
-        if constexpr (std::is_same_v<T, float>)
-          store(out, gather(from[0] + at, lanes));
-        else
-          for (int l = 0; l < LANES; ++l) out[l] = scalar_at(from[l] + at);
+    if (!p.transposed) {
+      const bool by_tap = layout.stride_tap == 1;
+      const int64_t inner = by_tap ? 1 : p.source_per_group;
+      int64_t c = 0, t = 0;
+      for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
+        store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
+        if (++c == inner) c = 0, ++t;
+      });
+    } else if (layout.stride_tap == 1) {
+      for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
+        for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
+        for (const T*& row : rows) row += kernel;
       }
+    } else {
+      const bool adjacent = v * LANES % per_group + LANES <= per_group;
+      for (int64_t c = 0; c < p.source_per_group; ++c)
+        for (int64_t t = 0; t < 9; ++t, out += LANES) {
+          const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
+          store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
+        }
+    }
   }
 }
 

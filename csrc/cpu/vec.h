@@ -140,6 +140,28 @@ GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm512_add_epi32(i, _m
 // lane l of the result is lane index[l] (modulo LANES) of a.
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm512_permutexvar_ps(i, a.v)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm512_i32gather_ps(i, p, 4)}; }
+// Lane l of vector i becomes lane i of vector l: in 4x4 squares within the quarters, then of the quarters.
+GCONV_INLINE void transpose(Vec (&v)[LANES]) {
+  __m512d half[LANES];
+  GCONV_UNROLL
+  for (int b = 0; b < LANES; b += 4) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[b].v, v[b + 1].v));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[b].v, v[b + 1].v));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[b + 2].v, v[b + 3].v));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[b + 2].v, v[b + 3].v));
+    half[b] = _mm512_unpacklo_pd(low01, low23), half[b + 1] = _mm512_unpackhi_pd(low01, low23);
+    half[b + 2] = _mm512_unpacklo_pd(high01, high23), half[b + 3] = _mm512_unpackhi_pd(high01, high23);
+  }
+  GCONV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_castpd_ps(half[i]), b = _mm512_castpd_ps(half[i + 4]);
+    const __m512 c = _mm512_castpd_ps(half[i + 8]), d = _mm512_castpd_ps(half[i + 12]);
+    const __m512 ab01 = _mm512_shuffle_f32x4(a, b, 0x44), cd01 = _mm512_shuffle_f32x4(c, d, 0x44);
+    const __m512 ab23 = _mm512_shuffle_f32x4(a, b, 0xee), cd23 = _mm512_shuffle_f32x4(c, d, 0xee);
+    v[i].v = _mm512_shuffle_f32x4(ab01, cd01, 0x88), v[i + 4].v = _mm512_shuffle_f32x4(ab01, cd01, 0xdd);
+    v[i + 8].v = _mm512_shuffle_f32x4(ab23, cd23, 0x88), v[i + 12].v = _mm512_shuffle_f32x4(ab23, cd23, 0xdd);
+  }
+}
 
 // Each even (odd) element twice. From memory these cost a load and no shuffle, which would compete with
 // the multiplications for a port; a compiler that sees both of one address shares the load and shuffles.
@@ -246,6 +268,24 @@ GCONV_INLINE Index index_load(const int32_t* p) {
 GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm256_add_epi32(i, _mm256_set1_epi32(n)); }
 GCONV_INLINE Vec permute(Vec a, Index i) { return {_mm256_permutevar8x32_ps(a.v, i)}; }
 GCONV_INLINE Vec gather(const float* p, Index i) { return {_mm256_i32gather_ps(p, i, 4)}; }
+GCONV_INLINE void transpose(Vec (&v)[LANES]) {
+  __m256 half[LANES];
+  GCONV_UNROLL
+  for (int b = 0; b < LANES; b += 4) {
+    const __m256 low01 = _mm256_unpacklo_ps(v[b].v, v[b + 1].v);
+    const __m256 high01 = _mm256_unpackhi_ps(v[b].v, v[b + 1].v);
+    const __m256 low23 = _mm256_unpacklo_ps(v[b + 2].v, v[b + 3].v);
+    const __m256 high23 = _mm256_unpackhi_ps(v[b + 2].v, v[b + 3].v);
+    half[b] = _mm256_shuffle_ps(low01, low23, 0x44), half[b + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+    half[b + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+    half[b + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+  }
+  GCONV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    v[i].v = _mm256_permute2f128_ps(half[i], half[i + 4], 0x20);
+    v[i + 4].v = _mm256_permute2f128_ps(half[i], half[i + 4], 0x31);
+  }
+}
 
 GCONV_INLINE Vec even_twice(Vec a) { return {_mm256_moveldup_ps(a.v)}; }
 GCONV_INLINE Vec odd_twice(Vec a) { return {_mm256_movehdup_ps(a.v)}; }
@@ -419,6 +459,26 @@ GCONV_INLINE void store_lanes(T* p, Vec a, int n) {
     store_as(p, a);
   else
     store_as(p, a, n);
+}
+
+// Element i of each of LANES rows.
+template <typename T>
+GCONV_INLINE Vec load_column(const T* const* rows, int64_t i) {
+  alignas(64) T lanes[LANES];
+  for (int l = 0; l < LANES; ++l) lanes[l] = rows[l][i];
+  return load_as(lanes);
+}
+
+// The first `columns` of these, at most LANES. To transpose a square pays off from half of its columns on.
+template <typename T>
+GCONV_INLINE void load_columns(const T* const* rows, int columns, Vec (&v)[LANES]) {
+#if defined(GCONV_ISA_AVX512) || defined(GCONV_ISA_AVX2)
+  if (columns > LANES / 2) {
+    for (int l = 0; l < LANES; ++l) v[l] = load_lanes(rows[l], columns);
+    return transpose(v);
+  }
+#endif
+  for (int i = 0; i < columns; ++i) v[i] = load_column(rows, i);
 }
 
 // Whether an output of `pixels` x `channels` should be streamed: it is larger than the caches that a reader
