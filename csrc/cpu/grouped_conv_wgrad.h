@@ -15,7 +15,7 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 
 constexpr int WGRAD_ROWS = LANES == 16 ? 3 : 1;
-constexpr int64_t STRIPE_FLOATS = 80 * 1024;  // packed rows of one block: a third of a megabyte
+constexpr int64_t BLOCK_FLOATS = 80 * 1024;  // packed rows of one block: a third of a megabyte
 constexpr int64_t BLOCKS_PER_SUM = 32;
 
 // How a row is walked. In step with the taps, every column of x is fetched once and meets the neighbouring
@@ -136,7 +136,8 @@ struct WgradBlock {
   const float* dy;  // packed dy of the first valid output row
   int64_t dy_row, dy_image;
   int64_t rows, images;
-  bool fresh;  // first to write its dw: nothing to add to
+  bool fresh;         // first to write its dw: nothing to add to
+  RowPrefetch* next;  // takes a step with each row
 };
 
 // dw of CHANNELS broadcast channels and one vertical tap, over a block of rows; adds to out.
@@ -152,6 +153,7 @@ void wgrad_block(const WgradPass& p, const WgradBlock& b, float* out) {
     WgradRow row{b.x + i * b.x_image, 0, {b.dy + i * b.dy_image, nullptr, nullptr}};
     for (int64_t r = 0; r < b.rows; ++r) {
       wgrad_row<1, CHANNELS, Fetch::broadcast, WALK>(p, row, acc);
+      b.next->step();
       row.x += b.x_row;
       row.dy[0] += b.dy_row;
     }
@@ -240,71 +242,123 @@ inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, Wal
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Every vector's lanes lie in one group: x and dy of a block of rows are packed, then dw of a few channels
-// and one vertical tap takes all pixels of the block without leaving the registers. A block is a stripe of
-// an image or, where they are small, several images. Adds the blocks' dw to total.
+// The work of a task whose lanes do not span groups, cut into blocks of rows: a stripe of an image or, where
+// they are small, several images.
+struct WgradBlocks {
+  int64_t images, images_end;  // of the split
+  int64_t channel, channels;   // of x: the groups that the chunk meets
+  int64_t lane, lanes;         // channels of dy
+  int64_t stripe, stripes;     // rows of dy in a stripe, stripes of an image
+  int64_t together;            // images in a block
+  int64_t blocks;
+
+  WgradBlocks(const WgradPass& p, int64_t split, int64_t chunk) {
+    const GroupedConvShape& s = p.shape;
+    const Share share(s.n, split, p.splits);
+    images = share.begin, images_end = share.end;
+    lane = chunk * p.chunk * LANES;
+    lanes = std::min(s.k, lane + p.chunk * LANES) - lane;
+    const int64_t group = lane / p.output_per_group, last = (lane + lanes - 1) / p.output_per_group;
+    channel = group * p.source_per_group;
+    channels = (last - group + 1) * p.source_per_group;
+    const int64_t x_floats = p.columns * channels, dy_floats = p.dy_columns() * lanes;
+    const int64_t most = std::max<int64_t>(1, BLOCK_FLOATS / (x_floats * s.stride_h + dy_floats));
+    stripes = (s.oh + most - 1) / most;
+    stripe = (s.oh + stripes - 1) / stripes;
+    stripes = (s.oh + stripe - 1) / stripe;
+    const int64_t fitting =
+        stripes > 1 ? 1 : std::max<int64_t>(1, BLOCK_FLOATS / (x_rows(p) * x_floats + stripe * dy_floats));
+    const int64_t batches = (images_end - images + fitting - 1) / fitting;
+    together = (images_end - images + batches - 1) / std::max<int64_t>(batches, 1);
+    blocks = batches * stripes;
+  }
+  // Packed rows of x that a stripe takes.
+  int64_t x_rows(const WgradPass& p) const { return (stripe - 1) * p.shape.stride_h + 2 * p.shape.dil_h + 1; }
+  int64_t image(int64_t block) const { return images + block / stripes * together; }
+  int64_t image_end(int64_t block) const { return std::min(image(block) + together, images_end); }
+  int64_t row(int64_t block) const { return block % stripes * stripe; }
+  int64_t row_end(const WgradPass& p, int64_t block) const {
+    return std::min(row(block) + stripe, p.shape.oh);
+  }
+
+  template <typename T>
+  void prefetch(const WgradPass& p, int64_t block, RowPrefetch* next) const {
+    const GroupedConvShape& s = p.shape;
+    const int64_t first = row(block) * s.stride_h - s.pad_h;
+    const int64_t end = (row_end(p, block) - 1) * s.stride_h + 2 * s.dil_h + 1 - s.pad_h;
+    const int64_t kept = row(block) == 0 ? 0 : std::max<int64_t>(0, 2 * s.dil_h + 1 - s.stride_h);
+    next->add<T>(p.x, image(block), image_end(block), std::max<int64_t>(0, first + kept), std::min(s.h, end),
+                 s.w, channel, channels);
+    next->add<T>(p.dy, image(block), image_end(block), row(block), row_end(p, block), s.ow, lane, lanes);
+  }
+};
+
+// Every vector's lanes lie in one group: x and dy of a block are packed, then dw of a few channels and one
+// vertical tap takes all pixels of the block without leaving the registers. Meanwhile the next block is
+// fetched, the last time that of the task `after`, if any.
 template <typename T>
-void wgrad_by_blocks(const WgradPass& p, const Share& images, int64_t vectors, SourcePlan& x, SourcePlan& dy,
-                     float* total, Scratch& scratch, Scratch& sums) {
+void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlocks* after, int64_t vectors,
+                     SourcePlan& x, SourcePlan& dy, float* total, Scratch& scratch, Scratch& sums) {
   const GroupedConvShape& s = p.shape;
   const int64_t block = p.columns * LANES, floats = vectors * p.vector_floats();
-  const int64_t most = std::max<int64_t>(1, STRIPE_FLOATS / (x.row_floats * s.stride_h + dy.row_floats));
-  const int64_t stripes = (s.oh + most - 1) / most, stripe = (s.oh + stripes - 1) / stripes;
-  const int64_t reach = 2 * s.dil_h + 1, x_rows = (stripe - 1) * s.stride_h + reach;
-  const int64_t image_floats = x_rows * x.row_floats + stripe * dy.row_floats;
-  const int64_t fitting = stripe < s.oh ? 1 : std::max<int64_t>(1, STRIPE_FLOATS / image_floats);
-  const int64_t batches = (images.end - images.begin + fitting - 1) / fitting;
-  const int64_t together = batches == 0 ? 0 : (images.end - images.begin + batches - 1) / batches;
-  float* memory = scratch.floats(together * image_floats);
-  x.place(memory, together * x_rows);
-  dy.place(memory + together * x_rows * x.row_floats, together * stripe);
+  const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
+  float* memory = scratch.floats(task.together * (x_rows * x.row_floats + stripe * dy.row_floats));
+  x.place(memory, task.together * x_rows);
+  dy.place(memory + task.together * x_rows * x.row_floats, task.together * stripe);
   // One sum over very many blocks would lose digits: every so often it is added to the total.
-  const int64_t blocks = batches * ((s.oh + stripe - 1) / stripe);
-  float* dw = blocks > BLOCKS_PER_SUM ? sums.floats(floats) : total;
+  const bool gather = task.blocks > BLOCKS_PER_SUM;
+  float* dw = gather ? sums.floats(floats) : total;
+  if (gather || task.blocks == 0) std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
   const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
-  int64_t done = 0;
-  for (int64_t image = images.begin; image < images.end; image += together)
-    for (int64_t begin = 0; begin < s.oh; begin += stripe, ++done) {
-      const int64_t rows = std::min(stripe, s.oh - begin), here = std::min(together, images.end - image);
-      const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
-      for (int64_t n = 0; n < here; ++n) {
-        for (int64_t i = 0; i < (rows - 1) * s.stride_h + reach; ++i)
-          if (origin + i >= 0 && origin + i < s.h)
-            pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns);
-        for (int64_t i = 0; i < rows; ++i)
-          pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns);
-      }
-      const bool fresh = done % BLOCKS_PER_SUM == 0;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const PackedSource& source = x.sources[x.source_of[v]];
-        const PackedSource& gradient = dy.sources[v];
-        float* out = dw + v * p.vector_floats();
-        for (int64_t kh = 0; kh < 3; ++kh) {
-          const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
-          const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
-          const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
-          if (low == high && !fresh) continue;
-          const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
-          for (int64_t c = 0; c < p.source_per_group;) {
-            const int64_t channels = std::min<int64_t>(
-                {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
-            const WgradBlock part{first + c / LANES * block + c % LANES,
-                                  s.stride_h * source.row_floats,
-                                  x_rows * source.row_floats,
-                                  gradient.rows + low * gradient.row_floats,
-                                  gradient.row_floats,
-                                  stripe * gradient.row_floats,
-                                  high - low,
-                                  here,
-                                  fresh};
-            wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
-            c += channels;
-          }
+  for (int64_t at = 0; at < task.blocks; ++at) {
+    const int64_t image = task.image(at), images = task.image_end(at) - image;
+    const int64_t begin = task.row(at), rows = task.row_end(p, at) - begin;
+    const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
+        if (origin + i >= 0 && origin + i < s.h)
+          pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns);
+      for (int64_t i = 0; i < rows; ++i)
+        pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns);
+    }
+    RowPrefetch next;
+    if (at + 1 < task.blocks)
+      task.prefetch<T>(p, at + 1, &next);
+    else if (after != nullptr && after->blocks > 0)
+      after->prefetch<T>(p, 0, &next);
+    next.spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * images * rows);
+    const bool fresh = at % BLOCKS_PER_SUM == 0;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const PackedSource& source = x.sources[x.source_of[v]];
+      const PackedSource& gradient = dy.sources[v];
+      float* out = dw + v * p.vector_floats();
+      for (int64_t kh = 0; kh < 3; ++kh) {
+        const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
+        const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
+        const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
+        if (low == high && !fresh) continue;
+        const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
+        for (int64_t c = 0; c < p.source_per_group;) {
+          const int64_t channels = std::min<int64_t>(
+              {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
+          const WgradBlock part{first + c / LANES * block + c % LANES,
+                                s.stride_h * source.row_floats,
+                                x_rows * source.row_floats,
+                                gradient.rows + low * gradient.row_floats,
+                                gradient.row_floats,
+                                stripe * gradient.row_floats,
+                                high - low,
+                                images,
+                                fresh,
+                                &next};
+          wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
+          c += channels;
         }
       }
-      if (dw == total || ((done + 1) % BLOCKS_PER_SUM != 0 && done + 1 < blocks)) continue;
-      for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
     }
+    if (!gather || ((at + 1) % BLOCKS_PER_SUM != 0 && at + 1 < task.blocks)) continue;
+    for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
+  }
 }
 
 // Some vector's lanes span groups: x row by row, against the rows of dy that it meets.
@@ -364,7 +418,8 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
 }
 
 template <typename T>
-void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, Scratch& rows, Scratch& image_dw) {
+void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, bool last, Scratch& rows,
+                Scratch& image_dw) {
   const int64_t first = chunk * p.chunk, vectors = std::min(p.vectors(), first + p.chunk) - first;
   const int64_t floats = vectors * p.vector_floats();
   float* total = p.partials + (split * p.vectors() + first) * p.vector_floats();
@@ -373,9 +428,14 @@ void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, Scratch& rows,
   const bool uniform = std::all_of(x.sources, x.sources + x.count, [](const PackedSource& source) {
     return source.fetch == Fetch::broadcast;
   });
-  const Share images(p.shape.n, split, p.splits);
+  if (uniform) {
+    const WgradBlocks task(p, split, chunk);
+    const bool same_split = chunk + 1 < p.chunks();
+    const WgradBlocks after(p, same_split ? split : split + 1, same_split ? chunk + 1 : 0);
+    return wgrad_by_blocks<T>(p, task, last ? nullptr : &after, vectors, x, dy, total, rows, image_dw);
+  }
   std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
-  if (uniform) return wgrad_by_blocks<T>(p, images, vectors, x, dy, total, rows, image_dw);
+  const Share images(p.shape.n, split, p.splits);
   float* dw = image_dw.floats(floats);
   for (int64_t image = images.begin; image < images.end; ++image) {
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
@@ -413,7 +473,7 @@ inline void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t task = share.begin; task < share.end; ++task)
-      wgrad_task<T>(p, task / chunks, task % chunks, rows, image_dw);
+      wgrad_task<T>(p, task / chunks, task % chunks, task + 1 == share.end, rows, image_dw);
   });
 }
 
