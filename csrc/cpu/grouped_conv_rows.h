@@ -39,20 +39,21 @@ struct RowColumns {
 // How a vector of outputs gets its inputs.
 enum class Fetch {
   broadcast,  // all lanes in one group: packed rows, one scalar feeds every lane
+  direct,     // the same from the tensor itself
   twin,       // lanes span groups of even width: expanded, a block is two channels, alternating
   lanes,      // lanes span groups: expanded, a block is one channel, each lane its own group's
 };
 
+constexpr bool one_group(Fetch fetch) { return fetch == Fetch::broadcast || fetch == Fetch::direct; }
+
 // Input channels in one block.
-constexpr int block_channels(Fetch fetch) {
-  return fetch == Fetch::broadcast ? LANES : fetch == Fetch::twin ? 2 : 1;
-}
+constexpr int block_channels(Fetch fetch) { return one_group(fetch) ? LANES : fetch == Fetch::twin ? 2 : 1; }
 
 // The value that channel PART of a block gives at packed column `at`.
 template <Fetch FETCH, int PART>
 GCONV_INLINE Vec fetch_part(const float* at) {
   if constexpr (FETCH == Fetch::twin) return PART == 0 ? load_even_twice(at) : load_odd_twice(at);
-  return FETCH == Fetch::broadcast ? set1(at[PART]) : load(at);
+  return one_group(FETCH) ? set1(at[PART]) : load(at);
 }
 
 // The input channels of one group, or those that one output vector spans.
@@ -125,6 +126,16 @@ struct SourcePlan {
   // Floats that hold one pixel's span, with room for the odd channel a twin block reads past it.
   int64_t span_floats() const { return (widest + LANES) / 16 * 16 + 16; }
 
+  // Where lanes do not span groups, reads the tensor itself.
+  void read_direct() {
+    for (int64_t i = 0; i < count; ++i) {
+      if (sources[i].fetch != Fetch::broadcast) continue;
+      row_floats -= sources[i].row_floats;
+      sources[i].row_floats = 0;
+      sources[i].fetch = Fetch::direct;
+    }
+  }
+
   void place(float* memory, int64_t rows) {
     for (int64_t i = 0; i < count; ++i) {
       sources[i].rows = memory;
@@ -179,6 +190,7 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
     const int64_t last = std::min(end, at + PIXELS);
     for (int64_t i = 0; i < plan.count; ++i) {
       const PackedSource& source = plan.sources[i];
+      if (source.fetch == Fetch::direct) continue;
       float* packed = source.rows + slot * source.row_floats;
       for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
         const int64_t channel = source.channel + c;
