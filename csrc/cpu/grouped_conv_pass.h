@@ -25,7 +25,8 @@ struct TileArgs {
   const float* weight[3];   // packed weights of each vertical tap, first vector
   int rows;                 // vertical taps inside the image
   int channels;             // source channels per group
-  int64_t block;            // floats between channel blocks of the packed row
+  int64_t block;            // floats between channel blocks of a row
+  int64_t column;           // Fetch::direct: floats between columns of a row, LANES otherwise
   int64_t pair;             // floats from the first vector's weights to the second's
   bool skip_first, skip_last;  // the outermost columns are padding: nothing to add
   float* out;               // result of the first vector, LANES floats per pixel
@@ -53,7 +54,7 @@ GCONV_INLINE void each_channel(const TileArgs& a, const Channel& channel, const 
     for (int c0 = 0; c0 < a.channels; c0 += PER_BLOCK, block += a.block) {
       if (a.channels > NARROW && c0 % PARTIAL == 0 && r + c0 > 0) flush();
       const int here = std::min(PER_BLOCK, a.channels - c0);
-      if constexpr (FETCH == Fetch::broadcast) {
+      if constexpr (one_group(FETCH)) {
         for (int c = 0; c < here; ++c, w += WEIGHTS_PER_CHANNEL)
           channel(block + c, w, std::integral_constant<int, 0>());
       } else {
@@ -79,6 +80,7 @@ void tile_shared(const TileArgs& a) {
     for (int p = 0; p < PIXELS; ++p) acc[v][p] = zero();
   }
   const bool skip_first = a.skip_first, skip_last = a.skip_last;
+  const int64_t column = FETCH == Fetch::direct ? a.column : LANES;
   const auto channel = [&](const float* s, const float* w, auto part) GCONV_LAMBDA {
     constexpr int PART = decltype(part)::value;
     Vec weight[VECTORS][TAPS];
@@ -89,9 +91,9 @@ void tile_shared(const TileArgs& a) {
     }
     GCONV_UNROLL
     for (int j = 0; j < COLUMNS; ++j) {
-      if (j == 0 && TAPS == 3 && skip_first) continue;
-      if (j == COLUMNS - 1 && TAPS == 3 && skip_last) continue;
-      const Vec x = fetch_part<FETCH, PART>(s + j * LANES);
+      if (j == 0 && skip_first) continue;
+      if (j == COLUMNS - 1 && skip_last) continue;
+      const Vec x = fetch_part<FETCH, PART>(s + j * column);
       GCONV_UNROLL
       for (int t = 0; t < TAPS; ++t) {
         if (j - t < 0 || (j - t) % STEP != 0 || (j - t) / STEP >= PIXELS) continue;
@@ -164,14 +166,15 @@ TileFunction tile_function(TileKind kind, int pixels) {
     case one_tap: return tile_shared<1, 1, FETCH, VECTORS, PIXELS>;
     default: break;
   }
-  if constexpr (VECTORS == 1) return tile_scattered<FETCH, PIXELS>;
+  if constexpr (VECTORS == 1 && FETCH != Fetch::direct) return tile_scattered<FETCH, PIXELS>;
   return nullptr;
 }
 
 // How a vector is computed: by its fetch, or two broadcast vectors of one group together.
-enum TileLanes { broadcast_lanes, twin_lanes, own_lanes, pair_lanes, tile_lanes };
+enum TileLanes { broadcast_lanes, direct_lanes, twin_lanes, own_lanes, pair_lanes, direct_pair_lanes };
 
 inline TileLanes lanes_of(Fetch fetch, int vectors) {
+  if (fetch == Fetch::direct) return vectors == 2 ? direct_pair_lanes : direct_lanes;
   if (vectors == 2) return pair_lanes;
   return fetch == Fetch::broadcast ? broadcast_lanes : fetch == Fetch::twin ? twin_lanes : own_lanes;
 }
@@ -179,9 +182,14 @@ inline TileLanes lanes_of(Fetch fetch, int vectors) {
 inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
   switch (lanes) {
     case broadcast_lanes: return tile_function<Fetch::broadcast, 1, TILE_SINGLE>(kind, pixels);
+    case direct_lanes:
+      return tile_function<Fetch::direct, 1, TILE_SINGLE>(kind, pixels);
     case twin_lanes: return tile_function<Fetch::twin, 1, TILE_SINGLE>(kind, pixels);
     case own_lanes: return tile_function<Fetch::lanes, 1, TILE_SINGLE>(kind, pixels);
-    default: return tile_function<Fetch::broadcast, 2, TILE_PAIR>(kind, pixels);
+    case pair_lanes:
+      return tile_function<Fetch::broadcast, 2, TILE_PAIR>(kind, pixels);
+    default:
+      return tile_function<Fetch::direct, 2, TILE_PAIR>(kind, pixels);
   }
 }
 
@@ -192,7 +200,8 @@ struct TileCut {
 
   TileCut() = default;
   TileCut(TileKind kind, TileLanes lanes, int64_t run_pixels) {
-    const int64_t most = lanes == pair_lanes ? TILE_PAIR : TILE_SINGLE;
+    const bool pair = lanes == pair_lanes || lanes == direct_pair_lanes;
+    const int64_t most = pair ? TILE_PAIR : TILE_SINGLE;
     if (run_pixels == 0) return;
     count = (run_pixels + most - 1) / most;
     pixels = run_pixels / count;
@@ -236,6 +245,7 @@ struct Pass {
   ColumnClass classes[2];
   int class_count;
   int64_t reach_columns;    // columns that taps reach beyond a run on one side, at most
+  bool direct;              // broadcast sources are read where they lie, not packed
 
   int64_t output_channels() const { return groups * output_per_group; }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
@@ -298,13 +308,26 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
   p.columns = std::max<int64_t>(high - low, 1);
 }
 
+// Whether vectors of one group read the tensor itself: values as they are, and no column outside it but the
+// first and the last of a row, which tiles leave out. A stride that is no constant costs tiles of one vector
+// more than packing does, and what more than one pair of vectors reads is better packed once.
+inline bool reads_direct(const Pass& p) {
+  for (int c = 0; c < p.class_count; ++c)
+    if (p.classes[c].kind == scattered) return false;
+  return p.dtype == DType::f32 && p.source.prologue == Prologue::none &&
+         p.output_per_group / LANES / 2 == 1 && p.first_column >= -1 &&
+         p.first_column + p.columns <= p.source_w + 1;
+}
+
 constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
 constexpr int64_t BAND_FLOATS = 128 * 1024;          // packed rows and results of a band
+constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside rows
 constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
 
 // By shape alone, so that every thread count gives the same bits. A chunk reads and writes whole runs of
 // cache lines, the longer the better, while its weights still fit beside its rows.
 inline void plan_work(Pass& p) {
+  p.direct = reads_direct(p);
   const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
   const int64_t fitting = CHUNK_WEIGHT_FLOATS / vector_floats;
   const int64_t chunk = std::max<int64_t>(SourcePlan::MOST / 2, std::min(fitting, SourcePlan::MOST));
@@ -434,7 +457,7 @@ void row_moments(const Pass& p, const float* row, Moments* moments) {
 
 // The packed source rows of a task: rows within reach of the band, at row % ring_rows.
 struct Band {
-  int64_t first, rows;     // output rows
+  int64_t image, first, rows;  // output rows
   int64_t ring_rows;
   float* results;          // [row of the band][vector][pixel][LANES]
   int64_t row_floats;      // of one vector in results
@@ -466,7 +489,7 @@ struct ClassRun {
 // One or two vectors of a band, over columns [q_begin, q_end) of every residue class.
 inline void compute_vectors(const Pass& p, const PackedSource& source, const Band& band, int64_t vector,
                             int vectors, float* results, int64_t q_begin, int64_t q_end) {
-  const bool expand = source.fetch != Fetch::broadcast;
+  const bool expand = !one_group(source.fetch);
   const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
   // The packed columns that the run reads; an expanded row holds just these.
   int64_t column_begin = 0, column_end = p.columns;
@@ -492,7 +515,9 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
                        std::max<int64_t>(std::min(q_end, p.classes[c].count) - q_begin, 0));
   TileArgs tile;
   tile.channels = static_cast<int>(p.source_per_group);
-  tile.block = columns * LANES;
+  const int64_t column_floats = source.fetch == Fetch::direct ? p.source.x.stride_w : LANES;
+  tile.block = source.fetch == Fetch::direct ? LANES : columns * LANES;
+  tile.column = column_floats;
   tile.pair = vector_floats;
   tile.out_pair = band.row_floats;
   for (int64_t row = 0; row < band.rows; ++row) {
@@ -503,6 +528,9 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
       const int64_t at = p.source_row(band.first + row, p.transposed ? 2 - i : i);
       if (at < 0) continue;
       const float* packed = source.rows + at % band.ring_rows * source.row_floats;
+      if (source.fetch == Fetch::direct)
+        packed =
+            row_pointer<float>(p.source.x, band.image, at, source.channel) + p.first_column * column_floats;
       if (expand && columns > 0) {
         const int64_t slot = at % band.expanded_rows;
         float* expanded = band.expanded + slot * expanded_floats;
@@ -540,7 +568,7 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
           const bool wide = t < run.cut.wide;
           const int64_t pixels = run.cut.pixels + wide;
           for (int r = 0; r < tile.rows; ++r)
-            tile.source[r] = first_row[r] + (column - p.first_column - column_begin) * LANES;
+            tile.source[r] = first_row[r] + (column - p.first_column - column_begin) * column_floats;
           tile.skip_first = column < 0;
           tile.skip_last = column + (pixels - 1) * k.source_step + run.reach >= p.source_w;
           run.cut.run[wide](tile);
@@ -569,8 +597,10 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   const int64_t channels = p.output_channels();
   SourcePlan plan(first_vector, vectors, channels, p.output_per_group, p.source_per_group, p.columns);
   const Share rows(p.output_h, stripe, p.stripes);
+  if (p.direct) plan.read_direct();
 
   Band band;
+  band.image = image;
   const int64_t fresh = p.transposed ? p.band : p.band * p.stride_h;
   band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
   band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
@@ -579,7 +609,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   int64_t expanded_floats = 0;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& s = plan.sources[i];
-    if (s.fetch == Fetch::broadcast) continue;
+    if (one_group(s.fetch)) continue;
     const int64_t run = expanded_run(p, s, band.expanded_rows);
     const int64_t columns = std::min(p.columns, run * p.classes[0].source_step + 2 * p.reach_columns);
     expanded_floats = std::max(expanded_floats, band.expanded_rows * s.expanded_blocks() * columns * LANES);
@@ -615,7 +645,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
       }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
-      const bool broadcast = s.fetch == Fetch::broadcast;
+      const bool broadcast = one_group(s.fetch);
       const int together =
           broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
       const int64_t all = p.classes[0].count;
@@ -649,13 +679,18 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
 
 inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   static thread_local Scratch scratch;
-  const int64_t chunks = p.chunks();
-  const Share share(p.n * p.stripes * chunks, ith, nth);
+  const int64_t chunks = p.chunks(), stripes = p.partial_rows();
+  // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
+  const bool by_chunk = p.packed_weight_floats() > SHARED_WEIGHT_FLOATS;
+  const Share share(stripes * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     p.stream = streams<T>(p.output, p.n * p.output_h * p.output_w, p.output_channels());
-    for (int64_t task = share.begin; task < share.end; ++task)
-      pass_task<T>(p, task / chunks / p.stripes, task / chunks % p.stripes, task % chunks, scratch);
+    for (int64_t task = share.begin; task < share.end; ++task) {
+      const int64_t at = by_chunk ? task % stripes : task / chunks;
+      const int64_t chunk = by_chunk ? task / stripes : task % chunks;
+      pass_task<T>(p, at / p.stripes, at % p.stripes, chunk, scratch);
+    }
     if (p.stream) stream_end();
   });
 }

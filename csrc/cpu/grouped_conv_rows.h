@@ -39,20 +39,21 @@ struct RowColumns {
 // How a vector of outputs gets its inputs.
 enum class Fetch {
   broadcast,  // all lanes in one group: packed rows, one scalar feeds every lane
+  direct,     // the same from the tensor itself
   twin,       // lanes span groups of even width: expanded, a block is two channels, alternating
   lanes,      // lanes span groups: expanded, a block is one channel, each lane its own group's
 };
 
+constexpr bool one_group(Fetch fetch) { return fetch == Fetch::broadcast || fetch == Fetch::direct; }
+
 // Input channels in one block.
-constexpr int block_channels(Fetch fetch) {
-  return fetch == Fetch::broadcast ? LANES : fetch == Fetch::twin ? 2 : 1;
-}
+constexpr int block_channels(Fetch fetch) { return one_group(fetch) ? LANES : fetch == Fetch::twin ? 2 : 1; }
 
 // The value that channel PART of a block gives at packed column `at`.
 template <Fetch FETCH, int PART>
 GCONV_INLINE Vec fetch_part(const float* at) {
   if constexpr (FETCH == Fetch::twin) return PART == 0 ? load_even_twice(at) : load_odd_twice(at);
-  return FETCH == Fetch::broadcast ? set1(at[PART]) : load(at);
+  return one_group(FETCH) ? set1(at[PART]) : load(at);
 }
 
 // The input channels of one group, or those that one output vector spans.
@@ -125,6 +126,16 @@ struct SourcePlan {
   // Floats that hold one pixel's span, with room for the odd channel a twin block reads past it.
   int64_t span_floats() const { return (widest + LANES) / 16 * 16 + 16; }
 
+  // Where lanes do not span groups, reads the tensor itself.
+  void read_direct() {
+    for (int64_t i = 0; i < count; ++i) {
+      if (sources[i].fetch != Fetch::broadcast) continue;
+      row_floats -= sources[i].row_floats;
+      sources[i].row_floats = 0;
+      sources[i].fetch = Fetch::direct;
+    }
+  }
+
   void place(float* memory, int64_t rows) {
     for (int64_t i = 0; i < count; ++i) {
       sources[i].rows = memory;
@@ -160,14 +171,13 @@ GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int
 }
 
 // One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
-// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row
-// below is fetched meanwhile; a prefetch past the last row does nothing.
+// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart.
 template <typename T, Prologue P>
 void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
               const RowColumns& columns) {
   constexpr int64_t PIXELS = 8;
   const int64_t begin = columns.begin(), end = columns.end(), block = columns.count * LANES;
-  const int64_t x_step = s.x.stride_w, y_step = s.y.stride_w, x_row = s.x.stride_h, y_row = s.y.stride_h;
+  const int64_t x_step = s.x.stride_w, y_step = s.y.stride_w;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& source = plan.sources[i];
     float* packed = source.rows + slot * source.row_floats;
@@ -180,6 +190,7 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
     const int64_t last = std::min(end, at + PIXELS);
     for (int64_t i = 0; i < plan.count; ++i) {
       const PackedSource& source = plan.sources[i];
+      if (source.fetch == Fetch::direct) continue;
       float* packed = source.rows + slot * source.row_floats;
       for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
         const int64_t channel = source.channel + c;
@@ -190,8 +201,6 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
         if constexpr (P == Prologue::finish)
           y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * y_step;
         for (int64_t w = at; w < last; ++w) {
-          __builtin_prefetch(x + x_row, 0, 2);
-          if constexpr (P == Prologue::finish) __builtin_prefetch(y + y_row, 0, 2);
           store(packed + w * LANES, coefficients.apply(x, y, lanes));
           x += x_step;
           if constexpr (P == Prologue::finish) y += y_step;
@@ -213,6 +222,63 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
       return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns);
   }
 }
+
+// Rows that are packed next, fetched into L2 while the present ones are computed: a few pixels in each of
+// `steps` steps, for many at once would hold up the loads of the computation.
+class RowPrefetch {
+ public:
+  // Rows [row, row_end) of images [image, image_end): `channels` from `channel` on of each pixel.
+  template <typename T>
+  void add(const Nhwc& t, int64_t image, int64_t image_end, int64_t row, int64_t row_end, int64_t width,
+           int64_t channel, int64_t channels) {
+    if (image >= image_end || row >= row_end || width == 0) return;
+    constexpr int64_t SIZE = sizeof(T);
+    const T* first = row_pointer<T>(t, image, row, channel);
+    ranges_[count_++] = Range{reinterpret_cast<const char*>(first),
+                              channels * SIZE,
+                              t.stride_w * SIZE,
+                              t.stride_h * SIZE,
+                              t.stride_n * SIZE,
+                              width,
+                              row_end - row,
+                              image_end - image};
+    pixels_ += width * (row_end - row) * (image_end - image);
+  }
+  // What packing those rows of a source will read.
+  template <typename T>
+  void add(const RowSource& s, int64_t image, int64_t image_end, int64_t row, int64_t row_end, int64_t width,
+           int64_t channel, int64_t channels) {
+    add<T>(s.x, image, image_end, row, row_end, width, channel, channels);
+    if (s.prologue == Prologue::finish) add<T>(s.y, image, image_end, row, row_end, width, channel, channels);
+  }
+  void spread(int64_t steps) { steps_ = std::max<int64_t>(steps, 1); }
+  void step() {
+    for (due_ += pixels_; due_ >= steps_; due_ -= steps_)
+      if (at_ < count_) pixel();
+  }
+
+ private:
+  struct Range {
+    const char* data;
+    int64_t bytes, column, row, image;  // bytes of a pixel, and from one to the next
+    int64_t columns, rows, images;
+  };
+  void pixel() {
+    const Range& r = ranges_[at_];
+    const char* data = r.data + image_ * r.image + row_ * r.row + column_ * r.column;
+    for (int64_t i = 0; i < r.bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+    if (++column_ < r.columns) return;
+    column_ = 0;
+    if (++row_ < r.rows) return;
+    row_ = 0;
+    if (++image_ < r.images) return;
+    image_ = 0;
+    ++at_;
+  }
+  Range ranges_[4];
+  int64_t count_ = 0, pixels_ = 0, steps_ = 1, due_ = 0;
+  int64_t at_ = 0, image_ = 0, row_ = 0, column_ = 0;
+};
 
 // Columns [begin, end) of a packed row of `columns` columns, expanded to [block][end - begin][LANES].
 // span_buffer holds one pixel's channels where they do not fit a vector.

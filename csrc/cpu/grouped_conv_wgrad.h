@@ -15,7 +15,16 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 
 constexpr int WGRAD_ROWS = LANES == 16 ? 3 : 1;
-constexpr int64_t STRIPE_FLOATS = 64 * 1024;  // packed rows of one stripe: a quarter of a megabyte
+constexpr int64_t BLOCK_FLOATS = 80 * 1024;  // packed rows of one block: a third of a megabyte
+constexpr int64_t BLOCKS_PER_SUM = 32;
+
+// How a row is walked. In step with the taps, every column of x is fetched once and meets the neighbouring
+// columns of dy that it reaches; a column whose outer taps all fall into the padding leaves them out.
+enum class Walk {
+  step1,  // stride 1, neighbouring taps: the columns of x in order
+  step2,  // stride 2, neighbouring taps: an even and an odd column of x at a time
+  taps,   // any: the columns of dy in order, x fetched anew for each tap
+};
 
 struct WgradPass {
   DType dtype;
@@ -31,8 +40,9 @@ struct WgradPass {
   int64_t vectors() const { return (shape.k + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   int64_t vector_floats() const { return source_per_group * 9 * LANES; }
-  // Sliding: x columns in order, each against the three neighbouring columns of dy.
-  bool sliding() const { return shape.stride_w == 1 && shape.dil_w == 1; }
+  Walk walk() const {
+    return shape.dil_w != 1 ? Walk::taps : shape.stride_w == 1 ? Walk::step1 : Walk::step2;
+  }
   int64_t dy_columns() const { return shape.ow + 4; }  // two zero columns on each side
 };
 
@@ -45,13 +55,13 @@ GCONV_INLINE void each_constant(F&& f) {
 }
 
 struct WgradRow {
-  const float* x;        // packed row, first channel
-  int64_t block;         // floats to the next block of channels
-  const float* dy[3];    // packed row of each vertical tap
+  const float* x;      // packed row, first channel
+  int64_t block;       // floats to the next block of channels
+  const float* dy[3];  // packed row of each vertical tap
 };
 
 // acc[i][c][kw] += sum over a row of x[c] * dy[i].
-template <int ROWS, int CHANNELS, Fetch FETCH, bool SLIDING>
+template <int ROWS, int CHANNELS, Fetch FETCH, Walk WALK>
 GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[ROWS][CHANNELS][3]) {
   const auto value = [&](const float* x, auto channel) GCONV_LAMBDA {
     constexpr int C = decltype(channel)::value, PER_BLOCK = block_channels(FETCH);
@@ -60,32 +70,53 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
     if constexpr (FETCH == Fetch::twin) return C % 2 == 0 ? even_twice(block) : odd_twice(block);
     return block;
   };
-  if constexpr (SLIDING) {
-    const float* x = row.x - p.first_column * LANES;
-    const int64_t shift = (p.shape.pad_w + 2) * LANES;
-    for (int64_t at = 0; at < p.shape.w * LANES; at += LANES) {
-      Vec dy[ROWS][3];
+  // One column of x against taps FIRST, FIRST + STEP, .. LAST; tap t meets column -t / STEP of dy.
+  const auto column = [&](const float* x, int64_t dy_at, auto first, auto last, auto step) GCONV_LAMBDA {
+    constexpr int FIRST = decltype(first)::value, LAST = decltype(last)::value, STEP = decltype(step)::value;
+    Vec dy[ROWS][3];
+    GCONV_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      GCONV_UNROLL
+      for (int t = FIRST; t <= LAST; t += STEP) dy[r][t] = load(row.dy[r] + dy_at - t / STEP * LANES);
+    }
+    each_constant<CHANNELS>([&](auto c) GCONV_LAMBDA {
+      const Vec x_c = value(x, c);
       GCONV_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         GCONV_UNROLL
-        for (int t = 0; t < 3; ++t) dy[r][t] = load(row.dy[r] + at + shift - t * LANES);
+        for (int t = FIRST; t <= LAST; t += STEP) acc[r][c][t] = fma(x_c, dy[r][t], acc[r][c][t]);
       }
-      each_constant<CHANNELS>([&](auto c) GCONV_LAMBDA {
-        const Vec x_c = value(x + at, c);
-        GCONV_UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-          GCONV_UNROLL
-          for (int t = 0; t < 3; ++t) acc[r][c][t] = fma(x_c, dy[r][t], acc[r][c][t]);
-        }
-      });
+    });
+  };
+  constexpr std::integral_constant<int, 0> t0{};
+  constexpr std::integral_constant<int, 1> t1{};
+  constexpr std::integral_constant<int, 2> t2{};
+  constexpr int64_t ZEROS = 2 * LANES;  // of dy, on each side
+  if constexpr (WALK == Walk::step1) {
+    const float* x = row.x - p.first_column * LANES;
+    const int64_t shift = p.shape.pad_w * LANES + ZEROS, end = p.shape.w * LANES;
+    const int64_t whole = std::min(end, std::max<int64_t>(2 - p.shape.pad_w, 0) * LANES);
+    const int64_t whole_end = std::min(end, std::max(whole, (p.shape.ow - p.shape.pad_w) * LANES));
+    for (int64_t at = 0; at < whole; at += LANES) column(x + at, at + shift, t0, t1, t1);
+    for (int64_t at = whole; at < whole_end; at += LANES) column(x + at, at + shift, t0, t2, t1);
+    for (int64_t at = whole_end; at < end; at += LANES) column(x + at, at + shift, t1, t2, t1);
+  } else if constexpr (WALK == Walk::step2) {
+    const float* x = row.x - (p.shape.pad_w + p.first_column) * LANES;
+    const int64_t end = p.shape.ow * LANES;
+    if (p.shape.pad_w == 0) column(x, ZEROS, t0, t0, t2);
+    column(x + LANES, ZEROS, t1, t1, t2);
+    for (int64_t at = LANES; at < end; at += LANES) {
+      column(x + 2 * at, at + ZEROS, t0, t2, t2);
+      column(x + 2 * at + LANES, at + ZEROS, t1, t1, t2);
     }
+    column(x + 2 * end, end + ZEROS, t2, t2, t2);
   } else {
     const int64_t step = p.shape.stride_w * LANES, tap = p.shape.dil_w * LANES;
     const float* x = row.x - (p.shape.pad_w + p.first_column) * LANES;
     for (int64_t ow = 0; ow < p.shape.ow; ++ow, x += step) {
       Vec dy[ROWS];
       GCONV_UNROLL
-      for (int r = 0; r < ROWS; ++r) dy[r] = load(row.dy[r] + (ow + 2) * LANES);
+      for (int r = 0; r < ROWS; ++r) dy[r] = load(row.dy[r] + ow * LANES + ZEROS);
       each_constant<CHANNELS>([&](auto c) GCONV_LAMBDA {
         GCONV_UNROLL
         for (int t = 0; t < 3; ++t) {
@@ -98,48 +129,62 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
   }
 }
 
-struct WgradStripe {
-  const float* x;       // packed row of the first valid output row's tap, at the channel block
-  int64_t x_row;        // floats from one output row's source row to the next
-  const float* dy;      // packed dy of the first valid output row
-  int64_t rows;
+// Rows of several images: output row r of image i meets x + i*x_image + r*x_row.
+struct WgradBlock {
+  const float* x;  // packed row of the first valid output row's tap, at the channel block
+  int64_t x_row, x_image;
+  const float* dy;  // packed dy of the first valid output row
+  int64_t dy_row, dy_image;
+  int64_t rows, images;
+  bool fresh;         // first to write its dw: nothing to add to
+  RowPrefetch* next;  // takes a step with each row
 };
 
-// dw of CHANNELS broadcast channels and one vertical tap, over a stripe; adds to out.
-template <int CHANNELS, bool SLIDING>
-void wgrad_stripe(const WgradPass& p, const WgradStripe& s, float* out) {
+// dw of CHANNELS broadcast channels and one vertical tap, over a block of rows; adds to out.
+template <int CHANNELS, Walk WALK>
+void wgrad_block(const WgradPass& p, const WgradBlock& b, float* out) {
   Vec acc[1][CHANNELS][3];
   GCONV_UNROLL
   for (int c = 0; c < CHANNELS; ++c) {
     GCONV_UNROLL
     for (int t = 0; t < 3; ++t) acc[0][c][t] = zero();
   }
-  WgradRow row{s.x, 0, {s.dy, nullptr, nullptr}};
-  for (int64_t r = 0; r < s.rows; ++r) {
-    wgrad_row<1, CHANNELS, Fetch::broadcast, SLIDING>(p, row, acc);
-    row.x += s.x_row;
-    row.dy[0] += p.dy_columns() * LANES;
+  for (int64_t i = 0; i < b.images; ++i) {
+    WgradRow row{b.x + i * b.x_image, 0, {b.dy + i * b.dy_image, nullptr, nullptr}};
+    for (int64_t r = 0; r < b.rows; ++r) {
+      wgrad_row<1, CHANNELS, Fetch::broadcast, WALK>(p, row, acc);
+      b.next->step();
+      row.x += b.x_row;
+      row.dy[0] += b.dy_row;
+    }
   }
   GCONV_UNROLL
   for (int c = 0; c < CHANNELS; ++c) {
     GCONV_UNROLL
     for (int t = 0; t < 3; ++t) {
       float* at = out + (c * 9 + t) * LANES;
-      store(at, add(load(at), acc[0][c][t]));
+      store(at, b.fresh ? acc[0][c][t] : add(load(at), acc[0][c][t]));
     }
   }
 }
 
 template <int CHANNELS>
-void wgrad_stripe(const WgradPass& p, const WgradStripe& s, int64_t channels, float* out) {
+void wgrad_block(const WgradPass& p, const WgradBlock& b, int64_t channels, float* out) {
   if (channels < CHANNELS) {
-    if constexpr (CHANNELS > 1) return wgrad_stripe<CHANNELS - 1>(p, s, channels, out);
+    if constexpr (CHANNELS > 1) return wgrad_block<CHANNELS - 1>(p, b, channels, out);
   }
-  p.sliding() ? wgrad_stripe<CHANNELS, true>(p, s, out) : wgrad_stripe<CHANNELS, false>(p, s, out);
+  switch (p.walk()) {
+    case Walk::step1:
+      return wgrad_block<CHANNELS, Walk::step1>(p, b, out);
+    case Walk::step2:
+      return wgrad_block<CHANNELS, Walk::step2>(p, b, out);
+    case Walk::taps:
+      return wgrad_block<CHANNELS, Walk::taps>(p, b, out);
+  }
 }
 
 // dw of CHANNELS channels from one row of x and the ROWS rows of dy it meets; adds to out.
-template <int ROWS, int CHANNELS, Fetch FETCH, bool SLIDING>
+template <int ROWS, int CHANNELS, Fetch FETCH, Walk WALK>
 void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
   Vec acc[ROWS][CHANNELS][3];
   GCONV_UNROLL
@@ -150,7 +195,7 @@ void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
       for (int t = 0; t < 3; ++t) acc[r][c][t] = zero();
     }
   }
-  wgrad_row<ROWS, CHANNELS, FETCH, SLIDING>(p, row, acc);
+  wgrad_row<ROWS, CHANNELS, FETCH, WALK>(p, row, acc);
   GCONV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     GCONV_UNROLL
@@ -166,55 +211,123 @@ void wgrad_pairs(const WgradPass& p, const WgradRow& row, float* const* out) {
 
 using PairsFunction = void (*)(const WgradPass&, const WgradRow&, float* const*);
 
+template <int ROWS, int CHANNELS, Fetch FETCH>
+PairsFunction pairs_function(Walk walk) {
+  return walk == Walk::step1 ? wgrad_pairs<ROWS, CHANNELS, FETCH, Walk::step1>
+                             : wgrad_pairs<ROWS, CHANNELS, FETCH, Walk::taps>;
+}
+
 template <int ROWS, int CHANNELS>
-PairsFunction pairs_function(Fetch fetch, bool sliding) {
+PairsFunction pairs_function(Fetch fetch, Walk walk) {
   switch (fetch) {
     case Fetch::broadcast:
-      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::broadcast, true>
-                     : wgrad_pairs<ROWS, CHANNELS, Fetch::broadcast, false>;
+      return pairs_function<ROWS, CHANNELS, Fetch::broadcast>(walk);
     case Fetch::twin:
-      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::twin, true>
-                     : wgrad_pairs<ROWS, CHANNELS, Fetch::twin, false>;
+      return pairs_function<ROWS, CHANNELS, Fetch::twin>(walk);
     default:
-      return sliding ? wgrad_pairs<ROWS, CHANNELS, Fetch::lanes, true>
-                     : wgrad_pairs<ROWS, CHANNELS, Fetch::lanes, false>;
+      return pairs_function<ROWS, CHANNELS, Fetch::lanes>(walk);
   }
 }
 
 // By the rows of dy taken together (1 to WGRAD_ROWS) and the channels (1 or 2).
-inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, bool sliding) {
+inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, Walk walk) {
   const bool two = channels > 1;
   if constexpr (WGRAD_ROWS == 3) {
-    if (rows == 3) return two ? pairs_function<3, 2>(fetch, sliding) : pairs_function<3, 1>(fetch, sliding);
-    if (rows == 2) return two ? pairs_function<2, 2>(fetch, sliding) : pairs_function<2, 1>(fetch, sliding);
+    if (rows == 3) return two ? pairs_function<3, 2>(fetch, walk) : pairs_function<3, 1>(fetch, walk);
+    if (rows == 2) return two ? pairs_function<2, 2>(fetch, walk) : pairs_function<2, 1>(fetch, walk);
   }
-  return two ? pairs_function<1, 2>(fetch, sliding) : pairs_function<1, 1>(fetch, sliding);
+  return two ? pairs_function<1, 2>(fetch, walk) : pairs_function<1, 1>(fetch, walk);
 }
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Every vector's lanes lie in one group: x and dy of a stripe are packed, then dw of each block of
-// channels and each vertical tap takes all pixels of the stripe without leaving the registers.
+// The work of a task whose lanes do not span groups, cut into blocks of rows: a stripe of an image or, where
+// they are small, several images.
+struct WgradBlocks {
+  int64_t images, images_end;  // of the split
+  int64_t channel, channels;   // of x: the groups that the chunk meets
+  int64_t lane, lanes;         // channels of dy
+  int64_t stripe, stripes;     // rows of dy in a stripe, stripes of an image
+  int64_t together;            // images in a block
+  int64_t blocks;
+
+  WgradBlocks(const WgradPass& p, int64_t split, int64_t chunk) {
+    const GroupedConvShape& s = p.shape;
+    const Share share(s.n, split, p.splits);
+    images = share.begin, images_end = share.end;
+    lane = chunk * p.chunk * LANES;
+    lanes = std::min(s.k, lane + p.chunk * LANES) - lane;
+    const int64_t group = lane / p.output_per_group, last = (lane + lanes - 1) / p.output_per_group;
+    channel = group * p.source_per_group;
+    channels = (last - group + 1) * p.source_per_group;
+    const int64_t x_floats = p.columns * channels, dy_floats = p.dy_columns() * lanes;
+    const int64_t most = std::max<int64_t>(1, BLOCK_FLOATS / (x_floats * s.stride_h + dy_floats));
+    stripes = (s.oh + most - 1) / most;
+    stripe = (s.oh + stripes - 1) / stripes;
+    stripes = (s.oh + stripe - 1) / stripe;
+    const int64_t fitting =
+        stripes > 1 ? 1 : std::max<int64_t>(1, BLOCK_FLOATS / (x_rows(p) * x_floats + stripe * dy_floats));
+    const int64_t batches = (images_end - images + fitting - 1) / fitting;
+    together = (images_end - images + batches - 1) / std::max<int64_t>(batches, 1);
+    blocks = batches * stripes;
+  }
+  // Packed rows of x that a stripe takes.
+  int64_t x_rows(const WgradPass& p) const { return (stripe - 1) * p.shape.stride_h + 2 * p.shape.dil_h + 1; }
+  int64_t image(int64_t block) const { return images + block / stripes * together; }
+  int64_t image_end(int64_t block) const { return std::min(image(block) + together, images_end); }
+  int64_t row(int64_t block) const { return block % stripes * stripe; }
+  int64_t row_end(const WgradPass& p, int64_t block) const {
+    return std::min(row(block) + stripe, p.shape.oh);
+  }
+
+  template <typename T>
+  void prefetch(const WgradPass& p, int64_t block, RowPrefetch* next) const {
+    const GroupedConvShape& s = p.shape;
+    const int64_t first = row(block) * s.stride_h - s.pad_h;
+    const int64_t end = (row_end(p, block) - 1) * s.stride_h + 2 * s.dil_h + 1 - s.pad_h;
+    const int64_t kept = row(block) == 0 ? 0 : std::max<int64_t>(0, 2 * s.dil_h + 1 - s.stride_h);
+    next->add<T>(p.x, image(block), image_end(block), std::max<int64_t>(0, first + kept), std::min(s.h, end),
+                 s.w, channel, channels);
+    next->add<T>(p.dy, image(block), image_end(block), row(block), row_end(p, block), s.ow, lane, lanes);
+  }
+};
+
+// Every vector's lanes lie in one group: x and dy of a block are packed, then dw of a few channels and one
+// vertical tap takes all pixels of the block without leaving the registers. Meanwhile the next block is
+// fetched, the last time that of the task `after`, if any.
 template <typename T>
-void wgrad_by_stripes(const WgradPass& p, int64_t image, int64_t vectors, SourcePlan& x, SourcePlan& dy,
-                      float* dw, Scratch& scratch) {
+void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlocks* after, int64_t vectors,
+                     SourcePlan& x, SourcePlan& dy, float* total, Scratch& scratch, Scratch& sums) {
   const GroupedConvShape& s = p.shape;
-  const int64_t block = p.columns * LANES;
-  const int64_t most = std::max<int64_t>(1, STRIPE_FLOATS / (x.row_floats * s.stride_h + dy.row_floats));
-  const int64_t stripe = std::min(most, s.oh);
-  const int64_t reach = 2 * s.dil_h + 1, x_rows = (stripe - 1) * s.stride_h + reach;
-  float* memory = scratch.floats(x_rows * x.row_floats + stripe * dy.row_floats);
-  x.place(memory, x_rows);
-  dy.place(memory + x_rows * x.row_floats, stripe);
+  const int64_t block = p.columns * LANES, floats = vectors * p.vector_floats();
+  const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
+  float* memory = scratch.floats(task.together * (x_rows * x.row_floats + stripe * dy.row_floats));
+  x.place(memory, task.together * x_rows);
+  dy.place(memory + task.together * x_rows * x.row_floats, task.together * stripe);
+  // One sum over very many blocks would lose digits: every so often it is added to the total.
+  const bool gather = task.blocks > BLOCKS_PER_SUM;
+  float* dw = gather ? sums.floats(floats) : total;
+  if (gather || task.blocks == 0) std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
   const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
-  for (int64_t begin = 0; begin < s.oh; begin += stripe) {
-    const int64_t rows = std::min(stripe, s.oh - begin);
+  for (int64_t at = 0; at < task.blocks; ++at) {
+    const int64_t image = task.image(at), images = task.image_end(at) - image;
+    const int64_t begin = task.row(at), rows = task.row_end(p, at) - begin;
     const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
-    for (int64_t i = 0; i < (rows - 1) * s.stride_h + reach; ++i)
-      if (origin + i >= 0 && origin + i < s.h)
-        pack_row<T>(p.x, x, image, origin + i, i, x_columns);
-    for (int64_t i = 0; i < rows; ++i) pack_row<T>(p.dy, dy, image, begin + i, i, dy_columns);
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
+        if (origin + i >= 0 && origin + i < s.h)
+          pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns);
+      for (int64_t i = 0; i < rows; ++i)
+        pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns);
+    }
+    RowPrefetch next;
+    if (at + 1 < task.blocks)
+      task.prefetch<T>(p, at + 1, &next);
+    else if (after != nullptr && after->blocks > 0)
+      after->prefetch<T>(p, 0, &next);
+    next.spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * images * rows);
+    const bool fresh = at % BLOCKS_PER_SUM == 0;
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];
@@ -222,19 +335,29 @@ void wgrad_by_stripes(const WgradPass& p, int64_t image, int64_t vectors, Source
       for (int64_t kh = 0; kh < 3; ++kh) {
         const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
         const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
-        const int64_t high = std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1);
-        if (low >= high) continue;
+        const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
+        if (low == high && !fresh) continue;
         const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
         for (int64_t c = 0; c < p.source_per_group;) {
-          const int64_t here = std::min<int64_t>(
+          const int64_t channels = std::min<int64_t>(
               {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
-          const WgradStripe part{first + c / LANES * block + c % LANES, s.stride_h * source.row_floats,
-                                 gradient.rows + low * gradient.row_floats, high - low};
-          wgrad_stripe<WGRAD_CHANNELS>(p, part, here, out + (c * 9 + kh * 3) * LANES);
-          c += here;
+          const WgradBlock part{first + c / LANES * block + c % LANES,
+                                s.stride_h * source.row_floats,
+                                x_rows * source.row_floats,
+                                gradient.rows + low * gradient.row_floats,
+                                gradient.row_floats,
+                                stripe * gradient.row_floats,
+                                high - low,
+                                images,
+                                fresh,
+                                &next};
+          wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
+          c += channels;
         }
       }
     }
+    if (!gather || ((at + 1) % BLOCKS_PER_SUM != 0 && at + 1 < task.blocks)) continue;
+    for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
 }
 
@@ -282,11 +405,12 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
         for (int r = 0; r < rows; ++r) row.dy[r] = gradient.rows + slot[first + r] * gradient.row_floats;
         for (int64_t c = 0; c < p.source_per_group; c += 2) {
           const int per_block = block_channels(source.fetch);
-          row.x = (broadcast ? source.rows : expanded) + c / per_block * row.block + (broadcast ? c % LANES : 0);
+          row.x =
+              (broadcast ? source.rows : expanded) + c / per_block * row.block + (broadcast ? c % LANES : 0);
           float* out[3];
           for (int r = 0; r < rows; ++r)
             out[r] = dw + v * p.vector_floats() + (c * 9 + taps[first + r] * 3) * LANES;
-          pairs_function(rows, p.source_per_group - c, source.fetch, p.sliding())(p, row, out);
+          pairs_function(rows, p.source_per_group - c, source.fetch, p.walk())(p, row, out);
         }
       }
     }
@@ -294,24 +418,28 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
 }
 
 template <typename T>
-void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, Scratch& rows, Scratch& image_dw) {
+void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, bool last, Scratch& rows,
+                Scratch& image_dw) {
   const int64_t first = chunk * p.chunk, vectors = std::min(p.vectors(), first + p.chunk) - first;
   const int64_t floats = vectors * p.vector_floats();
   float* total = p.partials + (split * p.vectors() + first) * p.vector_floats();
-  float* dw = image_dw.floats(floats);
   SourcePlan x(first, vectors, p.shape.k, p.output_per_group, p.source_per_group, p.columns);
   SourcePlan dy(first, vectors, p.shape.k, p.dy_columns());
   const bool uniform = std::all_of(x.sources, x.sources + x.count, [](const PackedSource& source) {
     return source.fetch == Fetch::broadcast;
   });
+  if (uniform) {
+    const WgradBlocks task(p, split, chunk);
+    const bool same_split = chunk + 1 < p.chunks();
+    const WgradBlocks after(p, same_split ? split : split + 1, same_split ? chunk + 1 : 0);
+    return wgrad_by_blocks<T>(p, task, last ? nullptr : &after, vectors, x, dy, total, rows, image_dw);
+  }
   std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
   const Share images(p.shape.n, split, p.splits);
+  float* dw = image_dw.floats(floats);
   for (int64_t image = images.begin; image < images.end; ++image) {
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
-    if (uniform)
-      wgrad_by_stripes<T>(p, image, vectors, x, dy, dw, rows);
-    else
-      wgrad_by_rows<T>(p, image, vectors, x, dy, dw, rows);
+    wgrad_by_rows<T>(p, image, vectors, x, dy, dw, rows);
     for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
 }
@@ -345,7 +473,7 @@ inline void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t task = share.begin; task < share.end; ++task)
-      wgrad_task<T>(p, task / chunks, task % chunks, rows, image_dw);
+      wgrad_task<T>(p, task / chunks, task % chunks, task + 1 == share.end, rows, image_dw);
   });
 }
 
