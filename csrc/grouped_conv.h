@@ -14,12 +14,12 @@
 namespace gconv {
 
 struct GroupedConvShape {
-  int64_t n, h, w, c;            // input, C channels in all groups together
-  int64_t oh, ow, k;             // output, K channels in all groups together
-  int64_t groups;                // divides c and k
-  int64_t stride_h, stride_w;    // 1 or 2
-  int64_t pad_h, pad_w;          // 0..2*dil, on both sides
-  int64_t dil_h, dil_w;          // >= 1
+  int64_t n, h, w, c;          // input, C channels in all groups together
+  int64_t oh, ow, k;           // output, K channels in all groups together
+  int64_t groups;              // divides c and k
+  int64_t stride_h, stride_w;  // 1 or 2
+  int64_t pad_h, pad_w;        // 0..2*dil, on both sides
+  int64_t dil_h, dil_w;        // >= 1
 };
 
 // Weights [K, C/groups, 3, 3] as torch keeps them, contiguous or channels_last: strides in elements of the
@@ -30,50 +30,50 @@ struct WeightLayout {
 
 struct GroupedConvFwdParams {
   GroupedConvShape shape;
-  DType dtype;                   // of x, weight, residual and y
-  Isa isa;                       // which set of kernels runs
-  Nhwc x;                        // incoming
-  const void* weight;            // incoming [K, C/groups, 3, 3]
-  WeightLayout layout;           // of weight
-  const float* act;              // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
-  const float* affine;           // incoming [2, K]: c, d of the epilogue; null: identity
-  Nhwc residual;                 // incoming, added after the affine; data null: none
-  bool relu;                     // ReLU last
-  Nhwc y;                        // outgoing
-  float* mean;                   // outgoing [K], with var: batch mean of y as stored; null: not wanted
-  float* var;                    // outgoing [K]: biased variance
-  float* workspace;              // grouped_conv_fwd_workspace() floats, 64-byte aligned
+  DType dtype;          // of x, weight, residual and y
+  Isa isa;              // which set of kernels runs
+  Nhwc x;               // incoming
+  const void* weight;   // incoming [K, C/groups, 3, 3]
+  WeightLayout layout;  // of weight
+  const float* act;     // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
+  const float* affine;  // incoming [2, K]: c, d of the epilogue; null: identity
+  Nhwc residual;        // incoming, added after the affine; data null: none
+  bool relu;            // ReLU last
+  Nhwc y;               // outgoing
+  float* mean;          // outgoing [K], with var: batch mean of y as stored; null: not wanted
+  float* var;           // outgoing [K]: biased variance
+  float* workspace;     // grouped_conv_fwd_workspace() floats, 64-byte aligned
 };
 
 struct GroupedConvBwdInputParams {
   GroupedConvShape shape;
-  DType dtype;                   // of dy, y, weight, x and dx
+  DType dtype;  // of dy, y, weight, x and dx
   Isa isa;
-  Nhwc dy;                       // incoming [N, K, OH, OW]
-  Nhwc y;                        // incoming, read with finish only
-  const float* finish;           // incoming [6, K]: A, B, C, mean, a, b; null: dy as it is.
-                                 //   dy <- A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C
-  const void* weight;            // incoming [K, C/groups, 3, 3]
-  WeightLayout layout;           // of weight
-  Nhwc x;                        // incoming raw input, read with act only
-  const float* act;              // incoming [4, C]: a, b, mean, rstd; null: no mask, no sums
-  Nhwc dx;                       // outgoing [N, C, H, W]
-  float* sums;                   // outgoing [2, C] with act: sum g, sum g*(x - mean)*rstd
-  float* workspace;              // grouped_conv_bwd_input_workspace() floats, 64-byte aligned
+  Nhwc dy;              // incoming [N, K, OH, OW]
+  Nhwc y;               // incoming, read with finish only
+  const float* finish;  // incoming [6, K]: A, B, C, mean, a, b; null: dy as it is.
+                        //   dy <- A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C
+  const void* weight;   // incoming [K, C/groups, 3, 3]
+  WeightLayout layout;  // of weight
+  Nhwc x;               // incoming raw input, read with act only
+  const float* act;     // incoming [4, C]: a, b, mean, rstd; null: no mask, no sums
+  Nhwc dx;              // outgoing [N, C, H, W]
+  float* sums;          // outgoing [2, C] with act: sum g, sum g*(x - mean)*rstd
+  float* workspace;     // grouped_conv_bwd_input_workspace() floats, 64-byte aligned
 };
 
 struct GroupedConvBwdWeightParams {
   GroupedConvShape shape;
-  DType dtype;                   // of dy, y, x and dweight
+  DType dtype;  // of dy, y, x and dweight
   Isa isa;
-  Nhwc dy;                       // incoming [N, K, OH, OW]
-  Nhwc y;                        // incoming, read with finish only
-  const float* finish;           // incoming [6, K] as in GroupedConvBwdInputParams
-  Nhwc x;                        // incoming [N, C, H, W]
-  const float* act;              // incoming [2, C]: prologue relu(a*x + b) on x; null: identity
-  void* dweight;                 // outgoing [K, C/groups, 3, 3]
-  WeightLayout layout;           // of dweight
-  float* workspace;              // grouped_conv_bwd_weight_workspace() floats, 64-byte aligned
+  Nhwc dy;              // incoming [N, K, OH, OW]
+  Nhwc y;               // incoming, read with finish only
+  const float* finish;  // incoming [6, K] as in GroupedConvBwdInputParams
+  Nhwc x;               // incoming [N, C, H, W]
+  const float* act;     // incoming [2, C]: prologue relu(a*x + b) on x; null: identity
+  void* dweight;        // outgoing [K, C/groups, 3, 3]
+  WeightLayout layout;  // of dweight
+  float* workspace;     // grouped_conv_bwd_weight_workspace() floats, 64-byte aligned
 };
 
 // Each op is a chain of stages. A stage does the share `ith` of `nth` of its work; all shares of one

@@ -39,8 +39,8 @@ struct Geometry {
           ": weight: want [K, C/groups, 3, 3] with C/groups = ", c / groups, ", got ", weight);
     check(k >= 1 && c >= 1 && k % groups == 0, op, ": weight: want K divisible by groups = ", groups,
           ", got K = ", k);
-    GroupedConvShape s{n, h, w, c, 0, 0, k, groups, stride[0], stride[1], padding[0], padding[1],
-                       dilation[0], dilation[1]};
+    GroupedConvShape s{n,      h,         w,         c,          0,          0,           k,
+                       groups, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
     const int64_t reach_h = h + 2 * s.pad_h - 2 * s.dil_h, reach_w = w + 2 * s.pad_w - 2 * s.dil_w;
     check(h >= 1 && w >= 1 && reach_h >= 1 && reach_w >= 1, op, ": x: want a padded size of at least ",
           Shape{2 * s.dil_h + 1, 2 * s.dil_w + 1}, ", got ", Shape{h + 2 * s.pad_h, w + 2 * s.pad_w});
@@ -206,8 +206,7 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
 
 Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_size, Ints stride, Ints padding,
                                Ints dilation, int64_t groups, const OptionalTensor& y,
-                               const OptionalTensor& finish, const OptionalTensor& act,
-                               bool channels_last) {
+                               const OptionalTensor& finish, const OptionalTensor& act, bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
   GroupedConvBwdWeightParams p{};
   p.dtype = activation_dtype(op, "x", x);
@@ -229,8 +228,9 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_si
     p.y = view_of(raw_output);
   }
   p.act = channel_floats(op, "act", act, {2, s.c});
-  Tensor dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
-                                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor dweight =
+      torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
+                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   p.dweight = dweight.mutable_data_ptr();
   p.layout = weight_layout(s.c / s.groups, channels_last);
   const Tensor workspace = workspace_floats(grouped_conv_bwd_weight_workspace(p), x);

@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&gconv::set_cpu_isa));
 }
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                             nullptr};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

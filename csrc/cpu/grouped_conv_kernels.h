@@ -47,8 +47,7 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   p.source_per_group = s.k / s.groups, p.output_per_group = s.c / s.groups;
   p.transposed = true;
   p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
-  p.source =
-      RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
+  p.source = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.mask_x = q.x;
   p.mask_act = q.act;
   p.output = q.dx;
@@ -189,10 +188,16 @@ void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t 
 #define GCONV_TABLE_NAME(ns) GCONV_TABLE_PASTE(ns)
 #define GCONV_TABLE_PASTE(ns) grouped_conv_##ns
 extern const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS);
-const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS) = {
-    GCONV_ISA_NS::fwd_workspace,       GCONV_ISA_NS::fwd_pack,        GCONV_ISA_NS::fwd,
-    GCONV_ISA_NS::fwd_merge,           GCONV_ISA_NS::bwd_input_workspace, GCONV_ISA_NS::bwd_input_pack,
-    GCONV_ISA_NS::bwd_input,           GCONV_ISA_NS::bwd_input_merge, GCONV_ISA_NS::bwd_weight_workspace,
-    GCONV_ISA_NS::bwd_weight,          GCONV_ISA_NS::bwd_weight_merge};
+const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS) = {GCONV_ISA_NS::fwd_workspace,
+                                                         GCONV_ISA_NS::fwd_pack,
+                                                         GCONV_ISA_NS::fwd,
+                                                         GCONV_ISA_NS::fwd_merge,
+                                                         GCONV_ISA_NS::bwd_input_workspace,
+                                                         GCONV_ISA_NS::bwd_input_pack,
+                                                         GCONV_ISA_NS::bwd_input,
+                                                         GCONV_ISA_NS::bwd_input_merge,
+                                                         GCONV_ISA_NS::bwd_weight_workspace,
+                                                         GCONV_ISA_NS::bwd_weight,
+                                                         GCONV_ISA_NS::bwd_weight_merge};
 
 }  // namespace gconv

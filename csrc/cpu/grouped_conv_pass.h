@@ -21,18 +21,18 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 
 struct TileArgs {
-  const float* source[3];   // packed row of each vertical tap, at the tile's first column
-  const float* weight[3];   // packed weights of each vertical tap, first vector
-  int rows;                 // vertical taps inside the image
-  int channels;             // source channels per group
-  int64_t block;            // floats between channel blocks of a row
-  int64_t column;           // Fetch::direct: floats between columns of a row, LANES otherwise
-  int64_t pair;             // floats from the first vector's weights to the second's
+  const float* source[3];      // packed row of each vertical tap, at the tile's first column
+  const float* weight[3];      // packed weights of each vertical tap, first vector
+  int rows;                    // vertical taps inside the image
+  int channels;                // source channels per group
+  int64_t block;               // floats between channel blocks of a row
+  int64_t column;              // Fetch::direct: floats between columns of a row, LANES otherwise
+  int64_t pair;                // floats from the first vector's weights to the second's
   bool skip_first, skip_last;  // the outermost columns are padding: nothing to add
-  float* out;               // result of the first vector, LANES floats per pixel
-  int64_t out_step;         // floats between the tile's pixels in out
-  int64_t out_pair;         // floats from the first vector's results to the second's
-  int taps;                 // scattered taps only: how many, where, and their weights
+  float* out;                  // result of the first vector, LANES floats per pixel
+  int64_t out_step;            // floats between the tile's pixels in out
+  int64_t out_pair;            // floats from the first vector's results to the second's
+  int taps;                    // scattered taps only: how many, where, and their weights
   int step;
   int offset[3];
   int tap[3];
@@ -160,11 +160,16 @@ TileFunction tile_function(TileKind kind, int pixels) {
     if constexpr (PIXELS > 1) return tile_function<FETCH, VECTORS, PIXELS - 1>(kind, pixels);
   }
   switch (kind) {
-    case three_taps: return tile_shared<3, 1, FETCH, VECTORS, PIXELS>;
-    case three_taps_step2: return tile_shared<3, 2, FETCH, VECTORS, PIXELS>;
-    case two_taps: return tile_shared<2, 1, FETCH, VECTORS, PIXELS>;
-    case one_tap: return tile_shared<1, 1, FETCH, VECTORS, PIXELS>;
-    default: break;
+    case three_taps:
+      return tile_shared<3, 1, FETCH, VECTORS, PIXELS>;
+    case three_taps_step2:
+      return tile_shared<3, 2, FETCH, VECTORS, PIXELS>;
+    case two_taps:
+      return tile_shared<2, 1, FETCH, VECTORS, PIXELS>;
+    case one_tap:
+      return tile_shared<1, 1, FETCH, VECTORS, PIXELS>;
+    default:
+      break;
   }
   if constexpr (VECTORS == 1 && FETCH != Fetch::direct) return tile_scattered<FETCH, PIXELS>;
   return nullptr;
@@ -181,11 +186,14 @@ inline TileLanes lanes_of(Fetch fetch, int vectors) {
 
 inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
   switch (lanes) {
-    case broadcast_lanes: return tile_function<Fetch::broadcast, 1, TILE_SINGLE>(kind, pixels);
+    case broadcast_lanes:
+      return tile_function<Fetch::broadcast, 1, TILE_SINGLE>(kind, pixels);
     case direct_lanes:
       return tile_function<Fetch::direct, 1, TILE_SINGLE>(kind, pixels);
-    case twin_lanes: return tile_function<Fetch::twin, 1, TILE_SINGLE>(kind, pixels);
-    case own_lanes: return tile_function<Fetch::lanes, 1, TILE_SINGLE>(kind, pixels);
+    case twin_lanes:
+      return tile_function<Fetch::twin, 1, TILE_SINGLE>(kind, pixels);
+    case own_lanes:
+      return tile_function<Fetch::lanes, 1, TILE_SINGLE>(kind, pixels);
     case pair_lanes:
       return tile_function<Fetch::broadcast, 2, TILE_PAIR>(kind, pixels);
     default:
@@ -216,7 +224,7 @@ struct ColumnClass {
   int64_t first, step, count;  // output columns first + q * step, q < count
   int64_t source_step;         // source column of tap t at q: q * source_step + offset[t]
   int taps;
-  int tap[3];                  // horizontal index into the packed weights, ascending offset
+  int tap[3];  // horizontal index into the packed weights, ascending offset
   int64_t offset[3];
   TileKind kind;
 };
@@ -229,23 +237,23 @@ struct Pass {
   bool transposed;
   int64_t stride_h, pad_h, dil_h;
   RowSource source;
-  const float* weight;      // packed
-  const float* affine;      // forward epilogue
+  const float* weight;  // packed
+  const float* affine;  // forward epilogue
   Nhwc residual;
   bool relu;
-  bool moments;             // (mean, M2) of the output into partials
-  Nhwc mask_x;              // input-gradient epilogue
+  bool moments;  // (mean, M2) of the output into partials
+  Nhwc mask_x;   // input-gradient epilogue
   const float* mask_act;
   Nhwc output;
-  bool stream;              // write it past the caches
-  float* partials;          // [images * stripes][2][output channels]
-  int64_t stripes, chunk;   // rows are cut into stripes, output vectors into chunks
-  int64_t band;             // output rows computed together
+  bool stream;                    // write it past the caches
+  float* partials;                // [images * stripes][2][output channels]
+  int64_t stripes, chunk;         // rows are cut into stripes, output vectors into chunks
+  int64_t band;                   // output rows computed together
   int64_t first_column, columns;  // packed columns: source columns first_column + [0, columns)
   ColumnClass classes[2];
   int class_count;
-  int64_t reach_columns;    // columns that taps reach beyond a run on one side, at most
-  bool direct;              // broadcast sources are read where they lie, not packed
+  int64_t reach_columns;  // columns that taps reach beyond a run on one side, at most
+  bool direct;            // broadcast sources are read where they lie, not packed
 
   int64_t output_channels() const { return groups * output_per_group; }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
@@ -289,8 +297,8 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
       k.tap[k.taps++] = i;
     }
     if (k.count == 0) continue;
-    const bool neighbours = (k.taps < 2 || k.offset[1] - k.offset[0] == 1) &&
-                            (k.taps < 3 || k.offset[2] - k.offset[1] == 1);
+    const bool neighbours =
+        (k.taps < 2 || k.offset[1] - k.offset[0] == 1) && (k.taps < 3 || k.offset[2] - k.offset[1] == 1);
     k.kind = scattered;
     if (neighbours && k.source_step == 1)
       k.kind = k.taps == 3 ? three_taps : k.taps == 2 ? two_taps : one_tap;
@@ -319,10 +327,10 @@ inline bool reads_direct(const Pass& p) {
          p.first_column + p.columns <= p.source_w + 1;
 }
 
-constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
-constexpr int64_t BAND_FLOATS = 128 * 1024;          // packed rows and results of a band
+constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;    // packed weights of a chunk: half of a small L2
+constexpr int64_t BAND_FLOATS = 128 * 1024;           // packed rows and results of a band
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside rows
-constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
+constexpr int64_t EXPANDED_FLOATS = 6 * 1024;         // expanded rows of one vector: half of L1
 
 // By shape alone, so that every thread count gives the same bits. A chunk reads and writes whole runs of
 // cache lines, the longer the better, while its weights still fit beside its rows.
@@ -351,7 +359,7 @@ inline void plan_work(Pass& p) {
 struct RowResult {
   const float* row;
   int64_t row_floats;
-  int64_t image, at;            // output row `at` of the image
+  int64_t image, at;  // output row `at` of the image
   int64_t first_vector, vectors;
 
   template <typename T>
@@ -459,22 +467,22 @@ void row_moments(const Pass& p, const float* row, Moments* moments) {
 struct Band {
   int64_t image, first, rows;  // output rows
   int64_t ring_rows;
-  float* results;          // [row of the band][vector][pixel][LANES]
-  int64_t row_floats;      // of one vector in results
-  int64_t band_floats;     // from one row of the band to the next
-  float* expanded;         // ring of expanded rows, and its tags
+  float* results;       // [row of the band][vector][pixel][LANES]
+  int64_t row_floats;   // of one vector in results
+  int64_t band_floats;  // from one row of the band to the next
+  float* expanded;      // ring of expanded rows, and its tags
   int64_t expanded_rows;
-  int64_t* tags;           // source row in each slot of `expanded`
+  int64_t* tags;  // source row in each slot of `expanded`
   float* span_buffer;
 };
 
 // How the columns of one class are computed in a run.
 struct ClassRun {
   TileCut cut;
-  int together = 1;        // vectors in a tile; scattered ones come with one only
+  int together = 1;  // vectors in a tile; scattered ones come with one only
   int64_t pixels = 0;
-  int64_t first_tap = 0;   // floats from a row's weights to the first tap's
-  int64_t reach = 0;       // columns from the first tap to the last
+  int64_t first_tap = 0;  // floats from a row's weights to the first tap's
+  int64_t reach = 0;      // columns from the first tap to the last
 
   ClassRun() = default;
   ClassRun(const ColumnClass& k, Fetch fetch, int vectors, int64_t run_pixels)
@@ -500,8 +508,8 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
       const int64_t end = std::min(q_end, k.count);
       if (k.taps == 0 || end <= q_begin) continue;
       column_begin = std::min(column_begin, q_begin * k.source_step + k.offset[0] - p.first_column);
-      column_end = std::max(column_end,
-                            (end - 1) * k.source_step + k.offset[k.taps - 1] - p.first_column + 1);
+      column_end =
+          std::max(column_end, (end - 1) * k.source_step + k.offset[k.taps - 1] - p.first_column + 1);
     }
     std::fill(band.tags, band.tags + band.expanded_rows, -1);
   }
@@ -646,8 +654,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
       const bool broadcast = one_group(s.fetch);
-      const int together =
-          broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
+      const int together = broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
       const int64_t all = p.classes[0].count;
       const int64_t run = broadcast ? all : expanded_run(p, s, band.expanded_rows);
       for (int64_t q = 0; q < all; q += run)
@@ -656,8 +663,12 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
       v += together;
     }
     for (int64_t row = 0; row < band.rows; ++row) {
-      const RowResult result{band.results + row * band.band_floats, band.row_floats, image,
-                             band.first + row, first_vector, vectors};
+      const RowResult result{band.results + row * band.band_floats,
+                             band.row_floats,
+                             image,
+                             band.first + row,
+                             first_vector,
+                             vectors};
       if (p.mask_act != nullptr)
         finish_input_gradient<T>(p, result, sums);
       else

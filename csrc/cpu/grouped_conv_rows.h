@@ -23,10 +23,10 @@ enum class Prologue {
 // What rows are read from, and what is done to each element on its way.
 struct RowSource {
   Nhwc x;
-  Nhwc y;              // finish only
+  Nhwc y;  // finish only
   Prologue prologue;
-  const float* coef;   // rows of `channels` floats
-  int64_t channels;    // in all groups together
+  const float* coef;  // rows of `channels` floats
+  int64_t channels;   // in all groups together
 };
 
 // Packed column i holds source column first + i, or 0 outside [0, width).
@@ -59,18 +59,16 @@ GCONV_INLINE Vec fetch_part(const float* at) {
 // The input channels of one group, or those that one output vector spans.
 struct PackedSource {
   Fetch fetch;
-  int64_t group;       // broadcast only
-  int64_t channel;     // first input channel
-  int64_t span;        // input channels read
-  int64_t per_group;   // input channels of one group
-  float* rows;         // packed rows, one after the other
+  int64_t group;      // broadcast only
+  int64_t channel;    // first input channel
+  int64_t span;       // input channels read
+  int64_t per_group;  // input channels of one group
+  float* rows;        // packed rows, one after the other
   int64_t row_floats;
   int32_t lane_base[LANES];  // first channel of each lane's group (twin: of each lane), from `channel`
 
   // Blocks of an expanded row.
-  int64_t expanded_blocks() const {
-    return (per_group + block_channels(fetch) - 1) / block_channels(fetch);
-  }
+  int64_t expanded_blocks() const { return (per_group + block_channels(fetch) - 1) / block_channels(fetch); }
 };
 
 // The sources that output vectors [first, first + count) read.
@@ -92,7 +90,7 @@ struct SourcePlan {
         continue;
       }
       PackedSource& s = sources[count];
-      s.fetch = uniform ? Fetch::broadcast
+      s.fetch = uniform                                             ? Fetch::broadcast
                 : output_per_group % 2 == 0 && source_per_group > 1 ? Fetch::twin
                                                                     : Fetch::lanes;
       s.group = group;
@@ -115,8 +113,9 @@ struct SourcePlan {
   SourcePlan(int64_t first, int64_t vectors, int64_t outputs, int64_t columns) {
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t lane0 = (first + v) * LANES;
-      sources[v] = PackedSource{Fetch::broadcast, v, lane0, std::min<int64_t>(LANES, outputs - lane0),
-                                LANES, nullptr, columns * LANES, {}};
+      sources[v] =
+          PackedSource{Fetch::broadcast, v, lane0, std::min<int64_t>(LANES, outputs - lane0), LANES, nullptr,
+                       columns * LANES,  {}};
       source_of[v] = static_cast<int>(v);
       row_floats += columns * LANES;
     }
@@ -291,8 +290,7 @@ inline void expand_row(const PackedSource& source, const float* packed, int64_t 
     Index index = base;
     packed += begin * LANES;
     for (int64_t b = 0; b < blocks; ++b, index = index_add(index, step), expanded += block)
-      for (int64_t i = 0; i < block; i += LANES)
-        store(expanded + i, permute(load(packed + i), index));
+      for (int64_t i = 0; i < block; i += LANES) store(expanded + i, permute(load(packed + i), index));
     return;
   }
   for (int64_t i = begin; i < end; ++i, expanded += LANES) {

@@ -6,13 +6,13 @@ namespace gconv {
 
 enum class Isa : int32_t { portable, avx2, avx512 };
 
-bool isa_supported(Isa isa);               // by this CPU and this binary
+bool isa_supported(Isa isa);  // by this CPU and this binary
 const char* isa_name(Isa isa);
 bool isa_from_name(const char* name, Isa* isa);
 
 // The set in use. The first call chooses the best supported one, or the one GCONV_ISA names; an
 // unknown or unsupported name throws std::runtime_error.
 Isa isa_current();
-void isa_set(Isa isa);                     // for tests; throws if unsupported
+void isa_set(Isa isa);  // for tests; throws if unsupported
 
 }  // namespace gconv

@@ -169,12 +169,12 @@ GCONV_INLINE Vec even_twice(Vec a) { return {_mm512_moveldup_ps(a.v)}; }
 GCONV_INLINE Vec odd_twice(Vec a) { return {_mm512_movehdup_ps(a.v)}; }
 GCONV_INLINE Vec load_even_twice(const float* p) {
   Vec a;
-  asm("vmovsldup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float(*)[16]>(p)));
+  asm("vmovsldup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float (*)[16]>(p)));
   return a;
 }
 GCONV_INLINE Vec load_odd_twice(const float* p) {
   Vec a;
-  asm("vmovshdup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float(*)[16]>(p)));
+  asm("vmovshdup %1, %0" : "=v"(a.v) : "m"(*reinterpret_cast<const float (*)[16]>(p)));
   return a;
 }
 
@@ -200,31 +200,24 @@ GCONV_INLINE __m256i to_bf16(Vec a) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i upper = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan,
-                                              _mm512_set1_epi32(0x7fc0));
+  const __m512i upper = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(upper);
 }
 GCONV_INLINE __m256i to_f16(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
-GCONV_INLINE void store_as(bf16* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
-}
-GCONV_INLINE void store_as(f16* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a));
-}
+GCONV_INLINE void store_as(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+GCONV_INLINE void store_as(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
 GCONV_INLINE void store_as(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
-GCONV_INLINE void store_as(bf16* p, Vec a, int n) {
-  _mm256_mask_storeu_epi16(p, lanes_mask(n), to_bf16(a));
-}
-GCONV_INLINE void store_as(f16* p, Vec a, int n) {
-  _mm256_mask_storeu_epi16(p, lanes_mask(n), to_f16(a));
-}
+GCONV_INLINE void store_as(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, lanes_mask(n), to_bf16(a)); }
+GCONV_INLINE void store_as(f16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, lanes_mask(n), to_f16(a)); }
 
 // Past the caches: for results too large to stay there, it saves reading each line before writing it. The
 // address must be a multiple of the vector's size; stream_end() before another thread reads.
 GCONV_INLINE void stream_as(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
-GCONV_INLINE void stream_as(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+GCONV_INLINE void stream_as(bf16* p, Vec a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
+}
 GCONV_INLINE void stream_as(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(a)); }
 GCONV_INLINE void stream_end() { _mm_sfence(); }
 
@@ -291,12 +284,12 @@ GCONV_INLINE Vec even_twice(Vec a) { return {_mm256_moveldup_ps(a.v)}; }
 GCONV_INLINE Vec odd_twice(Vec a) { return {_mm256_movehdup_ps(a.v)}; }
 GCONV_INLINE Vec load_even_twice(const float* p) {
   Vec a;
-  asm("vmovsldup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float(*)[8]>(p)));
+  asm("vmovsldup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float (*)[8]>(p)));
   return a;
 }
 GCONV_INLINE Vec load_odd_twice(const float* p) {
   Vec a;
-  asm("vmovshdup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float(*)[8]>(p)));
+  asm("vmovshdup %1, %0" : "=x"(a.v) : "m"(*reinterpret_cast<const float (*)[8]>(p)));
   return a;
 }
 
@@ -308,8 +301,7 @@ GCONV_INLINE __m128i to_bf16(Vec a) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i upper =
-      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i upper = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 }
 GCONV_INLINE __m128i to_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
@@ -338,9 +330,7 @@ GCONV_INLINE Vec load_as(const bf16* p, int n) { return from_bf16(load16(p, n));
 GCONV_INLINE Vec load_as(const f16* p, int n) { return {_mm256_cvtph_ps(load16(p, n))}; }
 
 GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
-GCONV_INLINE void store_as(bf16* p, Vec a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a));
-}
+GCONV_INLINE void store_as(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
 GCONV_INLINE void store_as(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(a)); }
 GCONV_INLINE void store_as(float* p, Vec a, int n) { _mm256_maskstore_ps(p, lanes_mask(n), a.v); }
 GCONV_INLINE void store_as(bf16* p, Vec a, int n) { store16(p, to_bf16(a), n); }
@@ -565,8 +555,7 @@ class Carve {
 // The share [begin, end) of `ith` of `nth` among `total` equal pieces.
 struct Share {
   int64_t begin, end;
-  Share(int64_t total, int64_t ith, int64_t nth)
-      : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
+  Share(int64_t total, int64_t ith, int64_t nth) : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
 };
 
 // Calls f with a null pointer of the storage type, so that f is compiled once per type.
