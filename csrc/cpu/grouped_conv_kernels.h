@@ -1,6 +1,8 @@
 // The grouped_conv stages of one instruction set: params to passes, weight packing, merging.
 // Included last by grouped_conv_<isa>.cpp; grouped_conv.cpp chooses among their tables.
 #pragma once
+#include "grouped_conv_narrow.h"
+#include "grouped_conv_narrow_wgrad.h"
 #include "grouped_conv_pass.h"
 #include "grouped_conv_table.h"
 #include "grouped_conv_wgrad.h"
@@ -31,7 +33,7 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   p.moments = q.mean != nullptr;
   p.output = q.y;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  plan_work(p);
+  is_narrow(s) ? plan_narrow(p) : plan_work(p);
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -52,7 +54,7 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   p.mask_act = q.act;
   p.output = q.dx;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  plan_work(p);
+  is_narrow(s) ? plan_narrow(p) : plan_work(p);
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -128,7 +130,9 @@ int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_f
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   pack_pass(plan_forward(q), q.weight, q.layout, q.workspace, ith, nth);
 }
-void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
+void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
+  is_narrow(q.shape) ? run_narrow(plan_forward(q), ith, nth) : run_pass(plan_forward(q), ith, nth);
+}
 
 // Chan's merge of the stripes' (count, mean, M2), in order, in float64.
 void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
@@ -159,7 +163,8 @@ void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth
   pack_pass(plan_input_gradient(q), q.weight, q.layout, q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
-  run_pass(plan_input_gradient(q), ith, nth);
+  is_narrow(q.shape) ? run_narrow(plan_input_gradient(q), ith, nth)
+                     : run_pass(plan_input_gradient(q), ith, nth);
 }
 void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_input_gradient(q);
@@ -173,14 +178,16 @@ void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nt
 }
 
 int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
-  const WgradPass p = plan_wgrad(q);
+  const WgradPass p = is_narrow(q.shape) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
   return p.splits * p.vectors() * p.vector_floats();
 }
 void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
-  run_wgrad(plan_wgrad(q), ith, nth);
+  const WgradPass p = plan_wgrad(q);
+  is_narrow(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth) : run_wgrad(p, ith, nth);
 }
 void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
-  merge_wgrad(plan_wgrad(q), ith, nth);
+  const WgradPass p = plan_wgrad(q);
+  is_narrow(q.shape) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
 }
 
 }  // namespace GCONV_ISA_NS

@@ -15,209 +15,10 @@
 // of rows: pack the band's new source rows; compute it vector by vector, the weights staying in L1; write
 // it out in the tensor's order.
 #pragma once
-#include "grouped_conv_rows.h"
+#include "grouped_conv_tiles.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
-
-struct TileArgs {
-  const float* source[3];      // packed row of each vertical tap, at the tile's first column
-  const float* weight[3];      // packed weights of each vertical tap, first vector
-  int rows;                    // vertical taps inside the image
-  int channels;                // source channels per group
-  int64_t block;               // floats between channel blocks of a row
-  int64_t column;              // Fetch::direct: floats between columns of a row, LANES otherwise
-  int64_t pair;                // floats from the first vector's weights to the second's
-  bool skip_first, skip_last;  // the outermost columns are padding: nothing to add
-  float* out;                  // result of the first vector, LANES floats per pixel
-  int64_t out_step;            // floats between the tile's pixels in out
-  int64_t out_pair;            // floats from the first vector's results to the second's
-  int taps;                    // scattered taps only: how many, where, and their weights
-  int step;
-  int offset[3];
-  int tap[3];
-};
-
-// Weights lie [vector][channel][3][3][LANES].
-constexpr int WEIGHTS_PER_CHANNEL = 9 * LANES;
-
-// Calls channel(source, weights, part) for every source channel of a row of taps, in order, and flush()
-// after each partial sum. One float32 sum over all terms of a wide group would lose digits that blocked
-// matrix products keep; a narrow group has too few terms to matter.
-template <Fetch FETCH, typename Channel, typename Flush>
-GCONV_INLINE void each_channel(const TileArgs& a, const Channel& channel, const Flush& flush) {
-  constexpr int PER_BLOCK = block_channels(FETCH), PARTIAL = 64;
-  constexpr int NARROW = LANES == 4 ? 8 : 24;  // without fused multiply-add every product is rounded too
-  for (int r = 0; r < a.rows; ++r) {
-    const float* block = a.source[r];
-    const float* w = a.weight[r];
-    for (int c0 = 0; c0 < a.channels; c0 += PER_BLOCK, block += a.block) {
-      if (a.channels > NARROW && c0 % PARTIAL == 0 && r + c0 > 0) flush();
-      const int here = std::min(PER_BLOCK, a.channels - c0);
-      if constexpr (one_group(FETCH)) {
-        for (int c = 0; c < here; ++c, w += WEIGHTS_PER_CHANNEL)
-          channel(block + c, w, std::integral_constant<int, 0>());
-      } else {
-        channel(block, w, std::integral_constant<int, 0>());
-        w += WEIGHTS_PER_CHANNEL;
-        if (here == 1) continue;
-        channel(block, w, std::integral_constant<int, 1>());
-        w += WEIGHTS_PER_CHANNEL;
-      }
-    }
-  }
-}
-
-// Horizontal taps on neighbouring columns: source column j feeds pixel (j - t) / STEP through tap t.
-template <int TAPS, int STEP, Fetch FETCH, int VECTORS, int PIXELS>
-void tile_shared(const TileArgs& a) {
-  constexpr int COLUMNS = (PIXELS - 1) * STEP + TAPS;
-  constexpr int TAP_FLOATS = TAPS == 2 ? 2 * LANES : LANES;  // two taps are the outer ones of three
-  Vec acc[VECTORS][PIXELS];
-  GCONV_UNROLL
-  for (int v = 0; v < VECTORS; ++v) {
-    GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) acc[v][p] = zero();
-  }
-  const bool skip_first = a.skip_first, skip_last = a.skip_last;
-  const int64_t column = FETCH == Fetch::direct ? a.column : LANES;
-  const auto channel = [&](const float* s, const float* w, auto part) GCONV_LAMBDA {
-    constexpr int PART = decltype(part)::value;
-    Vec weight[VECTORS][TAPS];
-    GCONV_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      GCONV_UNROLL
-      for (int t = 0; t < TAPS; ++t) weight[v][t] = load(w + v * a.pair + t * TAP_FLOATS);
-    }
-    GCONV_UNROLL
-    for (int j = 0; j < COLUMNS; ++j) {
-      if (j == 0 && skip_first) continue;
-      if (j == COLUMNS - 1 && skip_last) continue;
-      const Vec x = fetch_part<FETCH, PART>(s + j * column);
-      GCONV_UNROLL
-      for (int t = 0; t < TAPS; ++t) {
-        if (j - t < 0 || (j - t) % STEP != 0 || (j - t) / STEP >= PIXELS) continue;
-        GCONV_UNROLL
-        for (int v = 0; v < VECTORS; ++v)
-          acc[v][(j - t) / STEP] = fma(x, weight[v][t], acc[v][(j - t) / STEP]);
-      }
-    }
-  };
-  bool flushed = false;
-  const auto flush = [&]() GCONV_LAMBDA {
-    GCONV_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      GCONV_UNROLL
-      for (int p = 0; p < PIXELS; ++p) {
-        float* out = a.out + v * a.out_pair + p * a.out_step;
-        store(out, flushed ? add(load(out), acc[v][p]) : acc[v][p]);
-        acc[v][p] = zero();
-      }
-    }
-    flushed = true;
-  };
-  each_channel<FETCH>(a, channel, flush);
-  flush();
-}
-
-// Taps at any distance (dilation): one fetch per pixel and tap.
-template <Fetch FETCH, int PIXELS>
-void tile_scattered(const TileArgs& a) {
-  Vec acc[PIXELS];
-  GCONV_UNROLL
-  for (int p = 0; p < PIXELS; ++p) acc[p] = zero();
-  const auto channel = [&](const float* s, const float* w, auto part) GCONV_LAMBDA {
-    constexpr int PART = decltype(part)::value;
-    for (int t = 0; t < a.taps; ++t) {
-      const Vec weight = load(w + a.tap[t] * LANES);
-      const float* column = s + a.offset[t] * LANES;
-      GCONV_UNROLL
-      for (int p = 0; p < PIXELS; ++p)
-        acc[p] = fma(fetch_part<FETCH, PART>(column + p * a.step * LANES), weight, acc[p]);
-    }
-  };
-  bool flushed = false;
-  const auto flush = [&]() GCONV_LAMBDA {
-    GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) {
-      float* out = a.out + p * a.out_step;
-      store(out, flushed ? add(load(out), acc[p]) : acc[p]);
-      acc[p] = zero();
-    }
-    flushed = true;
-  };
-  each_channel<FETCH>(a, channel, flush);
-  flush();
-}
-
-using TileFunction = void (*)(const TileArgs&);
-
-enum TileKind { three_taps, three_taps_step2, two_taps, one_tap, scattered };
-
-template <Fetch FETCH, int VECTORS, int PIXELS>
-TileFunction tile_function(TileKind kind, int pixels) {
-  if (pixels < PIXELS) {
-    if constexpr (PIXELS > 1) return tile_function<FETCH, VECTORS, PIXELS - 1>(kind, pixels);
-  }
-  switch (kind) {
-    case three_taps:
-      return tile_shared<3, 1, FETCH, VECTORS, PIXELS>;
-    case three_taps_step2:
-      return tile_shared<3, 2, FETCH, VECTORS, PIXELS>;
-    case two_taps:
-      return tile_shared<2, 1, FETCH, VECTORS, PIXELS>;
-    case one_tap:
-      return tile_shared<1, 1, FETCH, VECTORS, PIXELS>;
-    default:
-      break;
-  }
-  if constexpr (VECTORS == 1 && FETCH != Fetch::direct) return tile_scattered<FETCH, PIXELS>;
-  return nullptr;
-}
-
-// How a vector is computed: by its fetch, or two broadcast vectors of one group together.
-enum TileLanes { broadcast_lanes, direct_lanes, twin_lanes, own_lanes, pair_lanes, direct_pair_lanes };
-
-inline TileLanes lanes_of(Fetch fetch, int vectors) {
-  if (fetch == Fetch::direct) return vectors == 2 ? direct_pair_lanes : direct_lanes;
-  if (vectors == 2) return pair_lanes;
-  return fetch == Fetch::broadcast ? broadcast_lanes : fetch == Fetch::twin ? twin_lanes : own_lanes;
-}
-
-inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
-  switch (lanes) {
-    case broadcast_lanes:
-      return tile_function<Fetch::broadcast, 1, TILE_SINGLE>(kind, pixels);
-    case direct_lanes:
-      return tile_function<Fetch::direct, 1, TILE_SINGLE>(kind, pixels);
-    case twin_lanes:
-      return tile_function<Fetch::twin, 1, TILE_SINGLE>(kind, pixels);
-    case own_lanes:
-      return tile_function<Fetch::lanes, 1, TILE_SINGLE>(kind, pixels);
-    case pair_lanes:
-      return tile_function<Fetch::broadcast, 2, TILE_PAIR>(kind, pixels);
-    default:
-      return tile_function<Fetch::direct, 2, TILE_PAIR>(kind, pixels);
-  }
-}
-
-// How a run of pixels is cut: `wide` tiles of pixels + 1, then up to `count` of pixels.
-struct TileCut {
-  int64_t count = 0, wide = 0, pixels = 0;
-  TileFunction run[2] = {nullptr, nullptr};  // of pixels and of pixels + 1
-
-  TileCut() = default;
-  TileCut(TileKind kind, TileLanes lanes, int64_t run_pixels) {
-    const bool pair = lanes == pair_lanes || lanes == direct_pair_lanes;
-    const int64_t most = pair ? TILE_PAIR : TILE_SINGLE;
-    if (run_pixels == 0) return;
-    count = (run_pixels + most - 1) / most;
-    pixels = run_pixels / count;
-    wide = run_pixels % count;
-    run[0] = tile_function(kind, lanes, static_cast<int>(pixels));
-    if (wide > 0) run[1] = tile_function(kind, lanes, static_cast<int>(pixels) + 1);
-  }
-};
 
 // One residue class of output columns and the taps that reach it.
 struct ColumnClass {
@@ -355,17 +156,19 @@ inline void plan_work(Pass& p) {
   p.band = (tallest + (tallest + p.band - 1) / p.band - 1) / ((tallest + p.band - 1) / p.band);
 }
 
-// One computed row of a chunk: vector v of pixel w lies at row + v * row_floats + w * LANES.
+// A run of computed pixels of a row, for a chunk: vector v of pixel w lies at row + v * row_floats + w *
+// LANES.
 struct RowResult {
   const float* row;
   int64_t row_floats;
   int64_t image, at;  // output row `at` of the image
   int64_t first_vector, vectors;
+  int64_t first_column, width;  // of the output
 
   template <typename T>
   GCONV_INLINE T* output(const Pass& p) const {
     return static_cast<T*>(p.output.data) + image * p.output.stride_n + at * p.output.stride_h +
-           first_vector * LANES;
+           first_column * p.output.stride_w + first_vector * LANES;
   }
 };
 
@@ -373,7 +176,7 @@ struct RowResult {
 template <typename T>
 void finish_input_gradient(const Pass& p, const RowResult& r, CompensatedSum (*sums)[2]) {
   constexpr int64_t PIXELS = 8;  // whose channels are finished together: they share pages, and the sums stay
-  const int64_t channels = p.output_channels(), width = p.output_w;
+  const int64_t channels = p.output_channels(), width = r.width;
   const int64_t out_step = p.output.stride_w, x_step = p.mask_x.stride_w;
   const bool stream = p.stream;
   for (int64_t w0 = 0; w0 < width; w0 += PIXELS)
@@ -385,7 +188,7 @@ void finish_input_gradient(const Pass& p, const RowResult& r, CompensatedSum (*s
       const Vec mean = load_lanes(p.mask_act + 2 * channels + channel, lanes);
       const Vec rstd = load_lanes(p.mask_act + 3 * channels + channel, lanes);
       T* out = r.output<T>(p) + v * LANES + w0 * out_step;
-      const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel) + w0 * x_step;
+      const T* x = row_pointer<T>(p.mask_x, r.image, r.at, channel) + (r.first_column + w0) * x_step;
       const float* row = r.row + v * r.row_floats;
       Vec sum = zero(), sum_xhat = zero();
       for (int64_t w = w0; w < end; ++w, out += out_step, x += x_step) {
@@ -403,36 +206,53 @@ void finish_input_gradient(const Pass& p, const RowResult& r, CompensatedSum (*s
     }
 }
 
-// Writes a row pixel by pixel, in the order of the tensor: its cache lines then stream.
+// Writes a row nearly in the order of the tensor: its cache lines then stream.
 template <typename T, bool AFFINE, bool RESIDUAL>
 void finish_forward(const Pass& p, const RowResult& r) {
-  const int64_t channels = p.output_channels(), width = p.output_w, channel = r.first_vector * LANES;
+  const int64_t channels = p.output_channels(), first = r.first_vector * LANES;
   const int64_t out_step = p.output.stride_w, residual_step = p.residual.stride_w;
-  const int64_t vectors = r.vectors, row_floats = r.row_floats;
-  const int tail = static_cast<int>(std::min(channels - channel, vectors * LANES) - (vectors - 1) * LANES);
-  const bool relu_last = p.relu, stream = p.stream;
-  const float* scale = AFFINE ? p.affine + channel : nullptr;
-  const float* shift = AFFINE ? scale + channels : nullptr;
-  const T* residual = RESIDUAL ? row_pointer<T>(p.residual, r.image, r.at, channel) : nullptr;
-  T* out = r.output<T>(p);
-  const float* row = r.row;
-  const auto write = [&](int64_t v, const float* at, int lanes) GCONV_LAMBDA {
-    Vec y = load(at);
-    if constexpr (AFFINE)
-      y = fma(load_lanes(scale + v * LANES, lanes), y, load_lanes(shift + v * LANES, lanes));
-    if constexpr (RESIDUAL) y = add(y, load_lanes(residual + v * LANES, lanes));
-    if (relu_last) y = relu(y);
-    if (stream && lanes == LANES)
-      stream_as(out + v * LANES, y);
-    else
-      store_lanes(out + v * LANES, y, lanes);
+  const T* residual_row =
+      RESIDUAL ? row_pointer<T>(p.residual, r.image, r.at, first) + r.first_column * residual_step : nullptr;
+  T* out_row = r.output<T>(p);
+  const auto write = [&](int64_t v, int64_t begin, int64_t end, int lanes, auto relu_last,
+                         auto stream) GCONV_LAMBDA {
+    Vec scale = zero(), shift = zero();
+    if constexpr (AFFINE) {
+      scale = load_lanes(p.affine + first + v * LANES, lanes);
+      shift = load_lanes(p.affine + channels + first + v * LANES, lanes);
+    }
+    const float* row = r.row + v * r.row_floats + begin * LANES;
+    T* out = out_row + begin * out_step + v * LANES;
+    const T* residual = RESIDUAL ? residual_row + begin * residual_step + v * LANES : nullptr;
+    for (int64_t w = begin; w < end; ++w, row += LANES, out += out_step) {
+      Vec y = load(row);
+      if constexpr (AFFINE) y = fma(scale, y, shift);
+      if constexpr (RESIDUAL) {
+        y = add(y, load_lanes(residual, lanes));
+        residual += residual_step;
+      }
+      if constexpr (decltype(relu_last)::value) y = relu(y);
+      if constexpr (decltype(stream)::value)
+        stream_as(out, y);
+      else
+        store_lanes(out, y, lanes);
+    }
   };
-  for (int64_t w = 0; w < width; ++w, out += out_step, row += LANES) {
-    const float* at = row;
-    for (int64_t v = 0; v + 1 < vectors; ++v, at += row_floats) write(v, at, LANES);
-    write(vectors - 1, at, tail);
-    if constexpr (RESIDUAL) residual += residual_step;
-  }
+  const auto write_all = [&](auto relu_last, auto stream) GCONV_LAMBDA {
+    constexpr int64_t PIXELS = 8;
+    const int64_t full = std::min(r.vectors, (channels - first) / LANES);
+    const int tail = static_cast<int>(channels - first - full * LANES);
+    for (int64_t w = 0; w < r.width; w += PIXELS) {
+      const int64_t end = std::min(r.width, w + PIXELS);
+      for (int64_t v = 0; v < full; ++v) write(v, w, end, LANES, relu_last, stream);
+      if (full < r.vectors) write(full, w, end, tail, relu_last, std::false_type());
+    }
+  };
+  if (p.relu)
+    p.stream ? write_all(std::true_type(), std::true_type()) : write_all(std::true_type(), std::false_type());
+  else
+    p.stream ? write_all(std::false_type(), std::true_type())
+             : write_all(std::false_type(), std::false_type());
 }
 
 template <typename T>
@@ -598,6 +418,20 @@ inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t e
   return (all + runs - 1) / runs;
 }
 
+// What a task found out about its vectors, for the merge.
+inline void store_partials(const Pass& p, int64_t image, int64_t stripe, int64_t first_vector,
+                           int64_t vectors, const Moments* moments, const CompensatedSum (*sums)[2]) {
+  if (!p.moments && p.mask_act == nullptr) return;
+  const int64_t channels = p.output_channels();
+  float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t channel = (first_vector + v) * LANES;
+    const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
+    store_lanes(partial + channel, p.moments ? moments[v].mean : sums[v][0].total, lanes);
+    store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : sums[v][1].total, lanes);
+  }
+}
+
 template <typename T>
 void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
   const int64_t first_vector = chunk * p.chunk;
@@ -668,7 +502,9 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
                              image,
                              band.first + row,
                              first_vector,
-                             vectors};
+                             vectors,
+                             0,
+                             p.output_w};
       if (p.mask_act != nullptr)
         finish_input_gradient<T>(p, result, sums);
       else
@@ -678,17 +514,12 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
           row_moments<T>(p, result.row + v * band.row_floats, &moments[v]);
     }
   }
-  if (!p.moments && p.mask_act == nullptr) return;
-  float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t channel = (first_vector + v) * LANES;
-    const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
-    store_lanes(partial + channel, p.moments ? moments[v].mean : sums[v][0].total, lanes);
-    store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : sums[v][1].total, lanes);
-  }
+  store_partials(p, image, stripe, first_vector, vectors, moments, sums);
 }
 
-inline void run_pass(Pass p, int64_t ith, int64_t nth) {
+// Runs task(T*, image, stripe, chunk, scratch) over this share of the grid.
+template <typename Task>
+void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
   static thread_local Scratch scratch;
   const int64_t chunks = p.chunks(), stripes = p.partial_rows();
   // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
@@ -697,12 +528,18 @@ inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     p.stream = streams<T>(p.output, p.n * p.output_h * p.output_w, p.output_channels());
-    for (int64_t task = share.begin; task < share.end; ++task) {
-      const int64_t at = by_chunk ? task % stripes : task / chunks;
-      const int64_t chunk = by_chunk ? task / stripes : task % chunks;
-      pass_task<T>(p, at / p.stripes, at % p.stripes, chunk, scratch);
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      const int64_t at = by_chunk ? i % stripes : i / chunks;
+      const int64_t chunk = by_chunk ? i / stripes : i % chunks;
+      task(type, at / p.stripes, at % p.stripes, chunk, scratch);
     }
     if (p.stream) stream_end();
+  });
+}
+
+inline void run_pass(Pass p, int64_t ith, int64_t nth) {
+  run_tasks(p, ith, nth, [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
+    pass_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, scratch);
   });
 }
 

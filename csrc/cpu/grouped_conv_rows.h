@@ -4,7 +4,8 @@
 //   [block of LANES channels][column][LANES] and stays in L2.
 // expand_row: where the lanes of an output vector span groups, from packed rows to one vector per
 //   [block][column], lanes already where their group needs them (Fetch); a few rows that stay in L1.
-// Every fetch then has a constant distance to the next column's.
+// Every fetch then has a constant distance to the next column's. Narrow groups need neither:
+// stage_row: from the tensor, a few columns of a row, to [vector of channels][column][LANES] in L1.
 #pragma once
 #include <type_traits>
 
@@ -301,6 +302,84 @@ inline void expand_row(const PackedSource& source, const float* packed, int64_t 
       store(expanded + b * block, gather(span_buffer, index));
   }
 }
+
+// Columns [first, first + count) of a row, every vector of a chunk: to float32, prologue applied, zero
+// outside the image. The same columns `ahead` rows below are fetched meanwhile; past the last row that does
+// nothing.
+template <typename T, Prologue P>
+void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
+               int64_t ahead, const RowColumns& columns, float* staged, int64_t staged_step) {
+  const int64_t begin = columns.begin(), end = columns.end();
+  const int64_t x_pixel = s.x.stride_w, y_pixel = s.y.stride_w;
+  const int64_t x_ahead = ahead * s.x.stride_h, y_ahead = ahead * s.y.stride_h;
+  const T* x_row = row_pointer<T>(s.x, image, row, channel) + (columns.first + begin) * x_pixel;
+  const T* y_row = nullptr;
+  if constexpr (P == Prologue::finish)
+    y_row = row_pointer<T>(s.y, image, row, channel) + (columns.first + begin) * y_pixel;
+  const auto stage = [&](int64_t v, int lanes) GCONV_LAMBDA {
+    const Coefficients<P> coefficients(s, channel + v * LANES, lanes);
+    float* out = staged + v * staged_step;
+    for (int64_t j = 0; j < begin; ++j) store(out + j * LANES, zero());
+    const T *x = x_row + v * LANES, *y = y_row;
+    if constexpr (P == Prologue::finish) y += v * LANES;
+    for (int64_t j = begin; j < end; ++j) {
+      if (ahead > 0) __builtin_prefetch(x + x_ahead, 0, 3);
+      if constexpr (P == Prologue::finish)
+        if (ahead > 0) __builtin_prefetch(y + y_ahead, 0, 3);
+      store(out + j * LANES, coefficients.apply(x, y, lanes));
+      x += x_pixel;
+      if constexpr (P == Prologue::finish) y += y_pixel;
+    }
+    for (int64_t j = end; j < columns.count; ++j) store(out + j * LANES, zero());
+  };
+  const int64_t full = std::min(vectors, (s.channels - channel) / LANES);
+  for (int64_t v = 0; v < full; ++v) stage(v, LANES);
+  if (full < vectors) stage(full, static_cast<int>(s.channels - channel - full * LANES));
+}
+
+template <typename T>
+void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
+               int64_t ahead, const RowColumns& columns, float* staged, int64_t staged_step) {
+  const auto run = [&](auto prologue) {
+    stage_row<T, decltype(prologue)::value>(s, image, row, channel, vectors, ahead, columns, staged,
+                                            staged_step);
+  };
+  switch (s.prologue) {
+    case Prologue::none:
+      return run(std::integral_constant<Prologue, Prologue::none>());
+    case Prologue::act:
+      return run(std::integral_constant<Prologue, Prologue::act>());
+    case Prologue::finish:
+      return run(std::integral_constant<Prologue, Prologue::finish>());
+  }
+}
+
+// Columns of a chunk that the next row will read: fetched while this one is computed, a vector at a time, for
+// a core has few line buffers. Byte distances; past the last row a fetch does nothing.
+struct FetchAhead {
+  static constexpr int MOST = 4;
+  const char* at[MOST];
+  int64_t pixel[MOST], vector;
+  int columns[MOST];
+  int rows = 0;
+
+  template <typename T>
+  void add(const Nhwc& t, int64_t image, int64_t row, int64_t channel, const RowColumns& c) {
+    constexpr int64_t BYTES = static_cast<int64_t>(sizeof(T));
+    at[rows] = reinterpret_cast<const char*>(row_pointer<T>(t, image, row, channel) +
+                                             (c.first + c.begin()) * t.stride_w);
+    pixel[rows] = t.stride_w * BYTES;
+    vector = LANES * BYTES;
+    columns[rows++] = static_cast<int>(c.end() - c.begin());
+  }
+  // Vector v of the chunk.
+  GCONV_INLINE void fetch(int64_t v) const {
+    for (int i = 0; i < rows; ++i) {
+      const char* line = at[i] + v * vector;
+      for (int j = 0; j < columns[i]; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 3);
+    }
+  }
+};
 
 }  // namespace GCONV_ISA_NS
 }  // namespace gconv

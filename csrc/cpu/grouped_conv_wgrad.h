@@ -40,6 +40,11 @@ struct WgradPass {
   int64_t vectors() const { return (shape.k + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   int64_t vector_floats() const { return source_per_group * 9 * LANES; }
+  // More splits than the pixels are worth would move more partial results than input.
+  int64_t most_splits() const {
+    const int64_t inputs = shape.n * (shape.h * shape.w * shape.c + shape.oh * shape.ow * shape.k);
+    return std::max<int64_t>(1, std::min(32 / chunks(), inputs / (2 * vectors() * vector_floats())));
+  }
   Walk walk() const {
     return shape.dil_w != 1 ? Walk::taps : shape.stride_w == 1 ? Walk::step1 : Walk::step2;
   }
@@ -457,10 +462,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.layout = q.layout;
   p.partials = q.workspace;
   p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
-  // More splits than the pixels are worth would move more partial results than input.
-  const int64_t inputs = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k);
-  const int64_t worth = inputs / (2 * p.vectors() * p.vector_floats());
-  p.splits = std::max<int64_t>(1, std::min({s.n, 32 / p.chunks(), worth}));
+  p.splits = std::max<int64_t>(1, std::min(s.n, p.most_splits()));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
   return p;
@@ -477,7 +479,16 @@ inline void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   });
 }
 
-// Sums the splits in order and writes dweight.
+// Vector i of output vector v, the splits summed in order.
+inline Vec sum_splits(const WgradPass& p, int64_t v, int64_t i) {
+  const float* partial = p.partials + v * p.vector_floats() + i * LANES;
+  Vec sum = zero();
+  for (int64_t split = 0; split < p.splits; ++split)
+    sum = add(sum, load(partial + split * p.vectors() * p.vector_floats()));
+  return sum;
+}
+
+// Sums the splits and writes dweight.
 inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const Share share(p.vectors(), ith, nth);
@@ -487,11 +498,8 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
       const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, p.shape.k - k);
       T* out = static_cast<T*>(p.dweight) + k * terms;
       for (int64_t i = 0; i < terms; ++i) {
-        Vec sum = zero();
-        for (int64_t split = 0; split < p.splits; ++split)
-          sum = add(sum, load(p.partials + ((split * p.vectors() + v) * terms + i) * LANES));
         T lane[LANES];
-        store_as(lane, sum);
+        store_as(lane, sum_splits(p, v, i));
         T* at = out + i / 9 * p.layout.stride_c + i % 9 * p.layout.stride_tap;
         for (int64_t l = 0; l < lanes; ++l) at[l * terms] = lane[l];
       }

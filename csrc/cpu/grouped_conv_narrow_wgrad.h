@@ -1,0 +1,216 @@
+// The weight gradient of grouped_conv for narrow groups, compiled once per instruction set.
+//
+// Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset.
+// Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels).
+// Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector. Each vector of dy is spread over its
+//   groups' lanes once per channel and meets the nine vectors of x around it as they lie: the lanes of dw are
+//   the input channels.
+// Bytes moved: x and dy once, and two columns of x twice per strip (from L2); dw of a chunk and three rows of
+// x
+//   of a strip stay in L1.
+// Accumulation: float32, pixels in a fixed order, in three levels (strip, images of a split, splits).
+#pragma once
+#include "grouped_conv_narrow.h"
+#include "grouped_conv_wgrad.h"
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+
+constexpr int64_t NARROW_DW_FLOATS = 5 * 1024;  // dw of a chunk: under half of L1
+constexpr int OUTER_COLUMNS = 7;                // of dy in a strip: wider ones crowd the sets of L1
+
+// One staged row of dy of every vector of a chunk, and the staged rows of x around it. Distances in floats.
+struct OuterStep {
+  const float* dy;
+  int64_t dy_step;    // from one vector to the next
+  const float* x[3];  // row of each vertical tap, at the first column's leftmost tap
+  int64_t x_step[3];  // 0 for a row of zeros
+  float* dw;          // [vector][channel of dy][9][LANES]
+  int64_t dw_step;
+  int64_t columns;  // of dy
+  int vectors;
+  int channels;  // of a group
+  Index lanes;   // first channel of each lane's group
+  FetchAhead ahead;
+};
+
+// dw of CHANNELS channels of dy: each spread vector of dy meets nine of x.
+template <int CHANNELS, int STRIDE>
+GCONV_INLINE void outer_columns(const OuterStep& a, int64_t v, Index lanes, float* dw) {
+  Vec acc[CHANNELS][9];
+  Index index[CHANNELS];
+  GCONV_UNROLL
+  for (int k = 0; k < CHANNELS; ++k) {
+    index[k] = index_add(lanes, k);
+    GCONV_UNROLL
+    for (int t = 0; t < 9; ++t) acc[k][t] = load(dw + (k * 9 + t) * LANES);
+  }
+  const float* dy = a.dy + v * a.dy_step;
+  const float *x0 = a.x[0] + v * a.x_step[0], *x1 = a.x[1] + v * a.x_step[1], *x2 = a.x[2] + v * a.x_step[2];
+  for (int64_t q = 0; q < a.columns; ++q) {
+    const Vec value = load(dy);
+    Vec spread[CHANNELS];
+    GCONV_UNROLL
+    for (int k = 0; k < CHANNELS; ++k) spread[k] = permute(value, index[k]);
+    GCONV_UNROLL
+    for (int t = 0; t < 9; ++t) {
+      const Vec x = load((t < 3 ? x0 : t < 6 ? x1 : x2) + t % 3 * LANES);
+      GCONV_UNROLL
+      for (int k = 0; k < CHANNELS; ++k) acc[k][t] = fma(x, spread[k], acc[k][t]);
+    }
+    dy += LANES;
+    x0 += STRIDE * LANES;
+    x1 += STRIDE * LANES;
+    x2 += STRIDE * LANES;
+  }
+  GCONV_UNROLL
+  for (int k = 0; k < CHANNELS; ++k) {
+    GCONV_UNROLL
+    for (int t = 0; t < 9; ++t) store(dw + (k * 9 + t) * LANES, acc[k][t]);
+  }
+}
+
+template <int STRIDE>
+void outer_step(const OuterStep& a) {
+  for (int64_t v = 0; v < a.vectors; ++v) {
+    a.ahead.fetch(v);
+    float* dw = a.dw + v * a.dw_step;
+    Index lanes = a.lanes;
+    int k = 0;
+    for (; k + OUTER_CHANNELS <= a.channels; k += OUTER_CHANNELS, dw += OUTER_CHANNELS * 9 * LANES) {
+      outer_columns<OUTER_CHANNELS, STRIDE>(a, v, lanes, dw);
+      lanes = index_add(lanes, OUTER_CHANNELS);
+    }
+    for (; k < a.channels; ++k, dw += 9 * LANES) {
+      outer_columns<1, STRIDE>(a, v, lanes, dw);
+      lanes = index_add(lanes, 1);
+    }
+  }
+}
+
+// By shape alone. Stripes of rows are splits too: each leaves its own partial result.
+struct NarrowWgrad : WgradPass {
+  int64_t images, stripes;  // splits = images * stripes
+
+  explicit NarrowWgrad(const WgradPass& pass) : WgradPass(pass) {
+    const int64_t most = std::max<int64_t>(2, std::min(NARROW_DW_FLOATS / vector_floats(), SourcePlan::MOST));
+    const int64_t count = (vectors() + most - 1) / most;
+    chunk = (vectors() + count - 1) / count;
+    images = std::min(shape.n, most_splits());
+    stripes = std::max<int64_t>(1, std::min(most_splits() / std::max<int64_t>(images, 1), shape.oh / 8));
+    splits = images * stripes;
+  }
+  Scale input_scale() const { return shape.stride_h == 2 ? Scale::halve : Scale::same; }
+};
+
+// A chunk's staged rows and dw, in L1; sizes in floats, one vector's after the other's.
+struct OuterBuffers {
+  static constexpr int RING = 3;  // staged rows of x, at row % RING
+  int64_t dy_floats, x_floats, dw_floats;
+  float *dy, *x, *dw, *nothing;
+
+  OuterBuffers(const NarrowWgrad& p, int64_t vectors, Scratch& scratch)
+      : dy_floats(OUTER_COLUMNS * LANES),
+        x_floats(staged_columns(p.input_scale(), OUTER_COLUMNS) * LANES),
+        dw_floats(vectors * p.vector_floats()) {
+    Carve carve(scratch);
+    carve.reserve({vectors * dy_floats, vectors * RING * x_floats, dw_floats, x_floats});
+    dy = carve.take(vectors * dy_floats);
+    x = carve.take(vectors * RING * x_floats);
+    dw = carve.take(dw_floats);
+    nothing = carve.take(x_floats);
+    std::fill(nothing, nothing + x_floats, 0.f);
+  }
+};
+
+// dw of some columns of dy, rows of one image, into buffers.dw.
+template <typename T>
+void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const Share& columns,
+                 int64_t first_vector, int64_t vectors, const OuterBuffers& buffers) {
+  const GroupedConvShape& s = p.shape;
+  const int64_t stride = s.stride_h, channel = first_vector * LANES, count = columns.end - columns.begin;
+  const RowColumns dy_columns{columns.begin, count, s.ow};
+  const RowColumns x_columns{columns.begin * stride - 1,
+                             staged_columns(p.input_scale(), static_cast<int>(count)), s.w};
+  const int64_t staged_step = OuterBuffers::RING * buffers.x_floats;
+  OuterStep step;
+  step.dy = buffers.dy, step.dy_step = buffers.dy_floats;
+  step.dw = buffers.dw, step.dw_step = p.vector_floats();
+  step.columns = count;
+  step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
+  step.lanes = group_lanes(p.source_per_group);
+  int64_t tags[OuterBuffers::RING];
+  std::fill(tags, tags + OuterBuffers::RING, -1);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    stage_row<T>(p.dy, image, r, channel, vectors, 0, dy_columns, buffers.dy, buffers.dy_floats);
+    step.ahead = FetchAhead();
+    if (r + 1 < s.oh) {
+      step.ahead.add<T>(p.dy.x, image, r + 1, channel, dy_columns);
+      if (p.dy.prologue == Prologue::finish) step.ahead.add<T>(p.dy.y, image, r + 1, channel, dy_columns);
+    }
+    for (int64_t i = 0; i < 3; ++i) {
+      const int64_t at = r * stride + i - 1, slot = (at + OuterBuffers::RING) % OuterBuffers::RING;
+      const bool inside = at >= 0 && at < s.h;
+      float* x = buffers.x + slot * buffers.x_floats;
+      step.x[i] = inside ? x : buffers.nothing;
+      step.x_step[i] = inside ? staged_step : 0;
+      if (!inside || tags[slot] == at) continue;
+      tags[slot] = at;
+      stage_row<T>(p.x, image, at, channel, vectors, stride, x_columns, x, staged_step);
+    }
+    stride == 1 ? outer_step<1>(step) : outer_step<2>(step);
+  }
+}
+
+template <typename T>
+void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, Scratch& scratch) {
+  const int64_t first_vector = chunk * p.chunk;
+  const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
+  const OuterBuffers buffers(p, vectors, scratch);
+  float* total = p.partials + (split * p.vectors() + first_vector) * p.vector_floats();
+  std::fill(total, total + buffers.dw_floats, 0.f);
+  const Share images(p.shape.n, split / p.stripes, p.images), rows(p.shape.oh, split % p.stripes, p.stripes);
+  const int64_t strips = (p.shape.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS;
+  for (int64_t image = images.begin; image < images.end; ++image)
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      std::fill(buffers.dw, buffers.dw + buffers.dw_floats, 0.f);
+      outer_strip<T>(p, image, rows, Share(p.shape.ow, strip, strips), first_vector, vectors, buffers);
+      for (int64_t i = 0; i < buffers.dw_floats; i += LANES)
+        store(total + i, add(load(total + i), load(buffers.dw + i)));
+    }
+}
+
+inline void run_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth) {
+  static thread_local Scratch scratch;
+  const int64_t chunks = p.chunks();
+  const Share share(p.splits * chunks, ith, nth);
+  with_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t task = share.begin; task < share.end; ++task)
+      outer_task<T>(p, task / chunks, task % chunks, scratch);
+  });
+}
+
+// Writes dweight. Lane l of channel i / 9 is input channel l % per_group of that output channel of its group.
+inline void merge_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth) {
+  const int64_t per_group = p.source_per_group;
+  const Share share(p.vectors(), ith, nth);
+  with_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t v = share.begin; v < share.end; ++v) {
+      const int64_t lanes = std::min<int64_t>(LANES, p.shape.k - v * LANES);
+      for (int64_t i = 0; i < per_group * 9; ++i) {
+        T lane[LANES];
+        store_as(lane, sum_splits(p, v, i));
+        for (int64_t l = 0; l < lanes; ++l) {
+          const int64_t k = v * LANES + l / per_group * per_group + i / 9;
+          T* out = static_cast<T*>(p.dweight) + k * per_group * 9;
+          out[l % per_group * p.layout.stride_c + i % 9 * p.layout.stride_tap] = lane[l];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace GCONV_ISA_NS
+}  // namespace gconv
