@@ -24,7 +24,6 @@ from torch import nn
 BACKENDS = ("auto", "cpu", "torch")
 POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_PADDING = 2
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = 128
@@ -175,13 +174,14 @@ def kernel_size_reason(kernel_size) -> str | None:
 
 
 def geometry_reason(stride, padding, dilation) -> str | None:
-    """Why our kernels do not cover this 3x3 convolution, or None. Dilations of 1 and more are all covered."""
+    """Why our kernels do not cover this 3x3 convolution, or None. Dilations of 1 and more are all covered,
+    padding up to the window's reach, twice the (smaller) dilation."""
     stride = _pair(stride)
     if stride[0] not in (1, 2) or stride[1] not in (1, 2):
         return f"stride: want 1 or 2, got {stride[0]}x{stride[1]}"
-    padding = _resolved_padding(padding, dilation)
-    if not (0 <= padding[0] <= MAX_PADDING and 0 <= padding[1] <= MAX_PADDING):
-        return f"padding: want 0 to {MAX_PADDING}, got {padding[0]}x{padding[1]}"
+    padding, most = _resolved_padding(padding, dilation), 2 * min(_pair(dilation))
+    if not (0 <= padding[0] <= most and 0 <= padding[1] <= most):
+        return f"padding: want 0 to {most}, got {padding[0]}x{padding[1]}"
     return None
 
 

@@ -101,6 +101,7 @@ def run_tests(path, sanitize, options):
         environment["LD_PRELOAD"] = " ".join(filter(None, runtimes))
         environment["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0"
         environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+        options = ["--capture=no", *options]  # pytest would swallow a report
     # No conftest: it imports torch, which need not be there and would slow the sanitizers down.
     pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q"]
     tests = Path(__file__).with_name("test_kernels_numpy.py")

@@ -92,7 +92,8 @@ def test_choose_takes_our_kernel(built, dtype, stride, padding, dilation):
         ({"stride": (1, 4)}, "stride: want 1 or 2, got 1x4"),
         ({"padding": 3}, "padding: want 0 to 2, got 3x3"),
         ({"padding": (0, 4)}, "padding: want 0 to 2, got 0x4"),
-        ({"padding": "same", "dilation": 3}, "padding: want 0 to 2, got 3x3"),
+        ({"padding": (6, 7), "dilation": 3}, "padding: want 0 to 6, got 6x7"),
+        ({"padding": 3, "dilation": (4, 1)}, "padding: want 0 to 2, got 3x3"),
         ({"dtype": torch.float64}, "dtype: want float32, bfloat16 or float16, got float64"),
         ({"dtype": torch.int32}, "dtype: want float32, bfloat16 or float16, got int32"),
         (

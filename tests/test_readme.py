@@ -60,9 +60,9 @@ def test_support_table(row, ops):
 
 def test_geometry_in_words():
     text = " ".join(README.split())
-    assert f"stride 1 or 2, padding 0 to {backend.MAX_PADDING}, any dilation" in text
-    assert backend.geometry_reason(2, backend.MAX_PADDING, 7) is None
-    assert backend.geometry_reason(3, 0, 1) and backend.geometry_reason(1, backend.MAX_PADDING + 1, 1)
+    assert "stride 1 or 2, any dilation, padding up to twice the dilation" in text
+    assert backend.geometry_reason(2, 14, 7) is None and backend.geometry_reason(1, 2, 1) is None
+    assert backend.geometry_reason(3, 0, 1) and backend.geometry_reason(1, 3, 1)
 
 
 def test_environment_variables_are_all_there():

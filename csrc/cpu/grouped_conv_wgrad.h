@@ -306,6 +306,10 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
                      SourcePlan& x, SourcePlan& dy, float* total, Scratch& scratch, Scratch& sums) {
   const GroupedConvShape& s = p.shape;
   const int64_t block = p.columns * LANES, floats = vectors * p.vector_floats();
+  if (task.blocks == 0) {  // no images
+    std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
+    return;
+  }
   const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
   float* memory = scratch.floats(task.together * (x_rows * x.row_floats + stripe * dy.row_floats));
   x.place(memory, task.together * x_rows);
@@ -313,7 +317,7 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
   // One sum over very many blocks would lose digits: every so often it is added to the total.
   const bool gather = task.blocks > BLOCKS_PER_SUM;
   float* dw = gather ? sums.floats(floats) : total;
-  if (gather || task.blocks == 0) std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
+  if (gather) std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
   const RowColumns x_columns{p.first_column, p.columns, s.w}, dy_columns{-2, p.dy_columns(), s.ow};
   for (int64_t at = 0; at < task.blocks; ++at) {
     const int64_t image = task.image(at), images = task.image_end(at) - image;
