@@ -134,25 +134,34 @@ void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   is_narrow(q.shape) ? run_narrow(plan_forward(q), ith, nth) : run_pass(plan_forward(q), ith, nth);
 }
 
+constexpr int64_t MERGED_CHANNELS = 64;  // merged together: partial results lie channels side by side
+
 // Chan's merge of the stripes' (count, mean, M2), in order, in float64.
 void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_forward(q);
   const int64_t channels = p.output_channels();
   const Share share(channels, ith, nth);
-  for (int64_t c = share.begin; c < share.end; ++c) {
-    double count = 0, mean = 0, m2 = 0;
+  for (int64_t first = share.begin; first < share.end; first += MERGED_CHANNELS) {
+    const int64_t block = std::min(MERGED_CHANNELS, share.end - first);
+    double count = 0, mean[MERGED_CHANNELS] = {}, m2[MERGED_CHANNELS] = {};
     for (int64_t i = 0; i < p.partial_rows(); ++i) {
       const Share rows(p.output_h, i % p.stripes, p.stripes);
       const double here = static_cast<double>((rows.end - rows.begin) * p.output_w);
-      const double delta = p.partials[i * 2 * channels + c] - mean;
-      const double total = count + here;
-      mean += delta * (here / total);
-      m2 += p.partials[(i * 2 + 1) * channels + c] + delta * delta * (count * (here / total));
+      const double total = count + here, weight = here / total, between = count * weight;
+      const float* partial_mean = p.partials + i * 2 * channels + first;
+      const float* partial_m2 = partial_mean + channels;
+      for (int64_t c = 0; c < block; ++c) {
+        const double delta = partial_mean[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += partial_m2[c] + delta * delta * between;
+      }
       count = total;
     }
     const bool empty = count == 0;
-    q.mean[c] = empty ? std::nanf("") : static_cast<float>(mean);
-    q.var[c] = empty ? std::nanf("") : static_cast<float>(m2 / count);
+    for (int64_t c = 0; c < block; ++c) {
+      q.mean[first + c] = empty ? std::nanf("") : static_cast<float>(mean[c]);
+      q.var[first + c] = empty ? std::nanf("") : static_cast<float>(m2[c] / count);
+    }
   }
 }
 
@@ -170,10 +179,12 @@ void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nt
   const Pass p = plan_input_gradient(q);
   const int64_t floats = 2 * p.output_channels();
   const Share share(floats, ith, nth);
-  for (int64_t c = share.begin; c < share.end; ++c) {
-    double sum = 0;
-    for (int64_t i = 0; i < p.partial_rows(); ++i) sum += p.partials[i * floats + c];
-    q.sums[c] = static_cast<float>(sum);
+  for (int64_t first = share.begin; first < share.end; first += MERGED_CHANNELS) {
+    const int64_t block = std::min(MERGED_CHANNELS, share.end - first);
+    double sums[MERGED_CHANNELS] = {};
+    for (int64_t i = 0; i < p.partial_rows(); ++i)
+      for (int64_t c = 0; c < block; ++c) sums[c] += p.partials[i * floats + first + c];
+    for (int64_t c = 0; c < block; ++c) q.sums[first + c] = static_cast<float>(sums[c]);
   }
 }
 

@@ -492,20 +492,26 @@ inline Vec sum_splits(const WgradPass& p, int64_t v, int64_t i) {
   return sum;
 }
 
-// Sums the splits and writes dweight.
+// Sums the splits and writes dweight, an output channel's weights in the order of memory.
 inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
+  const bool by_tap = p.layout.stride_tap == 1;
   const Share share(p.vectors(), ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = share.begin; v < share.end; ++v) {
       const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, p.shape.k - k);
       T* out = static_cast<T*>(p.dweight) + k * terms;
-      for (int64_t i = 0; i < terms; ++i) {
-        T lane[LANES];
-        store_as(lane, sum_splits(p, v, i));
-        T* at = out + i / 9 * p.layout.stride_c + i % 9 * p.layout.stride_tap;
-        for (int64_t l = 0; l < lanes; ++l) at[l * terms] = lane[l];
+      for (int64_t first = 0; first < terms; first += LANES) {
+        const int columns = static_cast<int>(std::min<int64_t>(LANES, terms - first));
+        Vec square[LANES];
+        for (int i = 0; i < LANES; ++i) {
+          const int64_t at = std::min<int64_t>(first + i, terms - 1);
+          const int64_t c = at % p.source_per_group, t = at / p.source_per_group;
+          square[i] = sum_splits(p, v, by_tap ? at : c * 9 + t);
+        }
+        transpose(square);
+        for (int64_t l = 0; l < lanes; ++l) store_lanes(out + l * terms + first, square[l], columns);
       }
     }
   });

@@ -401,6 +401,14 @@ GCONV_INLINE Vec gather(const float* p, Index i) { return {Float4{p[i[0]], p[i[1
 GCONV_INLINE Vec permute(Vec a, Index i) {
   return {Float4{a.v[i[0] & 3], a.v[i[1] & 3], a.v[i[2] & 3], a.v[i[3] & 3]}};
 }
+GCONV_INLINE void transpose(Vec (&v)[LANES]) {
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float upper = v[j].v[i];
+      v[j].v[i] = v[i].v[j];
+      v[i].v[j] = upper;
+    }
+}
 GCONV_INLINE Vec even_twice(Vec a) { return {Float4{a.v[0], a.v[0], a.v[2], a.v[2]}}; }
 GCONV_INLINE Vec odd_twice(Vec a) { return {Float4{a.v[1], a.v[1], a.v[3], a.v[3]}}; }
 GCONV_INLINE Vec load_even_twice(const float* p) { return even_twice(load(p)); }
