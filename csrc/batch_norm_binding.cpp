@@ -1,8 +1,6 @@
 // torch.ops.gconv.batch_norm_*: schemas, checks, allocation and threads around batch_norm.h.
-#include <tuple>
-
 #include "batch_norm.h"
-#include "torch_tensors.h"
+#include "torch_ops.h"
 
 namespace gconv {
 
@@ -52,24 +50,6 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x) {
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
-                                           const OptionalTensor& beta, double eps) {
-  const char* op = "batch_norm_fold";
-  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
-  const int64_t c = mean.size(0);
-  Tensor rstd = empty_floats({c}, mean), affine = empty_floats({2, c}, mean);
-  const BatchNormFoldParams p{c,
-                              channel_floats(op, "mean", mean, {c}),
-                              channel_floats(op, "var", var, {c}),
-                              channel_floats(op, "gamma", gamma, {c}),
-                              channel_floats(op, "beta", beta, {c}),
-                              eps,
-                              floats_of(rstd),
-                              floats_of(affine)};
-  run_stage(batch_norm_fold_cpu, p, c);
-  return {rstd, affine};
-}
-
 // Counts the batch where there is a counter. Without a momentum the running statistics are the average over
 // all batches counted.
 void batch_norm_update_running(const Tensor& running_mean, const Tensor& running_var,
@@ -99,6 +79,26 @@ void batch_norm_update_running(const Tensor& running_mean, const Tensor& running
     batches = ++*static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
   p.momentum = momentum.has_value() ? *momentum : 1.0 / static_cast<double>(batches);
   run_stage(batch_norm_update_running_cpu, p, c);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                                           const OptionalTensor& beta, double eps) {
+  const char* op = "batch_norm_fold";
+  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+  const int64_t c = mean.size(0);
+  Tensor rstd = empty_floats({c}, mean), affine = empty_floats({2, c}, mean);
+  const BatchNormFoldParams p{c,
+                              channel_floats(op, "mean", mean, {c}),
+                              channel_floats(op, "var", var, {c}),
+                              channel_floats(op, "gamma", gamma, {c}),
+                              channel_floats(op, "beta", beta, {c}),
+                              eps,
+                              floats_of(rstd),
+                              floats_of(affine)};
+  run_stage(batch_norm_fold_cpu, p, c);
+  return {rstd, affine};
 }
 
 Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual, bool relu) {
@@ -158,15 +158,12 @@ std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& 
   p.finish = channel_floats(a.op, "finish", finish, a.table(6));
   p.z = view_of(output);
   Tensor dx = empty_channels_last(a.sizes(), x);
-  Tensor g = want_g ? empty_channels_last(a.sizes(), x)
-                    : torch::stable::empty({Shape{0}.size, 1}, a.scalar_type, std::nullopt, x.device());
+  Tensor g = want_g ? empty_channels_last(a.sizes(), x) : empty({0}, a.scalar_type, x);
   p.dx = writable_view_of(dx);
   if (want_g) p.g = writable_view_of(g);
   run_stage(batch_norm_bwd_apply_cpu, p, a.elements());
   return {dx, g};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
   m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");

@@ -1,16 +1,11 @@
 // grouped_conv for torch: schemas, checks, allocation and threads. The kernels are in cpu/.
 #include "grouped_conv.h"
 
-#include <tuple>
-#include <vector>
-
-#include "torch_tensors.h"
+#include "torch_ops.h"
 
 namespace gconv {
 
 namespace {
-
-using Ints = std::vector<int64_t>;
 
 void check_pair(const char* op, const char* name, const Ints& v, int64_t low, int64_t high) {
   const bool ok = v.size() == 2 && v[0] >= low && v[1] >= low && v[0] <= high && v[1] <= high;
@@ -122,9 +117,9 @@ struct Forward {
   }
 };
 
-Tensor grouped_conv_fwd(const Tensor& x, const Tensor& weight, Ints stride, Ints padding, Ints dilation,
-                        int64_t groups, const OptionalTensor& act, const OptionalTensor& affine,
-                        const OptionalTensor& residual, bool relu) {
+Tensor grouped_conv_fwd(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, int64_t groups, const OptionalTensor& act,
+                        const OptionalTensor& affine, const OptionalTensor& residual, bool relu) {
   const char* op = "grouped_conv_fwd";
   Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
   const GroupedConvShape& s = f.p.shape;
@@ -139,8 +134,11 @@ Tensor grouped_conv_fwd(const Tensor& x, const Tensor& weight, Ints stride, Ints
   return f.y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight, Ints stride,
-                                                          Ints padding, Ints dilation, int64_t groups,
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight,
+                                                          const Ints& stride, const Ints& padding,
+                                                          const Ints& dilation, int64_t groups,
                                                           const OptionalTensor& act) {
   const char* op = "grouped_conv_fwd_stats";
   Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
@@ -151,6 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const
   return {f.y, mean, var};
 }
 
+namespace {
+
 // finish and y come together.
 const float* finish_floats(const char* op, const OptionalTensor& finish, const OptionalTensor& y, int64_t k) {
   check(finish.has_value() == y.has_value(), op, ": ", y.has_value() ? "finish" : "y",
@@ -158,8 +158,11 @@ const float* finish_floats(const char* op, const OptionalTensor& finish, const O
   return channel_floats(op, "finish", finish, {6, k});
 }
 
-std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor& weight, Ints input_size,
-                                                  Ints stride, Ints padding, Ints dilation, int64_t groups,
+}  // namespace
+
+std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor& weight,
+                                                  const Ints& input_size, const Ints& stride,
+                                                  const Ints& padding, const Ints& dilation, int64_t groups,
                                                   const OptionalTensor& y, const OptionalTensor& finish,
                                                   const OptionalTensor& x, const OptionalTensor& act) {
   const char* op = "grouped_conv_bwd_input";
@@ -204,9 +207,10 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
   return {dx, sums};
 }
 
-Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_size, Ints stride, Ints padding,
-                               Ints dilation, int64_t groups, const OptionalTensor& y,
-                               const OptionalTensor& finish, const OptionalTensor& act, bool channels_last) {
+Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& weight_size, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups,
+                               const OptionalTensor& y, const OptionalTensor& finish,
+                               const OptionalTensor& act, bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
   GroupedConvBwdWeightParams p{};
   p.dtype = activation_dtype(op, "x", x);
@@ -239,8 +243,6 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, Ints weight_si
   run_stage(grouped_conv_bwd_weight_merge_cpu, p, weight_work(s));
   return dweight;
 }
-
-}  // namespace
 
 }  // namespace gconv
 

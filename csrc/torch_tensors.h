@@ -126,9 +126,13 @@ inline Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
                               MemoryFormat::ChannelsLast);
 }
 
-inline Tensor empty_floats(const Shape& shape, const Tensor& like) {
-  return torch::stable::empty({shape.size, static_cast<size_t>(shape.rank)}, ScalarType::Float, std::nullopt,
+inline Tensor empty(const Shape& shape, ScalarType type, const Tensor& like) {
+  return torch::stable::empty({shape.size, static_cast<size_t>(shape.rank)}, type, std::nullopt,
                               like.device());
+}
+
+inline Tensor empty_floats(const Shape& shape, const Tensor& like) {
+  return empty(shape, ScalarType::Float, like);
 }
 
 inline float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

@@ -179,7 +179,7 @@ def pull_back(forward, dz, primals, shut):
 
 
 def only(wanted, grads):
-    return tuple(grad if want else None for want, grad in zip(wanted, grads))
+    return tuple([grad if want else None for want, grad in zip(wanted, grads)])
 
 
 class BatchNorm(Function):

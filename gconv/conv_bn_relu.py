@@ -17,9 +17,11 @@ from gconv.autograd import (
     channels_last,
     decide,
     distinct,
+    empty_channels_last,
     first_order,
     in_format,
     op,
+    register,
     suggests_channels_last,
     untracked,
     vjp_by_reference,
@@ -29,6 +31,10 @@ from gconv.batch_norm import (
     PIXELS,
     apply_affine,
     as_float,
+    batch_norm_apply_ref,
+    batch_norm_bwd_apply_ref,
+    batch_norm_bwd_reduce_ref,
+    batch_norm_fold_ref,
     batch_norm_module,
     bwd_apply,
     bwd_reduce,
@@ -57,6 +63,8 @@ from gconv.grouped_conv import (
     conv_apply,
     conv_output_size,
     fwd,
+    grouped_conv_bwd_input_ref,
+    grouped_conv_bwd_weight_ref,
     grouped_conv_fwd_stats_ref,
     in_channels_last,
     resolve,
@@ -68,7 +76,9 @@ from gconv.grouped_conv import (
 # gradients load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
 FINISH_ON_LOAD = True
 
-_fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
+# Whether one op runs all stages of a direction where there is one for the device (the CPU). Between large
+# kernels an op's way through the dispatcher is cold and takes tens of microseconds.
+JOINED = True
 
 
 def conv_bn_relu_ref(
@@ -76,6 +86,69 @@ def conv_bn_relu_ref(
 ):
     """The definition of `conv_bn_relu`: conv2d, the module `bn`, + residual, ReLU."""
     return tail(bn(F.conv2d(x, weight, bias, stride, padding, dilation, groups)), residual, relu)
+
+
+# ---------------------------------------------------------------------------------- a training step's stages
+
+
+def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
+    """(z, y, mean, var, rstd, affine) of `ConvBatchNorm`, by the given ops or references."""
+    *conf, gamma, beta, residual, eps, relu = args
+    y, mean, var = fwd_stats(x, weight, *conf, None)
+    rstd, affine = fold(mean, var, gamma, beta, eps)
+    return apply_affine(y, affine, residual, relu), y, mean, var, rstd, affine
+
+
+def _backward_stages(
+    reduce, apply, bwd_input, bwd_weight, dz, x, weight, stride, padding, dilation, groups, y, mean, rstd,
+    gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
+):  # fmt: skip
+    """(dx, dweight, dgamma, dbeta, g), None where not wanted, by the given ops or references."""
+    conf = (stride, padding, dilation, groups)
+    dgamma, dbeta, finish = reduce(dz, y, mean, rstd, gamma, affine, z)
+    dx = dweight = g = None
+    dy, raw = dz, y
+    if want_g or ((want_dx or want_dweight) and (z is not None or not FINISH_ON_LOAD)):
+        dy, g = apply(dz, y, finish, z, want_g)
+        raw = finish = None
+    if want_dx:
+        dx, _ = bwd_input(dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
+    if want_dweight:
+        size = tuple(weight.shape)
+        dweight = bwd_weight(dy, x, size, *conf, raw, finish, None, weight_channels_last)
+    return dx, dweight, dgamma, dbeta, g if want_g else None
+
+
+def conv_bn_relu_fwd_train_ref(
+    x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu
+):
+    """(z, y, mean, var, rstd, affine): y = conv(x, weight) as stored, mean and biased variance [K] of y, what
+    `batch_norm_fold_ref` makes of them, z = relu?(affine[0]*y + affine[1] + residual)."""
+    stages = (grouped_conv_fwd_stats_ref, batch_norm_fold_ref, batch_norm_apply_ref)
+    conf = (stride, padding, dilation, groups)
+    return _forward_stages(*stages, x, weight, *conf, gamma, beta, residual, eps, relu)
+
+
+def conv_bn_relu_bwd_ref(dz, x, *args):
+    """(dx, dweight, dgamma, dbeta, g): the gradients of `conv_bn_relu_fwd_train_ref` for the gradient dz of
+    z; g, dz masked by the ReLU, is the residual's. affine and z say where the ReLU was shut, as in
+    `batch_norm_bwd_reduce_ref`. dx, dweight and g have shape [0] unless wanted."""
+    stages = (
+        batch_norm_bwd_reduce_ref, batch_norm_bwd_apply_ref, grouped_conv_bwd_input_ref,
+        grouped_conv_bwd_weight_ref,
+    )  # fmt: skip
+    grads = _backward_stages(*stages, dz, x, *args)
+    return tuple(x.new_zeros(0) if grad is None else grad for grad in grads)
+
+
+_fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
+_fwd_train = op("conv_bn_relu_fwd_train", conv_bn_relu_fwd_train_ref)
+_bwd = op("conv_bn_relu_bwd", conv_bn_relu_bwd_ref)
+
+
+def _joined(x) -> bool:
+    """A compiler is shown the stages: it fuses some of them with what surrounds them."""
+    return JOINED and x.is_cpu and not torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -100,9 +173,10 @@ class ConvBatchNorm(Function):
 
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
-        y, mean, var = call(_fwd_stats, x, weight, stride, padding, dilation, groups, None)
-        rstd, affine = call(fold, mean, var, gamma, beta, eps)
-        return call(apply_affine, y, affine, residual, relu), y, mean, var, rstd, affine
+        args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
+        if _joined(x):
+            return call(_fwd_train, *args)
+        return call(_forward_stages, _fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,19 +218,13 @@ class ConvBatchNormBackward(Function):
         dz = channels_last(dz)
         mask = affine if relu and z is None else None
         want_g = want_residual and relu
-        dgamma, dbeta, finish = call(bwd_reduce, dz, y, mean, rstd, gamma, mask, z)
-        dx = dweight = g = None
-        if want_x or want_weight or want_g:
-            dy, raw = dz, y
-            if not FINISH_ON_LOAD or z is not None:
-                dy, g = call(bwd_apply, dz, y, finish, z, want_g)
-                raw = finish = None
-            if want_x:
-                dx, _ = call(bwd_input, dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
-            if want_weight:
-                size, layout = tuple(weight.shape), in_channels_last(weight)
-                dweight = call(bwd_weight, dy, x, size, *conf, raw, finish, None, layout)
-        return only((want_x, want_weight, want_gamma, want_beta, want_g), (dx, dweight, dgamma, dbeta, g))
+        layout = want_weight and in_channels_last(weight)
+        args = (dz, x, weight, *conf, y, mean, rstd, gamma, mask, z, want_x, want_weight, want_g, layout)
+        if FINISH_ON_LOAD and _joined(x):
+            grads = call(_bwd, *args)
+        else:
+            grads = call(_backward_stages, bwd_reduce, bwd_apply, bwd_input, bwd_weight, *args)
+        return only((want_x, want_weight, want_gamma, want_beta, want_g), grads)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -190,6 +258,30 @@ class ConvBatchNormBackward(Function):
 
 _train_apply = applier(ConvBatchNorm)
 _backward_apply = applier(ConvBatchNormBackward)
+
+
+# -------------------------------------------------------------- what the ops are to autograd and to compilers
+
+
+def _fwd_train_fake(x, weight, stride, padding, dilation, groups, *rest):
+    y = empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
+    mean, var, rstd = (x.new_empty(y.shape[1], dtype=torch.float32) for _ in range(3))
+    return torch.empty_like(y), y, mean, var, rstd, mean.new_empty(2, y.shape[1])
+
+
+def _bwd_fake(
+    dz, x, weight, stride, padding, dilation, groups, y, mean, rstd, gamma, affine, z,
+    want_dx, want_dweight, want_g, weight_channels_last,
+):  # fmt: skip
+    dx = empty_channels_last(x, x.shape) if want_dx else x.new_empty(0)
+    layout = torch.channels_last if weight_channels_last else torch.contiguous_format
+    dweight = torch.empty_like(weight, memory_format=layout) if want_dweight else x.new_empty(0)
+    g = empty_channels_last(y, y.shape) if want_g else x.new_empty(0)
+    return dx, dweight, torch.empty_like(mean), torch.empty_like(mean), g
+
+
+register("conv_bn_relu_fwd_train", _fwd_train_fake, conv_bn_relu_fwd_train_ref)
+register("conv_bn_relu_bwd", _bwd_fake, conv_bn_relu_bwd_ref)
 
 
 # ------------------------------------------------------------------------------------------- the functions

@@ -42,6 +42,8 @@ def reference_ops(monkeypatch):
     for module, names in OPS.items():
         for name in names:
             monkeypatch.setattr(module, name, reference_of(name))
+    monkeypatch.setattr(fused_module, "_fwd_train", fused_module.conv_bn_relu_fwd_train_ref)
+    monkeypatch.setattr(fused_module, "_bwd", fused_module.conv_bn_relu_bwd_ref)
 
 
 def doubles(*shapes):
@@ -88,9 +90,10 @@ def test_gradcheck_of_the_gradients_of_grouped_conv(reference_ops):
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("kind", ["batch_norm", "finish_on_load", "finish_first"])
+@pytest.mark.parametrize("kind", ["batch_norm", "joined", "finish_on_load", "finish_first"])
 def test_gradcheck_of_training(reference_ops, monkeypatch, kind, residual, relu, affine):
-    monkeypatch.setattr(fused_module, "FINISH_ON_LOAD", kind == "finish_on_load")
+    monkeypatch.setattr(fused_module, "FINISH_ON_LOAD", kind != "finish_first")
+    monkeypatch.setattr(fused_module, "JOINED", kind == "joined")
     x, weight, gamma, beta, r, plain = doubles(INPUT, WEIGHT, (6,), (6,), OUTPUT, OUTPUT)
     extra = [*([gamma, beta] if affine else []), *([r] if residual else [])]
 

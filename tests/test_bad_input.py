@@ -331,6 +331,15 @@ OPS = {
         "running_mean": torch.ones(8), "running_var": torch.ones(8), "num_batches_tracked": torch.tensor(3),
         "mean": torch.ones(8), "var": torch.ones(8), "shift": torch.ones(8), "count": 9, "momentum": 0.1,
     },
+    "conv_bn_relu_fwd_train": {
+        "x": X, "weight": W, **GEOMETRY, "gamma": torch.ones(12), "beta": torch.ones(12), "eps": 1e-5,
+        "residual": Y, "relu": True,
+    },
+    "conv_bn_relu_bwd": {
+        "dz": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "mean": torch.ones(12), "rstd": torch.ones(12),
+        "gamma": torch.ones(12), "affine": AFFINE, "z": Y, "want_dx": True, "want_dweight": True,
+        "want_g": True, "weight_channels_last": False,
+    },
 }  # fmt: skip
 ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z")
 

@@ -11,6 +11,7 @@ from checks import DTYPES, KINK_MARGIN, LAYOUTS, assert_accurate, assert_same_bi
 from torch import nn
 
 import gconv
+from gconv import conv_bn_relu as fused_module
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 BOTH = list(itertools.product([False, True], repeat=2))
@@ -390,6 +391,57 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
         for name, value in results[0].items():
             if value.is_floating_point():
                 assert_same_bits(other[name], value, name)
+
+
+@layers
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_joined_ops_are_their_stages(isa, monkeypatch, layer, residual, relu, dtype):
+    """Bit for bit, for every choice of gradients, and with the strides that autograd expects."""
+    channels, options, _ = layer
+    ran = []
+    for name in ("_fwd_train", "_bwd"):
+        op = getattr(fused_module, name)
+        monkeypatch.setattr(fused_module, name, lambda *args, name=name, op=op: ran.append(name) or op(*args))
+    x, r = inputs(layer, residual, dtype, "joined")
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        module = gconv.ConvBNReLU(*channels, 3, relu=relu, **options)
+        randomize(module.conv, module.bn, "joined")
+        module.conv.to(dtype=dtype, memory_format=memory_format)
+        leaves = [t for t in (x, module.conv.weight, module.bn.weight, module.bn.bias, r) if t is not None]
+        for skipped in (None, *range(len(leaves))):
+            for i, leaf in enumerate(leaves):
+                leaf.requires_grad_(i != skipped)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            results = []
+            for joined in (True, False):
+                monkeypatch.setattr(fused_module, "JOINED", joined)
+                before = copy.deepcopy(module.bn.state_dict())
+                ran.clear()
+                z = module(x, r)
+                dz = torch.randn(z.shape, generator=checks.generator("dz")).to(dtype)
+                result = [z, *torch.autograd.grad(z, wanted, dz), *module.bn.buffers()]
+                results.append([t.detach().clone() for t in result])
+                module.bn.load_state_dict(before)
+                assert ran == (["_fwd_train", "_bwd"] if joined else [])
+            for got, want in zip(*results, strict=True):
+                assert got.stride() == want.stride()
+                checks.assert_same_bits(got, want)
+
+
+def test_joined_backward_returns_only_what_is_wanted(ops):
+    (cin, k), options, _ = LAYERS[0]
+    x, r = (t.detach() for t in inputs(LAYERS[0], True, key="wanted"))
+    weight = torch.randn(k, cin // options["groups"], 3, 3, generator=checks.generator("wanted"))
+    conf = ((1, 1), (1, 1), (1, 1), options["groups"])
+    z, y, mean, _, rstd, affine = ops.conv_bn_relu_fwd_train(x, weight, *conf, None, None, r, 1e-5, True)
+    full = None
+    for wanted in itertools.product([True, False], repeat=3):
+        got = ops.conv_bn_relu_bwd(r, x, weight, *conf, y, mean, rstd, None, affine, z, *wanted, False)
+        full = full or got
+        for tensor, want, there in zip(got, full, (*wanted[:2], True, True, wanted[2]), strict=True):
+            checks.assert_same_bits(tensor, want if there else want.new_empty(0))
 
 
 def test_zero_batch(ops):

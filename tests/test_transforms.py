@@ -24,6 +24,7 @@ from twins import (
 
 import gconv
 from gconv import batch_norm as bn_module
+from gconv import conv_bn_relu as fused_module
 from gconv import grouped_conv as conv_module
 from gconv.functional import batch_norm, grouped_conv
 
@@ -189,9 +190,19 @@ def samples(ops):
             (dy, y, mean, rstd, None, None, None),
         ],
         "batch_norm_bwd_apply": [(dy, y, finish, None, False), (dy, y, finish, r, True)],
+        "conv_bn_relu_fwd_train": [
+            (x, weight, *conv, None, None, None, 1e-3, False),
+            (x, weight, *conv, gamma, beta, r, 1e-3, True),
+        ],
+        "conv_bn_relu_bwd": [
+            (dy, x, weight, *conv, y, mean, rstd, gamma, affine, None, True, True, False, False),
+            (dy, x, weight, *conv, y, mean, rstd, None, None, None, True, False, False, False),
+            (dy, x, weight, *conv, y, mean, rstd, gamma, None, r, False, True, True, True),
+        ],
     }  # fmt: skip
     for name, cases in table.items():
-        module = conv_module if name.startswith("grouped_conv") else bn_module
+        modules = {"grouped_conv": conv_module, "batch_norm": bn_module, "conv_bn_relu": fused_module}
+        module = next(module for stem, module in modules.items() if name.startswith(stem))
         for args in cases:
             yield name, getattr(ops, name).default, getattr(module, name + "_ref"), args
 
@@ -201,6 +212,7 @@ CASES = [(name, i) for name, i in (
     ("grouped_conv_bwd_weight", 3), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
     ("batch_norm_update_running", 3), ("batch_norm_apply", 2),
     ("batch_norm_bwd_reduce", 3), ("batch_norm_bwd_apply", 2),
+    ("conv_bn_relu_fwd_train", 2), ("conv_bn_relu_bwd", 3),
 )]  # fmt: skip
 ALL_CASES = [(name, i) for name, count in CASES for i in range(count)]
 
