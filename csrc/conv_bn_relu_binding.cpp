@@ -10,8 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_trai
     const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
     double eps, bool relu) {
-  auto [y, mean, var] =
-      grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
+  auto [y, mean, var] = grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
   auto [rstd, affine] = batch_norm_fold(mean, var, gamma, beta, eps);
   Tensor z = batch_norm_apply(y, affine, residual, relu);
   return {z, y, mean, var, rstd, affine};
