@@ -119,8 +119,8 @@ inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
 
 // Whether vectors of one group read the tensor itself: values as they are, and no column outside it but the
 // first and the last of a row, which tiles leave out. A stride that is no constant costs tiles of one vector
-// more than packing does, and what more than one pair of vectors reads is better packed once. So are the twice
-// as many columns of a forward of stride 2: pixels a power of two apart crowd few sets of L1.
+// more than packing does, and what more than one pair of vectors reads is better packed once. So are the
+// twice as many columns of a forward of stride 2: pixels a power of two apart crowd few sets of L1.
 inline bool reads_direct(const Pass& p) {
   if (!p.transposed && p.stride_h == 2) return false;
   for (int c = 0; c < p.class_count; ++c)
