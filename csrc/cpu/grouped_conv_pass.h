@@ -485,7 +485,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
         const int64_t at = p.source_row(band.first + row, kh);
         if (at < 0 || packed_tags[at % band.ring_rows] == at) continue;
         packed_tags[at % band.ring_rows] = at;
-        pack_row<T>(p.source, plan, image, at, at % band.ring_rows, columns);
+        pack_row<T>(p.source, plan, image, at, at % band.ring_rows, columns, 1);
       }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];

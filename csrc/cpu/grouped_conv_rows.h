@@ -171,13 +171,15 @@ GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int
 }
 
 // One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
-// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart.
+// next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row
+// `ahead` below is fetched into L2 meanwhile; past the last row that does nothing.
 template <typename T, Prologue P>
 void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
-              const RowColumns& columns) {
+              const RowColumns& columns, int64_t ahead) {
   constexpr int64_t PIXELS = 8;
   const int64_t begin = columns.begin(), end = columns.end(), block = columns.count * LANES;
   const int64_t x_step = s.x.stride_w, y_step = s.y.stride_w;
+  const int64_t x_ahead = ahead * s.x.stride_h, y_ahead = ahead * s.y.stride_h;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& source = plan.sources[i];
     float* packed = source.rows + slot * source.row_floats;
@@ -201,6 +203,8 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
         if constexpr (P == Prologue::finish)
           y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * y_step;
         for (int64_t w = at; w < last; ++w) {
+          __builtin_prefetch(x + x_ahead, 0, 2);
+          if constexpr (P == Prologue::finish) __builtin_prefetch(y + y_ahead, 0, 2);
           store(packed + w * LANES, coefficients.apply(x, y, lanes));
           x += x_step;
           if constexpr (P == Prologue::finish) y += y_step;
@@ -212,14 +216,14 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
 
 template <typename T>
 void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
-              const RowColumns& columns) {
+              const RowColumns& columns, int64_t ahead) {
   switch (s.prologue) {
     case Prologue::none:
-      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns);
+      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns, ahead);
     case Prologue::act:
-      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns);
+      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns, ahead);
     case Prologue::finish:
-      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns);
+      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns, ahead);
   }
 }
 

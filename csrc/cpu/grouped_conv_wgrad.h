@@ -326,9 +326,9 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
     for (int64_t n = 0; n < images; ++n) {
       for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
         if (origin + i >= 0 && origin + i < s.h)
-          pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns);
+          pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns, 0);
       for (int64_t i = 0; i < rows; ++i)
-        pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns);
+        pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns, 0);
     }
     RowPrefetch next;
     if (at + 1 < task.blocks)
@@ -399,10 +399,10 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
       taps[meets++] = kh;
       if (slots[oh % ring] == oh) continue;
       slots[oh % ring] = oh;
-      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns);
+      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns, 1);
     }
     if (meets == 0) continue;
-    pack_row<T>(p.x, x, image, at, 0, x_columns);
+    pack_row<T>(p.x, x, image, at, 0, x_columns, 1);
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];
