@@ -4,18 +4,20 @@ float64 oracle."""
 import math
 
 import checks
+import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import CASES, DTYPES, ISAS, Case, assert_accurate, assert_exact, assert_same_bits, place
+from checks import DTYPES, ISAS, assert_accurate, assert_exact, assert_same_bits, place
+from conv_cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 VERIFY = {
-    "grouped_conv_fwd": (checks.verify_fwd, checks.FWD_VARIANTS),
-    "grouped_conv_fwd_stats": (checks.verify_fwd_stats, checks.STATS_VARIANTS),
-    "grouped_conv_bwd_input": (checks.verify_bwd_input, checks.BWD_INPUT_VARIANTS),
-    "grouped_conv_bwd_weight": (checks.verify_bwd_weight, checks.BWD_WEIGHT_VARIANTS),
+    "grouped_conv_fwd": (conv_cases.verify_fwd, conv_cases.FWD_VARIANTS),
+    "grouped_conv_fwd_stats": (conv_cases.verify_fwd_stats, conv_cases.STATS_VARIANTS),
+    "grouped_conv_bwd_input": (conv_cases.verify_bwd_input, conv_cases.BWD_INPUT_VARIANTS),
+    "grouped_conv_bwd_weight": (conv_cases.verify_bwd_weight, conv_cases.BWD_WEIGHT_VARIANTS),
 }
 
 
@@ -121,7 +123,7 @@ def all_ops(ops, args):
 
 
 def all_args(case, dtype, kind="normal"):
-    data = checks.Data(case, dtype, kind, "all")
+    data = conv_cases.Data(case, dtype, kind, "all")
     c, k = case.input_size[1], case.output_size[1]
     return {
         "x": data.activation(case.input_size).to(dtype),
@@ -213,9 +215,9 @@ def test_stride_0(isa, ops, case, dtype, how):
 def test_overlapping_windows_as_input(isa, ops, kind):
     """x may be an unfolded view, whose pixels share memory."""
     case = Case(4, 4, 2, 1, 6, 7)
-    base = checks.Data(case, torch.float32, kind).activation([1, 8, 6, 9])
+    base = conv_cases.Data(case, torch.float32, kind).activation([1, 8, 6, 9])
     x = place(base, "channels_last").as_strided([1, 8, 6, 7], [6 * 9 * 8, 1, 8 * 8, 8])
-    w = checks.Data(case, torch.float32, kind, "w").weight(36)
+    w = conv_cases.Data(case, torch.float32, kind, "w").weight(36)
     args = (x, w, *case.geometry, None, None, None, False)
     y, exact = ops.grouped_conv_fwd(*args), checks.ref_fwd(torch.float64, *args)
     if kind == "integer":
@@ -348,7 +350,7 @@ def test_nan_and_inf_reach_what_they_touch_and_nothing_else(isa, ops, dtype, val
     case = Case(width, width, groups, 2, 9, 11, (stride, stride))
     x, w = (
         t.clone()
-        for t in checks.fwd_problem(Case(width, width, groups, 2, 9, 11), dtype, "normal", "plain")[0][:2]
+        for t in conv_cases.fwd_problem(Case(width, width, groups, 2, 9, 11), dtype, "normal", "plain")[0][:2]
     )
     x[1, width - 1, 4, 5] = value
     args = (x, w, *case.geometry, None, None, None, False)
@@ -424,7 +426,7 @@ def test_a_gradient_of_exactly_zero_input_is_blocked(isa, ops):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_zero_batch(isa, ops, dtype):
-    case = checks.ZERO_BATCH
+    case = conv_cases.ZERO_BATCH
     got = all_ops(ops, all_args(case, dtype))
     for name, size in (
         ("fwd", case.output_size),
@@ -455,7 +457,7 @@ def test_adjoint_identities(isa, ops, width):
     integers."""
     for stride, padding, dilation in ((1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 0, 3)):
         case = Case(width, width, 3, 2, 9, 10, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
-        data = checks.Data(case, torch.float32, "integer", "adjoint")
+        data = conv_cases.Data(case, torch.float32, "integer", "adjoint")
         x, dy, w = data.activation(case.input_size), data.activation(case.output_size), data.weight(9 * width)
         y = ops.grouped_conv_fwd(x, w, *case.geometry, None, None, None, False)
         dx, _ = ops.grouped_conv_bwd_input(dy, w, case.input_size, *case.geometry, None, None, None, None)

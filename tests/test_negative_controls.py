@@ -4,10 +4,11 @@ the other tests."""
 import functools
 
 import checks
+import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import Case
+from conv_cases import Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -200,7 +201,7 @@ def on_grid(function):
 @pytest.mark.parametrize("variant, defect", params(FWD))
 def test_wrong_forward(ops, dtype, kind, case, variant, defect):
     must_fail(
-        checks.verify_fwd,
+        conv_cases.verify_fwd,
         ops.grouped_conv_fwd,
         lambda op, *a: keep_layout(defect, op, *a),
         case,
@@ -226,13 +227,13 @@ def test_wrong_input_gradient(ops, dtype, kind, case, variant, defect):
         dx, sums = defect(op, *args)
         return like(dx), sums
 
-    must_fail(checks.verify_bwd_input, ops.grouped_conv_bwd_input, wrong, case, dtype, kind, variant)
+    must_fail(conv_cases.verify_bwd_input, ops.grouped_conv_bwd_input, wrong, case, dtype, kind, variant)
 
 
 @on_grid
 @pytest.mark.parametrize("variant, defect", params(BWD_WEIGHT))
 def test_wrong_weight_gradient(ops, dtype, kind, case, variant, defect):
-    must_fail(checks.verify_bwd_weight, ops.grouped_conv_bwd_weight, defect, case, dtype, kind, variant)
+    must_fail(conv_cases.verify_bwd_weight, ops.grouped_conv_bwd_weight, defect, case, dtype, kind, variant)
 
 
 @on_grid
@@ -242,7 +243,7 @@ def test_wrong_statistics(ops, dtype, kind, case, variant, change):
         y, mean, var = change(*op(*args))
         return like(y), mean, var
 
-    must_fail(checks.verify_fwd_stats, ops.grouped_conv_fwd_stats, wrong, case, dtype, kind, variant)
+    must_fail(conv_cases.verify_fwd_stats, ops.grouped_conv_fwd_stats, wrong, case, dtype, kind, variant)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=checks.dtype_name)
@@ -250,9 +251,9 @@ def test_wrong_statistics(ops, dtype, kind, case, variant, change):
 def test_one_element_off_by_one_is_seen_in_integers(ops, dtype, case):
     wrong = first(one_wrong_element)
     for verify, name in (
-        (checks.verify_fwd, "grouped_conv_fwd"),
-        (checks.verify_bwd_input, "grouped_conv_bwd_input"),
-        (checks.verify_bwd_weight, "grouped_conv_bwd_weight"),
+        (conv_cases.verify_fwd, "grouped_conv_fwd"),
+        (conv_cases.verify_bwd_input, "grouped_conv_bwd_input"),
+        (conv_cases.verify_bwd_weight, "grouped_conv_bwd_weight"),
     ):
         must_fail(verify, getattr(ops, name), wrong, case, dtype, "integer", "plain")
 

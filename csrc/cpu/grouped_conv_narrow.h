@@ -362,21 +362,15 @@ void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Sc
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const NarrowTile tile{image, Share(p.output_h, stripe, p.stripes), first_vector, vectors};
   const StripBuffers buffers(scale, vectors, scratch);
-  Moments moments[SourcePlan::MOST];
   StripMoments strip_moments[SourcePlan::MOST];
-  CompensatedSum sums[SourcePlan::MOST][2];
-  for (int64_t v = 0; v < vectors; ++v) {
-    moments[v].reset();
-    sums[v][0].reset();
-    sums[v][1].reset();
-  }
+  TaskSums sums(vectors);
   for (int64_t s = 0; s < Strip::count(p, scale); ++s) {
     const Strip strip(p, scale, s);
-    narrow_strip<T>(p, tile, strip, buffers, strip_moments, sums);
+    narrow_strip<T>(p, tile, strip, buffers, strip_moments, sums.gradients);
     for (int64_t v = 0; p.moments && v < vectors; ++v)
-      strip_moments[v].merge_into(&moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
+      strip_moments[v].merge_into(&sums.moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
   }
-  store_partials(p, image, stripe, first_vector, vectors, moments, sums);
+  sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
 inline void run_narrow(Pass p, int64_t ith, int64_t nth) {

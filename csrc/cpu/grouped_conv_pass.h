@@ -420,19 +420,31 @@ inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t e
   return (all + runs - 1) / runs;
 }
 
-// What a task found out about its vectors, for the merge.
-inline void store_partials(const Pass& p, int64_t image, int64_t stripe, int64_t first_vector,
-                           int64_t vectors, const Moments* moments, const CompensatedSum (*sums)[2]) {
-  if (!p.moments && p.mask_act == nullptr) return;
-  const int64_t channels = p.output_channels();
-  float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t channel = (first_vector + v) * LANES;
-    const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
-    store_lanes(partial + channel, p.moments ? moments[v].mean : sums[v][0].total, lanes);
-    store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : sums[v][1].total, lanes);
+// What a task finds out about its vectors, for the merge.
+struct TaskSums {
+  Moments moments[SourcePlan::MOST];
+  CompensatedSum gradients[SourcePlan::MOST][2];
+
+  explicit TaskSums(int64_t vectors) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      moments[v].reset();
+      gradients[v][0].reset();
+      gradients[v][1].reset();
+    }
   }
-}
+  void store_partials(const Pass& p, int64_t image, int64_t stripe, int64_t first_vector,
+                      int64_t vectors) const {
+    if (!p.moments && p.mask_act == nullptr) return;
+    const int64_t channels = p.output_channels();
+    float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t channel = (first_vector + v) * LANES;
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
+      store_lanes(partial + channel, p.moments ? moments[v].mean : gradients[v][0].total, lanes);
+      store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : gradients[v][1].total, lanes);
+    }
+  }
+};
 
 template <typename T>
 void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
@@ -470,13 +482,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   band.tags = packed_tags + band.ring_rows;
   std::fill(packed_tags, packed_tags + band.ring_rows, -1);
 
-  Moments moments[SourcePlan::MOST];
-  CompensatedSum sums[SourcePlan::MOST][2];
-  for (int64_t v = 0; v < vectors; ++v) {
-    moments[v].reset();
-    sums[v][0].reset();
-    sums[v][1].reset();
-  }
+  TaskSums sums(vectors);
   const RowColumns columns{p.first_column, p.columns, p.source_w};
   for (band.first = rows.begin; band.first < rows.end; band.first += p.band) {
     band.rows = std::min(p.band, rows.end - band.first);
@@ -508,15 +514,15 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
                              0,
                              p.output_w};
       if (p.mask_act != nullptr)
-        finish_input_gradient<T>(p, result, sums);
+        finish_input_gradient<T>(p, result, sums.gradients);
       else
         finish_forward<T>(p, result);
       if (p.moments)
         for (int64_t v = 0; v < vectors; ++v)
-          row_moments<T>(p, result.row + v * band.row_floats, &moments[v]);
+          row_moments<T>(p, result.row + v * band.row_floats, &sums.moments[v]);
     }
   }
-  store_partials(p, image, stripe, first_vector, vectors, moments, sums);
+  sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
 // Runs task(T*, image, stripe, chunk, scratch) over this share of the grid.
