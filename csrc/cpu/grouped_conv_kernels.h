@@ -33,7 +33,7 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   p.moments = q.mean != nullptr;
   p.output = q.y;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  is_narrow(s) ? plan_narrow(p) : plan_work(p);
+  is_narrow(s) ? plan_grid(p, NARROW_WEIGHT_FLOATS, 2) : plan_work(p);
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -54,7 +54,7 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   p.mask_act = q.act;
   p.output = q.dx;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  is_narrow(s) ? plan_narrow(p) : plan_work(p);
+  is_narrow(s) ? plan_grid(p, NARROW_WEIGHT_FLOATS, 2) : plan_work(p);
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;

@@ -217,16 +217,6 @@ inline StripFunction strip_function(Scale scale, int rows, int pixels) {
 
 constexpr int64_t NARROW_WEIGHT_FLOATS = 5 * 1024;  // packed weights of a chunk: under half of L1
 
-// By shape alone, like plan_work.
-inline void plan_narrow(Pass& p) {
-  const int64_t fitting = NARROW_WEIGHT_FLOATS / (p.source_per_group * WEIGHTS_PER_CHANNEL);
-  const int64_t most = std::max<int64_t>(2, std::min(fitting, SourcePlan::MOST));
-  const int64_t chunks = (p.vectors() + most - 1) / most;
-  p.chunk = (p.vectors() + chunks - 1) / chunks;
-  const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
-  p.stripes = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, p.output_h / 8));
-}
-
 // A chunk's staged row and rows in flight, in L1; sizes in floats, one vector's after the other's.
 struct StripBuffers {
   static constexpr int RING = 4;  // output rows in flight, at row % RING

@@ -93,9 +93,8 @@ struct NarrowWgrad : WgradPass {
   int64_t images, stripes;  // splits = images * stripes
 
   explicit NarrowWgrad(const WgradPass& pass) : WgradPass(pass) {
-    const int64_t most = std::max<int64_t>(2, std::min(NARROW_DW_FLOATS / vector_floats(), SourcePlan::MOST));
-    const int64_t count = (vectors() + most - 1) / most;
-    chunk = (vectors() + count - 1) / count;
+    const int64_t fitting = std::min(NARROW_DW_FLOATS / vector_floats(), SourcePlan::MOST);
+    chunk = even_piece(vectors(), std::max<int64_t>(2, fitting));
     images = std::min(shape.n, most_splits());
     stripes = std::max<int64_t>(1, std::min(most_splits() / std::max<int64_t>(images, 1), shape.oh / 8));
     splits = images * stripes;

@@ -135,18 +135,20 @@ constexpr int64_t BAND_FLOATS = 128 * 1024;           // packed rows and results
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside rows
 constexpr int64_t EXPANDED_FLOATS = 6 * 1024;         // expanded rows of one vector: half of L1
 
-// By shape alone, so that every thread count gives the same bits. A chunk reads and writes whole runs of
-// cache lines, the longer the better, while its weights still fit beside its rows.
+// Cuts the work by shape alone, so that every thread count gives the same bits: into chunks of vectors whose
+// packed weights take at most `weight_floats`, but of `least` vectors, and into stripes of rows.
+inline void plan_grid(Pass& p, int64_t weight_floats, int64_t least) {
+  const int64_t fitting = weight_floats / (p.source_per_group * WEIGHTS_PER_CHANNEL);
+  p.chunk = even_piece(p.vectors(), std::max(least, std::min(fitting, SourcePlan::MOST)));
+  const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
+  p.stripes = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, p.output_h / 8));
+}
+
+// A chunk reads and writes whole runs of cache lines, the longer the better, while its weights still fit
+// beside its rows.
 inline void plan_work(Pass& p) {
   p.direct = reads_direct(p);
-  const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
-  const int64_t fitting = CHUNK_WEIGHT_FLOATS / vector_floats;
-  const int64_t chunk = std::max<int64_t>(SourcePlan::MOST / 2, std::min(fitting, SourcePlan::MOST));
-  const int64_t chunks = (p.vectors() + chunk - 1) / chunk;
-  p.chunk = (p.vectors() + chunks - 1) / chunks;
-  const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
-  const int64_t wanted = (32 + tasks - 1) / tasks;
-  p.stripes = std::max<int64_t>(1, std::min(wanted, p.output_h / 8));
+  plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
   const int64_t source_floats =
       p.columns * p.chunk * LANES * std::max<int64_t>(1, p.source_per_group / p.output_per_group);
   const int64_t result_floats = p.output_w * p.chunk * LANES;
@@ -154,8 +156,7 @@ inline void plan_work(Pass& p) {
   const int64_t fresh = p.transposed ? 1 : p.stride_h;
   const int64_t rows = (BAND_FLOATS - kept * source_floats) / (fresh * source_floats + result_floats);
   const int64_t tallest = (p.output_h + p.stripes - 1) / p.stripes;
-  p.band = std::max<int64_t>(1, std::min(rows, tallest));
-  p.band = (tallest + (tallest + p.band - 1) / p.band - 1) / ((tallest + p.band - 1) / p.band);
+  p.band = std::max<int64_t>(1, even_piece(tallest, std::max<int64_t>(1, rows)));
 }
 
 // A run of computed pixels of a row, for a chunk: vector v of pixel w lies at row + v * row_floats + w *
@@ -415,9 +416,7 @@ inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t e
   const int64_t all = p.classes[0].count;
   const int64_t columns = EXPANDED_FLOATS / (expanded_rows * source.expanded_blocks() * LANES);
   const int64_t fitting = (columns - 2 * p.reach_columns) / p.classes[0].source_step / TILE_SINGLE;
-  const int64_t run = std::max<int64_t>(1, fitting) * TILE_SINGLE;
-  const int64_t runs = (all + run - 1) / run;
-  return (all + runs - 1) / runs;
+  return even_piece(all, std::max<int64_t>(1, fitting) * TILE_SINGLE);
 }
 
 // What a task finds out about its vectors, for the merge.

@@ -576,6 +576,12 @@ struct Share {
   Share(int64_t total, int64_t ith, int64_t nth) : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
 };
 
+// The longest of the fewest even pieces of `total` that are at most `most` long each.
+inline int64_t even_piece(int64_t total, int64_t most) {
+  const int64_t pieces = std::max<int64_t>(1, (total + most - 1) / most);
+  return (total + pieces - 1) / pieces;
+}
+
 // Calls f with a null pointer of the storage type, so that f is compiled once per type.
 template <typename F>
 GCONV_INLINE void with_dtype(DType dtype, F&& f) {
