@@ -94,6 +94,7 @@ struct Forward {
       : x(input), weight(filters) {
     p.dtype = activation_dtype(op, "x", x);
     p.isa = isa_current();
+    p.winograd = winograd_current();
     p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(weight));
     const GroupedConvShape& s = p.shape;
     check_tensor(op, "weight", weight, x.scalar_type(), shape_of(weight));
@@ -169,6 +170,7 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
   GroupedConvBwdInputParams p{};
   p.dtype = activation_dtype(op, "dy", dy);
   p.isa = isa_current();
+  p.winograd = winograd_current();
   const ScalarType type = dy.scalar_type();
   const Shape input = shape_of(op, "input_size", input_size);
   const Geometry geometry{op, stride, padding, dilation, groups};
@@ -215,6 +217,7 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& we
   GroupedConvBwdWeightParams p{};
   p.dtype = activation_dtype(op, "x", x);
   p.isa = isa_current();
+  p.winograd = winograd_current();
   const ScalarType type = x.scalar_type();
   const Shape size = shape_of(op, "weight_size", weight_size);
   const Geometry geometry{op, stride, padding, dilation, groups};

@@ -18,6 +18,15 @@ void set_cpu_isa(std::string name) {
   isa_set(isa);
 }
 
+std::string cpu_winograd() { return winograd_name(winograd_current()); }
+
+void set_cpu_winograd(std::string name) {
+  Winograd use;
+  check(winograd_from_name(name.c_str(), &use), "set_cpu_winograd: use: want never, auto or always, got ",
+        name);
+  winograd_set(use);
+}
+
 }  // namespace
 
 }  // namespace gconv
@@ -25,12 +34,16 @@ void set_cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY(gconv, m) {
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str isa) -> ()");
+  m.def("cpu_winograd() -> str");
+  m.def("set_cpu_winograd(str use) -> ()");
 }
 
 // No argument is a tensor, so there is no backend to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&gconv::cpu_isa));
   m.impl("set_cpu_isa", TORCH_BOX(&gconv::set_cpu_isa));
+  m.impl("cpu_winograd", TORCH_BOX(&gconv::cpu_winograd));
+  m.impl("set_cpu_winograd", TORCH_BOX(&gconv::set_cpu_winograd));
 }
 
 static PyModuleDef module = {

@@ -509,7 +509,7 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section
     3.2).
 
-    3x3 kernels with stride 1 or 2 and padding 0 to 2 in float32, bfloat16 and float16 on a CPU run on gconv's
+    3x3 kernels with stride 1 or 2 and padding up to twice the dilation in float32, bfloat16 and float16 on a CPU run on gconv's
     kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say
     what and why). Differentiable to any order in reverse mode; forward-mode AD raises on the kernels.
 
@@ -526,6 +526,9 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
 
     Raises:
         ValueError: what does not fit together, naming the argument, what is wanted and what was given.
+
+    Wide groups at stride 1 go by Winograd's algorithm where that is faster (F(2x2, 3x3): Lavin & Gray 2016,
+    arXiv 1509.09308, section 4.1): an infinity may come out as NaN there, unless GCONV_WINOGRAD is 0.
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """

@@ -17,6 +17,7 @@ VARIABLES = {
     "GCONV_BACKEND": "auto | cpu | torch: the backend at import (gconv.use_backend)",
     "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
     "GCONV_ISA": "portable | avx2 | avx512: the instruction set of the CPU kernels",
+    "GCONV_WINOGRAD": "0: never Winograd's algorithm; otherwise the CPU kernels use it for wide groups",
     "GCONV_CPU": "1: a build without the C++ kernels is an error",
     "CXX": "the C++ compiler of the build",
     "OMP_NUM_THREADS": "threads of torch, which are the threads of gconv's kernels",

@@ -35,6 +35,14 @@ def isa(request, ops):
 
 
 @pytest.fixture
+def winograd(ops):
+    """Chooses whether Winograd's algorithm runs ("never", "auto", "always"); undone after the test."""
+    before = ops.cpu_winograd()
+    yield ops.set_cpu_winograd
+    ops.set_cpu_winograd(before)
+
+
+@pytest.fixture
 def nan_filled_memory():
     """torch.empty returns NaN, so that an element nobody wrote cannot pass for a result."""
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -125,7 +125,7 @@ double relu_act(double x, const std::vector<double>& table, int64_t c, int64_t c
   return std::fmax(table[c] * x + table[channels + c], 0.0);
 }
 
-void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* where) {
+void check_conv(Isa isa, DType dtype, Winograd winograd, const GroupedConvShape& s, const char* where) {
   const int64_t cg = s.c / s.groups, kg = s.k / s.groups;
   const auto x = integers(s.n * s.h * s.w * s.c, -3, 3), w = integers(s.k * cg * 9, -1, 1);
   const auto dy = integers(s.n * s.oh * s.ow * s.k, -2, 2), y = integers(s.n * s.oh * s.ow * s.k, -3, 3);
@@ -161,7 +161,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
 
   Stored out(dtype, static_cast<int64_t>(y.size()));
   GroupedConvFwdParams f{};
-  f.shape = s, f.dtype = dtype, f.isa = isa;
+  f.shape = s, f.dtype = dtype, f.isa = isa, f.winograd = winograd;
   f.x = xs.view(s.h, s.w, s.c), f.weight = ws.bytes.data(), f.layout = {9, 1},
   f.y = out.view(s.oh, s.ow, s.k);
   f.act = act_floats.data(), f.affine = affine_floats.data();
@@ -174,7 +174,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
 
   Stored dx(dtype, static_cast<int64_t>(x.size()));
   GroupedConvBwdInputParams b{};
-  b.shape = s, b.dtype = dtype, b.isa = isa;
+  b.shape = s, b.dtype = dtype, b.isa = isa, b.winograd = winograd;
   b.dy = dys.view(s.oh, s.ow, s.k), b.y = ys.view(s.oh, s.ow, s.k), b.finish = finish_floats.data();
   b.weight = ws.bytes.data(), b.layout = {9, 1}, b.dx = dx.view(s.h, s.w, s.c);
   const Workspace input(grouped_conv_bwd_input_workspace(b));
@@ -185,7 +185,7 @@ void check_conv(Isa isa, DType dtype, const GroupedConvShape& s, const char* whe
 
   Stored dw(dtype, static_cast<int64_t>(w.size()));
   GroupedConvBwdWeightParams d{};
-  d.shape = s, d.dtype = dtype, d.isa = isa;
+  d.shape = s, d.dtype = dtype, d.isa = isa, d.winograd = winograd;
   d.dy = b.dy, d.y = b.y, d.finish = b.finish, d.x = f.x, d.act = f.act, d.dweight = dw.bytes.data(),
   d.layout = {9, 1};
   const Workspace weight(grouped_conv_bwd_weight_workspace(d));
@@ -286,7 +286,8 @@ int main() {
           std::snprintf(where, sizeof where, "%s %s, %d-%d x%d, %dx%d", isa_name(isa), type_name,
                         static_cast<int>(width[0]), static_cast<int>(width[1]), static_cast<int>(width[2]),
                         static_cast<int>(g[0]), static_cast<int>(g[1]));
-          check_conv(isa, dtype, s, where);
+          check_conv(isa, dtype, Winograd::never, s, where);
+          check_conv(isa, dtype, Winograd::always, s, where);
         }
       for (int64_t c : CHANNELS) {
         std::snprintf(where, sizeof where, "%s %s, C = %d", isa_name(isa), type_name, static_cast<int>(c));

@@ -30,8 +30,12 @@ struct Run {
   Isa isa;
   DType dtype;
   int64_t threads;
-  Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count)
+  Winograd winograd;
+  Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count,
+      const std::string& winograd_text)
       : threads(thread_count) {
+    if (!winograd_from_name(winograd_text.c_str(), &winograd))
+      throw std::invalid_argument("winograd: " + winograd_text);
     if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
       throw std::invalid_argument("isa: " + isa_text);
     if (dtype_text == "float32")
@@ -121,7 +125,7 @@ void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
               py::object residual, bool relu, py::object y, py::object mean, py::object var) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
   GroupedConvFwdParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
   p.x = run.activation("x", x, in_shape(s));
   p.weight = run.contiguous("weight", weight, weight_size(s));
   p.layout = {9, 1};
@@ -144,7 +148,7 @@ void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pai
                     py::object finish, py::object x, py::object act, py::object dx, py::object sums) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
   GroupedConvBwdInputParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
   p.dy = run.activation("dy", dy, out_shape(s));
   p.y = run.activation("y", y, out_shape(s));
   p.finish = floats("finish", finish, 6 * s.k);
@@ -166,7 +170,7 @@ void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pa
                      py::object finish, py::object act, py::object dweight) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
   GroupedConvBwdWeightParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
   p.dy = run.activation("dy", dy, out_shape(s));
   p.y = run.activation("y", y, out_shape(s));
   p.finish = floats("finish", finish, 6 * s.k);
@@ -274,8 +278,8 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 PYBIND11_MODULE(gconv_kernels_numpy, m) {
-  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t>(), py::arg("isa"),
-                                py::arg("dtype"), py::arg("threads") = 1);
+  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t, std::string>(), py::arg("isa"),
+                                py::arg("dtype"), py::arg("threads") = 1, py::arg("winograd") = "auto");
   m.def("supported_isas", &supported_isas);
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);

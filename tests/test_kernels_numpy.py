@@ -82,11 +82,11 @@ def integers(rng, low, high, shape):
     return rng.integers(low, high + 1, shape).astype(np.float64)
 
 
-def both_ways(kernels, isa, dtype, call):
+def both_ways(kernels, isa, dtype, call, winograd="auto"):
     """The outputs of call(run, arrays): the same on exact arrays with one thread and guarded with three."""
     plain, guarded = Exact(dtype), Guarded(dtype)
-    first = call(kernels.Run(isa, dtype, 1), plain)
-    second = call(kernels.Run(isa, dtype, 3), guarded)
+    first = call(kernels.Run(isa, dtype, 1, winograd), plain)
+    second = call(kernels.Run(isa, dtype, 3, winograd), guarded)
     guarded.check()
     for one, other in zip(first, second):
         assert np.array_equal(bits(one), bits(other)), (
@@ -110,8 +110,9 @@ def table(rows):
 class Case:
     """One convolution on small integers, with everything an epilogue or prologue may want."""
 
-    def __init__(self, width, geometry, seed=0, scale=1):
+    def __init__(self, width, geometry, seed=0, winograd="never"):
         cg, kg, self.groups = width
+        self.winograd = winograd
         n, size, self.stride, self.pad, self.dilation = geometry
         rng = self.rng = np.random.default_rng(seed)
         self.c, self.k = cg * self.groups, kg * self.groups
@@ -119,7 +120,7 @@ class Case:
         self.output = (n, *output_size(size, self.stride, self.pad, self.dilation), self.k)
         self.weight_shape = (self.k, cg, 3, 3)
         self.geometry = (self.stride, self.pad, self.dilation, self.groups)
-        self.x = integers(rng, -3 * scale, 3 * scale, self.input)
+        self.x = integers(rng, -3, 3, self.input)
         self.weight = integers(rng, -1, 1, self.weight_shape)
         self.y = integers(rng, -3, 3, self.output)
         self.dy = integers(rng, -2, 2, self.output)
@@ -149,7 +150,7 @@ def run_fwd(kernels, isa, dtype, case, act_table, affine, residual, relu, stats)
         )  # fmt: skip
         return [y, mean, var] if stats else [y]
 
-    return both_ways(kernels, isa, dtype, call)
+    return both_ways(kernels, isa, dtype, call, case.winograd)
 
 
 def run_bwd_input(kernels, isa, dtype, case, finish, mask):
@@ -167,7 +168,7 @@ def run_bwd_input(kernels, isa, dtype, case, finish, mask):
         )  # fmt: skip
         return [dx] if mask is None else [dx, sums]
 
-    return both_ways(kernels, isa, dtype, call)
+    return both_ways(kernels, isa, dtype, call, case.winograd)
 
 
 def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
@@ -183,17 +184,33 @@ def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
         )  # fmt: skip
         return [dweight]
 
-    return both_ways(kernels, isa, dtype, call)
+    return both_ways(kernels, isa, dtype, call, case.winograd)
 
 
 def name(width):
     return "{}-{}x{}".format(*width)
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=name)
-def test_conv_fwd_exact(kernels, isa, dtype, width):
+# Each width directly, and by Winograd's algorithm where whole vectors of some instruction set fit its groups.
+ALGORITHMS = [pytest.param(width, "never", id=name(width)) for width in WIDTHS] + [
+    pytest.param(width, "always", id=f"{name(width)}-winograd")
+    for width in WIDTHS
+    if width[0] % 4 == 0 and width[1] % 4 == 0
+]
+each_algorithm = pytest.mark.parametrize("width, winograd", ALGORITHMS)
+
+
+def cases(width, winograd):
+    """(geometry, case) of one width; Winograd's algorithm leaves strides and dilations to the direct one."""
     for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+        _, _, stride, _, dilation = geometry
+        if winograd == "never" or stride == dilation == (1, 1):
+            yield geometry, Case(width, geometry, seed, winograd)
+
+
+@each_algorithm
+def test_conv_fwd_exact(kernels, isa, dtype, width, winograd):
+    for geometry, case in cases(width, winograd):
         for with_act, with_affine, with_residual, relu in [
             (False, False, False, False),
             (True, True, False, True),
@@ -215,10 +232,9 @@ def test_conv_fwd_exact(kernels, isa, dtype, width):
             assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {geometry}")
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=name)
-def test_conv_fwd_stats(kernels, isa, dtype, width):
-    for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+@each_algorithm
+def test_conv_fwd_stats(kernels, isa, dtype, width, winograd):
+    for geometry, case in cases(width, winograd):
         if 0 in case.output:
             continue  # no value, no moments
         for with_act in (False, True):
@@ -236,10 +252,9 @@ def test_conv_fwd_stats(kernels, isa, dtype, width):
             )
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=name)
-def test_conv_bwd_input_exact(kernels, isa, dtype, width):
-    for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+@each_algorithm
+def test_conv_bwd_input_exact(kernels, isa, dtype, width, winograd):
+    for geometry, case in cases(width, winograd):
         for with_finish, with_mask in [(False, False), (True, False), (False, True), (True, True)]:
             got = run_bwd_input(
                 kernels,
@@ -261,10 +276,9 @@ def test_conv_bwd_input_exact(kernels, isa, dtype, width):
                 assert (np.abs(got[1] - terms.sum(1)) <= slack).all(), f"sums at {geometry}"
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=name)
-def test_conv_bwd_weight_exact(kernels, isa, dtype, width):
-    for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+@each_algorithm
+def test_conv_bwd_weight_exact(kernels, isa, dtype, width, winograd):
+    for geometry, case in cases(width, winograd):
         for with_finish, with_act in [(False, False), (True, False), (False, True), (True, True)]:
             got = run_bwd_weight(
                 kernels,
@@ -300,10 +314,11 @@ def test_conv_nan_and_infinity_stay_in_their_group(kernels, isa, dtype, width):
     assert np.array_equal(np.isfinite(got).all((2, 3)), np.isfinite(want_dw).all((2, 3)))
 
 
+@pytest.mark.parametrize("winograd", ["never", "always"])
 @pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 8), (8, 8, 4), (24, 24, 2), (64, 64, 1)], ids=name)
-def test_conv_real_values(kernels, isa, dtype, width):
+def test_conv_real_values(kernels, isa, dtype, width, winograd):
     """Rounding alone: within the bound of a float32 sum of that length plus one rounding to storage."""
-    case = Case(width, GEOMETRIES[1], 7)
+    case = Case(width, GEOMETRIES[1], 7, winograd)
     case.x, case.dy = case.rng.standard_normal(case.input), case.rng.standard_normal(case.output)
     case.weight = case.rng.standard_normal(case.weight_shape)
     for field in ("x", "dy", "weight"):

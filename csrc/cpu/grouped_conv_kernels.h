@@ -16,6 +16,11 @@ inline int64_t pass_floats(const Pass& p) {
   return p.packed_weight_floats() + (partials ? p.partial_rows() * 2 * p.output_channels() : 0);
 }
 
+inline void plan(Pass& p, bool narrow) {
+  if (narrow) return plan_grid(p, NARROW_WEIGHT_FLOATS, 2);
+  p.winograd ? plan_winograd(p) : plan_work(p);
+}
+
 inline Pass plan_forward(const GroupedConvFwdParams& q) {
   const GroupedConvShape& s = q.shape;
   Pass p{};
@@ -33,7 +38,8 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   p.moments = q.mean != nullptr;
   p.output = q.y;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  is_narrow(s) ? plan_grid(p, NARROW_WEIGHT_FLOATS, 2) : plan_work(p);
+  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
+  plan(p, is_narrow(s));
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -54,7 +60,8 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   p.mask_act = q.act;
   p.output = q.dx;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  is_narrow(s) ? plan_grid(p, NARROW_WEIGHT_FLOATS, 2) : plan_work(p);
+  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
+  plan(p, is_narrow(s));
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -75,46 +82,54 @@ GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
   if (first < count) block(first, static_cast<int>(count - first));
 }
 
-// [K, C/groups, 3, 3] to [vector][source channel][3][3][LANES]; for the input gradient the roles of the
+// Vector v of [K, C/groups, 3, 3] to [source channel][3][3][LANES]; for the input gradient the roles of the
 // channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
 // never stored.
 template <typename T>
-void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
-                 int64_t nth) {
-  const int64_t per_group = p.output_per_group, terms = p.source_per_group * 9;
+void pack_vector(const Pass& p, const T* weight, WeightLayout layout, int64_t v, float* out) {
+  const int64_t per_group = p.output_per_group;
   const int64_t kernel = 9 * (p.transposed ? per_group : p.source_per_group);
   const int64_t last = p.output_channels() - 1;
+  const T* rows[LANES];
+  for (int64_t l = 0; l < LANES; ++l) {
+    const int64_t channel = std::min(v * LANES + l, last);
+    const int64_t group = channel / per_group, within = channel % per_group;
+    rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+                           : weight + channel * kernel;
+  }
+  if (!p.transposed) {
+    const bool by_tap = layout.stride_tap == 1;
+    const int64_t inner = by_tap ? 1 : p.source_per_group;
+    int64_t c = 0, t = 0;
+    for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
+      store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
+      if (++c == inner) c = 0, ++t;
+    });
+  } else if (layout.stride_tap == 1) {
+    for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
+      for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
+      for (const T*& row : rows) row += kernel;
+    }
+  } else {
+    const bool adjacent = v * LANES % per_group + LANES <= per_group;
+    for (int64_t c = 0; c < p.source_per_group; ++c)
+      for (int64_t t = 0; t < 9; ++t, out += LANES) {
+        const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
+        store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
+      }
+  }
+}
+
+template <typename T>
+void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
+                 int64_t nth) {
+  static thread_local Scratch scratch;
   const Share share(p.vectors(), ith, nth);
   for (int64_t v = share.begin; v < share.end; ++v) {
-    const T* rows[LANES];
-    for (int64_t l = 0; l < LANES; ++l) {
-      const int64_t channel = std::min(v * LANES + l, last);
-      const int64_t group = channel / per_group, within = channel % per_group;
-      rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
-                             : weight + channel * kernel;
-    }
-    float* out = packed + v * terms * LANES;
-    if (!p.transposed) {
-      const bool by_tap = layout.stride_tap == 1;
-      const int64_t inner = by_tap ? 1 : p.source_per_group;
-      int64_t c = 0, t = 0;
-      for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
-        store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
-        if (++c == inner) c = 0, ++t;
-      });
-    } else if (layout.stride_tap == 1) {
-      for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
-        for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
-        for (const T*& row : rows) row += kernel;
-      }
-    } else {
-      const bool adjacent = v * LANES % per_group + LANES <= per_group;
-      for (int64_t c = 0; c < p.source_per_group; ++c)
-        for (int64_t t = 0; t < 9; ++t, out += LANES) {
-          const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
-          store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
-        }
-    }
+    float* out = packed + v * p.weight_floats();
+    float* taps = p.winograd ? scratch.floats(p.source_per_group * WEIGHTS_PER_CHANNEL) : out;
+    pack_vector(p, weight, layout, v, taps);
+    if (p.winograd) transform_weights(taps, p.source_per_group, out);
   }
 }
 
@@ -145,7 +160,7 @@ void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
     const int64_t block = std::min(MERGED_CHANNELS, share.end - first);
     double count = 0, mean[MERGED_CHANNELS] = {}, m2[MERGED_CHANNELS] = {};
     for (int64_t i = 0; i < p.partial_rows(); ++i) {
-      const Share rows(p.output_h, i % p.stripes, p.stripes);
+      const Share rows = p.stripe_rows(i % p.stripes);
       const double here = static_cast<double>((rows.end - rows.begin) * p.output_w);
       const double total = count + here, weight = here / total, between = count * weight;
       const float* partial_mean = p.partials + i * 2 * channels + first;

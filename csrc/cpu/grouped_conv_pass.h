@@ -16,6 +16,7 @@
 // it out in the tensor's order.
 #pragma once
 #include "grouped_conv_tiles.h"
+#include "grouped_conv_winograd.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -36,6 +37,7 @@ struct Pass {
   int64_t n, source_h, source_w, output_h, output_w;
   int64_t groups, source_per_group, output_per_group;
   bool transposed;
+  bool winograd;  // tiles of 2x2 output pixels
   int64_t stride_h, pad_h, dil_h;
   RowSource source;
   const float* weight;  // packed
@@ -59,8 +61,20 @@ struct Pass {
   int64_t output_channels() const { return groups * output_per_group; }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
-  int64_t packed_weight_floats() const { return vectors() * source_per_group * WEIGHTS_PER_CHANNEL; }
+  // Packed weights of one vector.
+  int64_t weight_floats() const {
+    return source_per_group * (winograd ? POSITIONS * LANES : WEIGHTS_PER_CHANNEL);
+  }
+  int64_t packed_weight_floats() const { return vectors() * weight_floats(); }
   int64_t partial_rows() const { return n * stripes; }
+  int64_t tile_columns() const { return (output_w + 1) / 2; }
+  // Output rows of a stripe; whole tiles but for the last.
+  Share stripe_rows(int64_t stripe) const {
+    if (!winograd) return Share(output_h, stripe, stripes);
+    Share rows((output_h + 1) / 2, stripe, stripes);
+    rows.begin *= 2, rows.end = std::min(output_h, 2 * rows.end);
+    return rows;
+  }
 
   // Source row of vertical tap kh for an output row, or -1 where the tap falls outside or between.
   int64_t source_row(int64_t row, int64_t kh) const {
@@ -138,7 +152,7 @@ constexpr int64_t EXPANDED_FLOATS = 6 * 1024;         // expanded rows of one ve
 // Cuts the work by shape alone, so that every thread count gives the same bits: into chunks of vectors whose
 // packed weights take at most `weight_floats`, but of `least` vectors, and into stripes of rows.
 inline void plan_grid(Pass& p, int64_t weight_floats, int64_t least) {
-  const int64_t fitting = weight_floats / (p.source_per_group * WEIGHTS_PER_CHANNEL);
+  const int64_t fitting = weight_floats / p.weight_floats();
   p.chunk = even_piece(p.vectors(), std::max(least, std::min(fitting, SourcePlan::MOST)));
   const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
   p.stripes = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, p.output_h / 8));
@@ -157,6 +171,15 @@ inline void plan_work(Pass& p) {
   const int64_t rows = (BAND_FLOATS - kept * source_floats) / (fresh * source_floats + result_floats);
   const int64_t tallest = (p.output_h + p.stripes - 1) / p.stripes;
   p.band = std::max<int64_t>(1, even_piece(tallest, std::max<int64_t>(1, rows)));
+}
+
+// A band's tiles, weights and results of one or two vectors stay in L1.
+inline void plan_winograd(Pass& p) {
+  plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
+  p.columns = 2 * p.tile_columns() + 2;
+  const int64_t tallest = ((p.output_h + 1) / 2 + p.stripes - 1) / p.stripes;
+  p.band =
+      std::max<int64_t>(1, 2 * even_piece(tallest, std::max<int64_t>(1, WINOGRAD_TILES / p.tile_columns())));
 }
 
 // A run of computed pixels of a row, for a chunk: vector v of pixel w lies at row + v * row_floats + w *
@@ -297,6 +320,9 @@ struct Band {
   int64_t expanded_rows;
   int64_t* tags;  // source row in each slot of `expanded`
   float* span_buffer;
+  // Winograd's tiles: transformed inputs and products, and a row of zeros.
+  float *inputs, *products;
+  const float* zeros;
 };
 
 // How the columns of one class are computed in a run.
@@ -321,7 +347,7 @@ struct ClassRun {
 inline void compute_vectors(const Pass& p, const PackedSource& source, const Band& band, int64_t vector,
                             int vectors, float* results, int64_t q_begin, int64_t q_end) {
   const bool expand = !one_group(source.fetch);
-  const int64_t vector_floats = p.source_per_group * WEIGHTS_PER_CHANNEL;
+  const int64_t vector_floats = p.weight_floats();
   // The packed columns that the run reads; an expanded row holds just these.
   int64_t column_begin = 0, column_end = p.columns;
   if (expand) {
@@ -411,6 +437,38 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
   }
 }
 
+// The vectors [first, end) of a band, all of one group, in tiles of 2x2 pixels.
+inline void compute_tiles(const Pass& p, const PackedSource& source, const Band& band, int64_t first_vector,
+                          int64_t first, int64_t end) {
+  const int64_t across = p.tile_columns(), down = (band.rows + 1) / 2, tiles = across * down;
+  const int64_t channels = p.source_per_group, input_position = position_floats(tiles, channels);
+  const int64_t origin = band.first - (p.transposed ? 2 - p.pad_h : p.pad_h);  // source row of the first tile
+  for (int64_t row = 0; row < down; ++row) {
+    const float* rows[4];
+    for (int64_t c = 0; c < channels; c += LANES) {
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t at = origin + 2 * row + i;
+        const bool there = at >= 0 && at < p.source_h && 2 * row + i < band.rows + 2;
+        rows[i] = there ? source.rows + at % band.ring_rows * source.row_floats + c * p.columns : band.zeros;
+      }
+      transform_inputs(rows, across, band.inputs + row * across * channels + c, input_position, channels);
+    }
+  }
+  for (int64_t v = first; v < end;) {
+    const int64_t together = std::min<int64_t>(2, end - v), tile = together * LANES;
+    const int64_t position = position_floats(tiles, tile);
+    multiply_positions(band.inputs, input_position, channels,
+                       p.weight + (first_vector + v) * p.weight_floats(), p.weight_floats(), channels,
+                       band.products, position, together, tiles);
+    for (int64_t i = 0; i < together; ++i, ++v)
+      for (int64_t row = 0; row < down; ++row) {
+        float* out = band.results + 2 * row * band.band_floats + v * band.row_floats;
+        transform_outputs(band.products + row * across * tile + i * LANES, position, tile, across, out,
+                          out + band.band_floats);
+      }
+  }
+}
+
 // Output columns (per residue class) whose expanded rows stay in L1, in whole tiles.
 inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t expanded_rows) {
   const int64_t all = p.classes[0].count;
@@ -451,14 +509,14 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const int64_t channels = p.output_channels();
   SourcePlan plan(first_vector, vectors, channels, p.output_per_group, p.source_per_group, p.columns);
-  const Share rows(p.output_h, stripe, p.stripes);
+  const Share rows = p.stripe_rows(stripe);
   if (p.direct) plan.read_direct();
 
   Band band;
   band.image = image;
   const int64_t fresh = p.transposed ? p.band : p.band * p.stride_h;
   band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
-  band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
+  band.row_floats = ((p.winograd ? 2 * p.tile_columns() : p.output_w) * LANES + 15) / 16 * 16;
   band.band_floats = vectors * band.row_floats;
   band.expanded_rows = std::min(2 * p.dil_h + 1, p.source_h);
   int64_t expanded_floats = 0;
@@ -469,10 +527,14 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
     const int64_t columns = std::min(p.columns, run * p.classes[0].source_step + 2 * p.reach_columns);
     expanded_floats = std::max(expanded_floats, band.expanded_rows * s.expanded_blocks() * columns * LANES);
   }
+  const int64_t tiles = p.winograd ? p.tile_columns() * p.band / 2 : 0;
+  const int64_t input_floats = p.winograd ? POSITIONS * position_floats(tiles, p.source_per_group) : 0;
+  const int64_t product_floats = p.winograd ? POSITIONS * position_floats(tiles, 2 * LANES) : 0;
+  const int64_t zero_floats = p.winograd ? p.columns * LANES : 0;
   Carve carve(scratch);
   const int64_t tag_rows = band.ring_rows + band.expanded_rows;
   carve.reserve({band.ring_rows * plan.row_floats, p.band * band.band_floats, expanded_floats,
-                 plan.span_floats(), 2 * tag_rows});
+                 plan.span_floats(), 2 * tag_rows, input_floats, product_floats, zero_floats});
   plan.place(carve.take(band.ring_rows * plan.row_floats), band.ring_rows);
   band.results = carve.take(p.band * band.band_floats);
   band.expanded = carve.take(expanded_floats);
@@ -480,6 +542,11 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   int64_t* packed_tags = reinterpret_cast<int64_t*>(carve.take(2 * tag_rows));
   band.tags = packed_tags + band.ring_rows;
   std::fill(packed_tags, packed_tags + band.ring_rows, -1);
+  band.inputs = carve.take(input_floats);
+  band.products = carve.take(product_floats);
+  float* zeros = carve.take(zero_floats);
+  std::fill(zeros, zeros + zero_floats, 0.0f);
+  band.zeros = zeros;
 
   TaskSums sums(vectors);
   const RowColumns columns{p.first_column, p.columns, p.source_w};
@@ -494,6 +561,13 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
       }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
+      if (p.winograd) {
+        int64_t end = v + 1;
+        while (end < vectors && plan.source_of[end] == plan.source_of[v]) ++end;
+        compute_tiles(p, s, band, first_vector, v, end);
+        v = end;
+        continue;
+      }
       const bool broadcast = one_group(s.fetch);
       const int together = broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
       const int64_t all = p.classes[0].count;

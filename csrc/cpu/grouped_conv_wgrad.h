@@ -10,6 +10,7 @@
 // Accumulation: float32 in three levels (stripe or row, image, split), each in a fixed order.
 #pragma once
 #include "grouped_conv_rows.h"
+#include "grouped_conv_winograd.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -30,16 +31,18 @@ struct WgradPass {
   DType dtype;
   GroupedConvShape shape;
   int64_t source_per_group, output_per_group;
+  bool winograd;
   RowSource x, dy;
   void* dweight;
   WeightLayout layout;
-  float* partials;  // [splits][vectors][source_per_group][9][LANES]
+  float*
+      partials;  // [splits][vectors][source_per_group][9][LANES]; Winograd: [..][16][source_per_group][LANES]
   int64_t splits, chunk;
   int64_t first_column, columns;  // packed columns of x
 
   int64_t vectors() const { return (shape.k + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
-  int64_t vector_floats() const { return source_per_group * 9 * LANES; }
+  int64_t vector_floats() const { return source_per_group * (winograd ? POSITIONS : 9) * LANES; }
   // More splits than the pixels are worth would move more partial results than input.
   int64_t most_splits() const {
     const int64_t inputs = shape.n * (shape.h * shape.w * shape.c + shape.oh * shape.ow * shape.k);
@@ -270,6 +273,7 @@ struct WgradBlocks {
     const int64_t most = std::max<int64_t>(1, BLOCK_FLOATS / (x_floats * s.stride_h + dy_floats));
     stripes = (s.oh + most - 1) / most;
     stripe = (s.oh + stripes - 1) / stripes;
+    if (p.winograd) stripe += stripe % 2;
     stripes = (s.oh + stripe - 1) / stripe;
     const int64_t fitting =
         stripes > 1 ? 1 : std::max<int64_t>(1, BLOCK_FLOATS / (x_rows(p) * x_floats + stripe * dy_floats));
@@ -311,9 +315,15 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
     return;
   }
   const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
-  float* memory = scratch.floats(task.together * (x_rows * x.row_floats + stripe * dy.row_floats));
-  x.place(memory, task.together * x_rows);
-  dy.place(memory + task.together * x_rows * x.row_floats, task.together * stripe);
+  const int64_t x_floats = task.together * x_rows * x.row_floats;
+  const int64_t dy_floats = task.together * stripe * dy.row_floats;
+  WinogradGradient winograd{p.source_per_group, p.columns, s.h, p.shape.ow, x_rows, stripe};
+  const int64_t winograd_floats = p.winograd ? winograd.buffer_floats(p.output_per_group / LANES) : 0;
+  Carve carve(scratch);
+  carve.reserve({x_floats, dy_floats, winograd_floats});
+  x.place(carve.take(x_floats), task.together * x_rows);
+  dy.place(carve.take(dy_floats), task.together * stripe);
+  float* buffer = carve.take(winograd_floats);
   // One sum over very many blocks would lose digits: every so often it is added to the total.
   const bool gather = task.blocks > BLOCKS_PER_SUM;
   float* dw = gather ? sums.floats(floats) : total;
@@ -335,33 +345,46 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
       task.prefetch<T>(p, at + 1, &next);
     else if (after != nullptr && after->blocks > 0)
       after->prefetch<T>(p, 0, &next);
-    next.spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * images * rows);
     const bool fresh = at % BLOCKS_PER_SUM == 0;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const PackedSource& source = x.sources[x.source_of[v]];
-      const PackedSource& gradient = dy.sources[v];
-      float* out = dw + v * p.vector_floats();
-      for (int64_t kh = 0; kh < 3; ++kh) {
-        const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
-        const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
-        const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
-        if (low == high && !fresh) continue;
-        const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
-        for (int64_t c = 0; c < p.source_per_group;) {
-          const int64_t channels = std::min<int64_t>(
-              {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
-          const WgradBlock part{first + c / LANES * block + c % LANES,
-                                s.stride_h * source.row_floats,
-                                x_rows * source.row_floats,
-                                gradient.rows + low * gradient.row_floats,
-                                gradient.row_floats,
-                                stripe * gradient.row_floats,
-                                high - low,
-                                images,
-                                fresh,
-                                &next};
-          wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
-          c += channels;
+    if (p.winograd) {
+      if (fresh) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
+      next.spread(vectors * images * ((rows + 1) / 2) * POSITIONS);
+      for (int64_t v = 0; v < vectors;) {
+        const int source_of = x.source_of[v];
+        int64_t end = v + 1;
+        while (end < vectors && x.source_of[end] == source_of) ++end;
+        winograd.run(x.sources[source_of], &dy.sources[v], end - v, images, origin, rows, buffer,
+                     dw + v * p.vector_floats(), next);
+        v = end;
+      }
+    } else {
+      next.spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * images * rows);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const PackedSource& source = x.sources[x.source_of[v]];
+        const PackedSource& gradient = dy.sources[v];
+        float* out = dw + v * p.vector_floats();
+        for (int64_t kh = 0; kh < 3; ++kh) {
+          const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
+          const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
+          const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
+          if (low == high && !fresh) continue;
+          const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
+          for (int64_t c = 0; c < p.source_per_group;) {
+            const int64_t channels = std::min<int64_t>(
+                {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
+            const WgradBlock part{first + c / LANES * block + c % LANES,
+                                  s.stride_h * source.row_floats,
+                                  x_rows * source.row_floats,
+                                  gradient.rows + low * gradient.row_floats,
+                                  gradient.row_floats,
+                                  stripe * gradient.row_floats,
+                                  high - low,
+                                  images,
+                                  fresh,
+                                  &next};
+            wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
+            c += channels;
+          }
         }
       }
     }
@@ -462,6 +485,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.output_per_group = s.k / s.groups;
   p.x = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
+  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_WGRAD_OVERHEAD);
   p.dweight = q.dweight;
   p.layout = q.layout;
   p.partials = q.workspace;
@@ -469,6 +493,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.splits = std::max<int64_t>(1, std::min(s.n, p.most_splits()));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
+  if (p.winograd) p.columns = std::max(p.columns, (s.ow + 1) / 2 * 2 + 2);
   return p;
 }
 
@@ -497,9 +522,17 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const bool by_tap = p.layout.stride_tap == 1;
   const Share share(p.vectors(), ith, nth);
+  static thread_local Scratch scratch;
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = share.begin; v < share.end; ++v) {
+      float* taps = nullptr;
+      if (p.winograd) {
+        taps = scratch.floats(terms * LANES);
+        transform_dweights(p.source_per_group, taps, [&](int64_t position, int64_t c) {
+          return sum_splits(p, v, position * p.source_per_group + c);
+        });
+      }
       const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, p.shape.k - k);
       T* out = static_cast<T*>(p.dweight) + k * terms;
       for (int64_t first = 0; first < terms; first += LANES) {
@@ -508,7 +541,8 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
         for (int i = 0; i < LANES; ++i) {
           const int64_t at = std::min<int64_t>(first + i, terms - 1);
           const int64_t c = at % p.source_per_group, t = at / p.source_per_group;
-          square[i] = sum_splits(p, v, by_tap ? at : c * 9 + t);
+          const int64_t tap = by_tap ? at : c * 9 + t;
+          square[i] = p.winograd ? load(taps + tap * LANES) : sum_splits(p, v, tap);
         }
         transpose(square);
         for (int64_t l = 0; l < lanes; ++l) store_lanes(out + l * terms + first, square[l], columns);

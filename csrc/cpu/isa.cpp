@@ -15,6 +15,7 @@ namespace gconv {
 namespace {
 
 std::atomic<int32_t> chosen{-1};
+std::atomic<int32_t> winograd{-1};
 
 Isa best_supported() {
   if (isa_supported(Isa::avx512)) return Isa::avx512;
@@ -83,5 +84,32 @@ void isa_set(Isa isa) {
     throw std::runtime_error(std::string("set_cpu_isa: this CPU cannot run ") + isa_name(isa));
   chosen.store(static_cast<int32_t>(isa), std::memory_order_relaxed);
 }
+
+const char* winograd_name(Winograd use) {
+  return use == Winograd::never ? "never" : use == Winograd::always ? "always" : "auto";
+}
+
+bool winograd_from_name(const char* name, Winograd* use) {
+  for (Winograd candidate : {Winograd::never, Winograd::where_it_pays, Winograd::always})
+    if (std::strcmp(name, winograd_name(candidate)) == 0) {
+      *use = candidate;
+      return true;
+    }
+  return false;
+}
+
+Winograd winograd_current() {
+  int32_t value = winograd.load(std::memory_order_relaxed);
+  if (value < 0) {
+    const char* text = std::getenv("GCONV_WINOGRAD");
+    const std::string given = text == nullptr || *text == '\0' ? "1" : text;
+    if (given != "0" && given != "1") throw std::runtime_error("GCONV_WINOGRAD: want 0 or 1, got " + given);
+    winograd_set(given == "0" ? Winograd::never : Winograd::where_it_pays);
+    value = winograd.load(std::memory_order_relaxed);
+  }
+  return static_cast<Winograd>(value);
+}
+
+void winograd_set(Winograd use) { winograd.store(static_cast<int32_t>(use), std::memory_order_relaxed); }
 
 }  // namespace gconv

@@ -15,4 +15,15 @@ bool isa_from_name(const char* name, Isa* isa);
 Isa isa_current();
 void isa_set(Isa isa);  // for tests; throws if unsupported
 
+// Whether Winograd's algorithm runs where it can.
+enum class Winograd : int32_t { never, where_it_pays, always };
+
+const char* winograd_name(Winograd use);  // "never", "auto", "always"
+bool winograd_from_name(const char* name, Winograd* use);
+
+// The first call asks GCONV_WINOGRAD: 0 is never, 1 or nothing where it pays; else it throws
+// std::runtime_error.
+Winograd winograd_current();
+void winograd_set(Winograd use);
+
 }  // namespace gconv

@@ -1,0 +1,148 @@
+"""Winograd's algorithm in grouped_conv_*: held to the direct one's oracle, and chosen as it says."""
+
+import math
+import subprocess
+import sys
+
+import checks
+import conv_cases
+import pytest
+import torch
+from checks import DTYPES, ISAS, assert_same_bits
+from conv_cases import Case
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+VERIFY = {
+    "grouped_conv_fwd": (conv_cases.verify_fwd, conv_cases.FWD_VARIANTS),
+    "grouped_conv_fwd_stats": (conv_cases.verify_fwd_stats, conv_cases.STATS_VARIANTS),
+    "grouped_conv_bwd_input": (conv_cases.verify_bwd_input, conv_cases.BWD_INPUT_VARIANTS),
+    "grouped_conv_bwd_weight": (conv_cases.verify_bwd_weight, conv_cases.BWD_WEIGHT_VARIANTS),
+}
+# Whole vectors of every instruction set, then of the narrower ones only; images of whole and of cut tiles,
+# more rows than a band and more columns than a tile's registers hold, one pixel; every padding.
+CASES = (
+    Case(16, 16, 3, 2, 14, 14),
+    Case(32, 32, 2, 3, 7, 7),
+    Case(48, 48, 1, 1, 9, 20),
+    Case(64, 64, 1, 2, 5, 33),
+    Case(112, 112, 1, 1, 6, 5),
+    Case(16, 32, 2, 1, 8, 9, padding=(0, 0)),
+    Case(32, 16, 2, 2, 9, 6, padding=(2, 2)),
+    Case(16, 80, 1, 1, 10, 4, padding=(2, 0)),
+    Case(144, 16, 1, 1, 5, 6, padding=(0, 1)),
+    Case(16, 16, 1, 1, 1, 1),
+    Case(16, 16, 2, 1, 40, 12),
+    Case(8, 24, 3, 2, 9, 7),
+    Case(12, 4, 5, 1, 8, 11),
+)
+each_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+each_op = pytest.mark.parametrize("name", VERIFY)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@each_isa
+@each_case
+@each_op
+@pytest.mark.parametrize("kind", ["integer", "normal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
+def test_against_float64(isa, ops, winograd, name, case, kind, dtype):
+    """Integers exactly; other values within the bound of a direct algorithm."""
+    winograd("always")
+    verify, variants = VERIFY[name]
+    verify(getattr(ops, name), case, dtype, kind, "plain")
+    rotated = checks.rotate(variants, str(case), str(dtype), kind, name)
+    verify(getattr(ops, name), case, dtype, kind, rotated)
+
+
+def results(ops, case):
+    data = conv_cases.Data(case, torch.float32, "normal", "winograd")
+    x, dy = data.activation(case.input_size), data.activation(case.output_size)
+    weight = data.weight(9 * case.cin)
+    return {
+        "y": ops.grouped_conv_fwd(x, weight, *case.geometry, None, None, None, False),
+        "dx": ops.grouped_conv_bwd_input(
+            dy, weight, case.input_size, *case.geometry, None, None, None, None
+        )[0],
+        "dw": ops.grouped_conv_bwd_weight(dy, x, case.weight_size, *case.geometry, None, None, None),
+    }
+
+
+def same_bits(one, other):
+    return {name: torch.equal(one[name], other[name]) for name in one}
+
+
+@pytest.mark.parametrize(
+    "case, pays",
+    [
+        (Case(64, 64, 1, 1, 28, 28), True),
+        (Case(64, 64, 1, 1, 4, 3), False),
+        (Case(64, 64, 1, 1, 28, 28, stride=(2, 2)), None),
+        (Case(64, 64, 1, 1, 28, 28, padding=(2, 2), dilation=(2, 2)), None),
+        (Case(20, 20, 2, 1, 28, 28), None),
+    ],
+    ids=str,
+)
+def test_runs_where_it_can_and_pays(ops, winograd, case, pays):
+    """The two algorithms differ in their last bits, so the bits tell which one ran."""
+    if ops.cpu_isa() == "portable":
+        pytest.skip("20 channels are whole vectors there")
+    found = {}
+    for use in ("never", "auto", "always"):
+        winograd(use)
+        found[use] = results(ops, case)
+    differs = [not same for same in same_bits(found["never"], found["always"]).values()]
+    assert all(differs) if pays is not None else not any(differs)
+    chosen = "always" if pays else "never"
+    assert all(same_bits(found["auto"], found[chosen]).values())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[10]], ids=str)
+def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, winograd, case):
+    winograd("always")
+    threads(1)
+    first = results(ops, case)
+    for count in (1, 2, 3):
+        threads(count)
+        for name, got in results(ops, case).items():
+            assert_same_bits(got, first[name], f"{name}, {count} threads")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_where_it_belongs(isa, ops, winograd, value):
+    """An infinity may become NaN; no other pixel or channel loses its value."""
+    winograd("always")
+    case = Case(16, 16, 2, 2, 9, 11)
+    data = conv_cases.Data(case, torch.float32, "normal", "not finite")
+    x, dy = data.activation(case.input_size), data.activation(case.output_size)
+    weight = data.weight(9 * case.cin)
+    x[1, 17, 4, 5] = dy[0, 3, 2, 3] = value
+    args = (x, weight, *case.geometry, None, None, None, False)
+    y = ops.grouped_conv_fwd(*args)
+    assert torch.equal(y.isfinite(), checks.ref_fwd(torch.float64, *args).isfinite())
+    args = (dy, weight, case.input_size, *case.geometry, None, None, None, None)
+    dx, _ = ops.grouped_conv_bwd_input(*args)
+    assert torch.equal(dx.isfinite(), checks.ref_bwd_input(torch.float64, *args)[0].isfinite())
+    args = (dy, x, case.weight_size, *case.geometry, None, None, None)
+    dw, want = ops.grouped_conv_bwd_weight(*args), checks.ref_bwd_weight(torch.float64, *args)
+    assert torch.equal(dw.isfinite().all(-1).all(-1), want.isfinite().all(-1).all(-1))
+
+
+def test_choice_is_reported_and_refused(ops, winograd):
+    winograd("always")
+    with pytest.raises((RuntimeError, ValueError), match="want never, auto or always, got sometimes"):
+        ops.set_cpu_winograd("sometimes")
+    assert ops.cpu_winograd() == "always"
+
+
+@pytest.mark.parametrize("value, want", [(None, "auto"), ("1", "auto"), ("0", "never"), ("yes", None)])
+def test_environment_variable(monkeypatch, value, want):
+    monkeypatch.delenv("GCONV_WINOGRAD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GCONV_WINOGRAD", value)
+    code = "import torch, gconv; print(torch.ops.gconv.cpu_winograd())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if want is None:
+        assert run.returncode != 0 and "GCONV_WINOGRAD: want 0 or 1, got yes" in run.stderr
+    else:
+        assert run.stdout.strip() == want, run.stderr
