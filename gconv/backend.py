@@ -26,7 +26,7 @@ POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
-DENSE_TO_TORCH_CHANNELS: int | None = 128
+DENSE_TO_TORCH_CHANNELS: int | None = 384
 
 
 class FallbackWarning(UserWarning):

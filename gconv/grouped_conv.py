@@ -509,9 +509,10 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section
     3.2).
 
-    3x3 kernels with stride 1 or 2 and padding up to twice the dilation in float32, bfloat16 and float16 on a CPU run on gconv's
-    kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say
-    what and why). Differentiable to any order in reverse mode; forward-mode AD raises on the kernels.
+    3x3 kernels with stride 1 or 2 and padding up to twice the dilation in float32, bfloat16 and float16 on a
+    CPU run on gconv's kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and
+    `gconv.explain` say what and why). Differentiable to any order in reverse mode; forward-mode AD raises on
+    the kernels.
 
     Args:
         x: [N, C, H, W] or [C, H, W]; N may be 0.
