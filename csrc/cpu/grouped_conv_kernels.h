@@ -17,7 +17,7 @@ inline int64_t pass_floats(const Pass& p) {
 }
 
 inline void plan(Pass& p, bool narrow) {
-  if (narrow) return plan_grid(p, NARROW_WEIGHT_FLOATS, 2);
+  if (narrow) return plan_narrow(p);
   p.winograd ? plan_winograd(p) : plan_work(p);
 }
 

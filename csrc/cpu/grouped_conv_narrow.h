@@ -10,7 +10,8 @@
 //   lanes once per channel, one shuffle for nine multiplications. The output rows in flight are the
 //   accumulators; between rows they rest in L1. A complete row leaves from the registers.
 // Bytes moved: source and output once, two columns of each strip twice (from L2); weights and rows in flight
-//   stay in L1. The next row is fetched while a row is computed.
+//   stay in L1. The next row is fetched while a row is computed, the next stripe while all chunks pass over
+//   one.
 // Accumulation: float32, taps in a fixed order; statistics per strip, merged by Chan's rule.
 #pragma once
 #include "grouped_conv_pass.h"
@@ -106,6 +107,7 @@ struct StripStep {
   int channels;  // of a group
   Index lanes;   // first channel of each lane's group
   FetchAhead ahead;
+  RowPrefetch* below;  // rows of the next task
   // Complete rows of whole float32 vectors go from the registers to the tensor; null: to `out` as well.
   float* direct[3];
   int64_t direct_pixel;        // floats between its pixels
@@ -140,11 +142,16 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
                        [&](int64_t p) GCONV_LAMBDA { return acc[p]; });
 }
 
+// Whether the next row's lines are fetched a few per channel: where a vector's are more than the core has
+// line buffers. Otherwise all before the first channel.
+constexpr bool fetch_by_channel(Scale scale) { return scale == Scale::halve; }
+
 template <Scale SCALE, int ROWS, int PIXELS>
 void strip_step(const StripStep& a) {
   constexpr int COLUMNS = staged_columns(SCALE, PIXELS);
   for (int64_t v = 0; v < a.vectors; ++v) {
-    a.ahead.fetch(v);
+    if constexpr (!fetch_by_channel(SCALE)) a.ahead.fetch(v);
+    a.below->step();
     Vec acc[ROWS][PIXELS];
     const float* weight[ROWS];
     GCONV_UNROLL
@@ -157,6 +164,7 @@ void strip_step(const StripStep& a) {
     const float* source = a.source + v * a.source_step;
     Index lanes = a.lanes;
     for (int c = 0; c < a.channels; ++c, lanes = index_add(lanes, 1)) {
+      if constexpr (fetch_by_channel(SCALE)) a.ahead.fetch(v, c);
       Vec w[ROWS][3];
       GCONV_UNROLL
       for (int r = 0; r < ROWS; ++r) {
@@ -216,6 +224,17 @@ inline StripFunction strip_function(Scale scale, int rows, int pixels) {
 }
 
 constexpr int64_t NARROW_WEIGHT_FLOATS = 5 * 1024;  // packed weights of a chunk: under half of L1
+constexpr int64_t STRIPE_BYTES = 700 * 1024;        // of the source: it and the next one stay in L2
+
+// Several chunks pass over a stripe one after the other: the first would find nothing in L2, the last too
+// much.
+inline void plan_narrow(Pass& p) {
+  plan_grid(p, NARROW_WEIGHT_FLOATS, 2);
+  if (p.chunks() == 1) return;
+  const int64_t row_bytes = p.source_w * p.source.channels * (p.dtype == DType::f32 ? 4 : 2);
+  const int64_t wanted = (p.source_h * row_bytes + STRIPE_BYTES - 1) / STRIPE_BYTES;
+  p.stripes = std::max(p.stripes, std::min(wanted, p.output_h / 4));
+}
 
 // A chunk's staged row and rows in flight, in L1; sizes in floats, one vector's after the other's.
 struct StripBuffers {
@@ -278,7 +297,7 @@ struct NarrowTile {
 // The rows of a strip, top to bottom.
 template <typename T>
 void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, const StripBuffers& buffers,
-                  StripMoments* moments, CompensatedSum (*sums)[2]) {
+                  StripMoments* moments, CompensatedSum (*sums)[2], RowPrefetch* below) {
   const Scale scale = scale_of(p);
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
   const Share& rows = tile.rows;
@@ -296,14 +315,14 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   step.shift = p.affine == nullptr ? nullptr : p.affine + p.output_channels() + channel;
   step.relu = p.relu, step.stream = p.stream;
   step.moments = p.moments ? moments : nullptr;
+  step.below = below;
   const bool direct = std::is_same_v<T, float> && p.residual.data == nullptr && p.mask_act == nullptr &&
                       strip.width == strip.pixels && channel + vectors * LANES <= p.output_channels();
   int64_t next = rows.begin;  // output row to be written next, where they do not leave directly
   const int64_t last = last_source_row(scale, rows.end - 1);
   for (int64_t r = first_source_row(scale, rows.begin); r <= last; ++r) {
     if (r >= 0 && r < p.source_h) {
-      stage_row<T>(p.source, image, r, channel, vectors, 0, strip.source, buffers.staged,
-                   buffers.staged_floats);
+      stage_row<T>(p.source, image, r, channel, vectors, strip.source, buffers.staged, buffers.staged_floats);
       int fed = 0;
       for (int i = 0; i < 3; ++i) {
         const int64_t o = fed_row(scale, r, i);
@@ -325,6 +344,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
         step.ahead.add<T>(p.source.x, image, r + 1, channel, strip.source);
         if (p.source.prologue == Prologue::finish)
           step.ahead.add<T>(p.source.y, image, r + 1, channel, strip.source);
+        if (fetch_by_channel(scale)) step.ahead.split(step.channels);
       }
       if (fed > 0) functions[fed - 1](step);
     }
@@ -346,7 +366,8 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
 }
 
 template <typename T>
-void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
+void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, int64_t next,
+                 Scratch& scratch) {
   const Scale scale = scale_of(p);
   const int64_t first_vector = chunk * p.chunk;
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
@@ -354,9 +375,23 @@ void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Sc
   const StripBuffers buffers(scale, vectors, scratch);
   StripMoments strip_moments[SourcePlan::MOST];
   TaskSums sums(vectors);
+  RowPrefetch below;
+  if (next >= 0 && p.chunks() > 1) {
+    // Each chunk's pass fetches its share of the next stripe's rows in the order of the tensor, all channels.
+    const Share rows = p.stripe_rows(next % p.stripes);
+    const int64_t first = std::max<int64_t>(0, first_source_row(scale, rows.begin));
+    const int64_t end = std::min(p.source_h, last_source_row(scale, rows.end - 1) + 1);
+    const Share part(end - first, chunk, p.chunks());
+    const int64_t at = next / p.stripes;
+    below.add<T>(p.source, at, at + 1, first + part.begin, first + part.end, p.source_w, 0,
+                 p.source.channels);
+    const int64_t source_rows =
+        last_source_row(scale, tile.rows.end - 1) - first_source_row(scale, tile.rows.begin) + 1;
+    below.spread(source_rows * vectors * Strip::count(p, scale));
+  }
   for (int64_t s = 0; s < Strip::count(p, scale); ++s) {
     const Strip strip(p, scale, s);
-    narrow_strip<T>(p, tile, strip, buffers, strip_moments, sums.gradients);
+    narrow_strip<T>(p, tile, strip, buffers, strip_moments, sums.gradients, &below);
     for (int64_t v = 0; p.moments && v < vectors; ++v)
       strip_moments[v].merge_into(&sums.moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
   }
@@ -364,9 +399,10 @@ void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Sc
 }
 
 inline void run_narrow(Pass p, int64_t ith, int64_t nth) {
-  run_tasks(p, ith, nth, [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
-    narrow_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, scratch);
-  });
+  run_tasks(p, ith, nth,
+            [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, int64_t next, Scratch& scratch) {
+              narrow_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, next, scratch);
+            });
 }
 
 }  // namespace GCONV_ISA_NS

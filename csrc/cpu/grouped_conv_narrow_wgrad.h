@@ -6,8 +6,8 @@
 //   groups' lanes once per channel and meets the nine vectors of x around it as they lie: the lanes of dw are
 //   the input channels.
 // Bytes moved: x and dy once, and two columns of x twice per strip (from L2); dw of a chunk and three rows of
-// x
-//   of a strip stay in L1.
+//   x of a strip stay in L1. The next row is fetched while a row is computed, a few lines per pair of
+//   channels.
 // Accumulation: float32, pixels in a fixed order, in three levels (strip, images of a split, splits).
 #pragma once
 #include "grouped_conv_narrow.h"
@@ -73,11 +73,12 @@ GCONV_INLINE void outer_columns(const OuterStep& a, int64_t v, Index lanes, floa
 template <int STRIDE>
 void outer_step(const OuterStep& a) {
   for (int64_t v = 0; v < a.vectors; ++v) {
-    a.ahead.fetch(v);
     float* dw = a.dw + v * a.dw_step;
     Index lanes = a.lanes;
     int k = 0;
+    if (a.channels < OUTER_CHANNELS) a.ahead.fetch(v);
     for (; k + OUTER_CHANNELS <= a.channels; k += OUTER_CHANNELS, dw += OUTER_CHANNELS * 9 * LANES) {
+      a.ahead.fetch(v, k / OUTER_CHANNELS);
       outer_columns<OUTER_CHANNELS, STRIDE>(a, v, lanes, dw);
       lanes = index_add(lanes, OUTER_CHANNELS);
     }
@@ -141,11 +142,16 @@ void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const S
   int64_t tags[OuterBuffers::RING];
   std::fill(tags, tags + OuterBuffers::RING, -1);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    stage_row<T>(p.dy, image, r, channel, vectors, 0, dy_columns, buffers.dy, buffers.dy_floats);
+    stage_row<T>(p.dy, image, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
     step.ahead = FetchAhead();
     if (r + 1 < s.oh) {
       step.ahead.add<T>(p.dy.x, image, r + 1, channel, dy_columns);
       if (p.dy.prologue == Prologue::finish) step.ahead.add<T>(p.dy.y, image, r + 1, channel, dy_columns);
+      for (int64_t i = 0; i < stride; ++i) {
+        const int64_t at = (r + 1) * stride + 1 - i;
+        if (at < s.h) step.ahead.add<T>(p.x.x, image, at, channel, x_columns);
+      }
+      step.ahead.split(std::max(1, step.channels / OUTER_CHANNELS));
     }
     for (int64_t i = 0; i < 3; ++i) {
       const int64_t at = r * stride + i - 1, slot = (at + OuterBuffers::RING) % OuterBuffers::RING;
@@ -155,7 +161,7 @@ void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const S
       step.x_step[i] = inside ? staged_step : 0;
       if (!inside || tags[slot] == at) continue;
       tags[slot] = at;
-      stage_row<T>(p.x, image, at, channel, vectors, stride, x_columns, x, staged_step);
+      stage_row<T>(p.x, image, at, channel, vectors, x_columns, x, staged_step);
     }
     stride == 1 ? outer_step<1>(step) : outer_step<2>(step);
   }

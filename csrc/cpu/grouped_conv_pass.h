@@ -598,7 +598,8 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
-// Runs task(T*, image, stripe, chunk, scratch) over this share of the grid.
+// Runs task(T*, image, stripe, chunk, next, scratch) over this share of the grid; `next` is the stripe, among
+// those of all images, that this share goes on with, or -1.
 template <typename Task>
 void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
   static thread_local Scratch scratch;
@@ -612,16 +613,18 @@ void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
     for (int64_t i = share.begin; i < share.end; ++i) {
       const int64_t at = by_chunk ? i % stripes : i / chunks;
       const int64_t chunk = by_chunk ? i / stripes : i % chunks;
-      task(type, at / p.stripes, at % p.stripes, chunk, scratch);
+      const bool last = by_chunk || at == (share.end - 1) / chunks;
+      task(type, at / p.stripes, at % p.stripes, chunk, last ? -1 : at + 1, scratch);
     }
     if (p.stream) stream_end();
   });
 }
 
 inline void run_pass(Pass p, int64_t ith, int64_t nth) {
-  run_tasks(p, ith, nth, [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
-    pass_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, scratch);
-  });
+  run_tasks(p, ith, nth,
+            [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, int64_t, Scratch& scratch) {
+              pass_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, scratch);
+            });
 }
 
 }  // namespace GCONV_ISA_NS

@@ -308,14 +308,12 @@ inline void expand_row(const PackedSource& source, const float* packed, int64_t 
 }
 
 // Columns [first, first + count) of a row, every vector of a chunk: to float32, prologue applied, zero
-// outside the image. The same columns `ahead` rows below are fetched meanwhile; past the last row that does
-// nothing.
+// outside the image.
 template <typename T, Prologue P>
 void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
-               int64_t ahead, const RowColumns& columns, float* staged, int64_t staged_step) {
+               const RowColumns& columns, float* staged, int64_t staged_step) {
   const int64_t begin = columns.begin(), end = columns.end();
   const int64_t x_pixel = s.x.stride_w, y_pixel = s.y.stride_w;
-  const int64_t x_ahead = ahead * s.x.stride_h, y_ahead = ahead * s.y.stride_h;
   const T* x_row = row_pointer<T>(s.x, image, row, channel) + (columns.first + begin) * x_pixel;
   const T* y_row = nullptr;
   if constexpr (P == Prologue::finish)
@@ -327,9 +325,6 @@ void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, 
     const T *x = x_row + v * LANES, *y = y_row;
     if constexpr (P == Prologue::finish) y += v * LANES;
     for (int64_t j = begin; j < end; ++j) {
-      if (ahead > 0) __builtin_prefetch(x + x_ahead, 0, 3);
-      if constexpr (P == Prologue::finish)
-        if (ahead > 0) __builtin_prefetch(y + y_ahead, 0, 3);
       store(out + j * LANES, coefficients.apply(x, y, lanes));
       x += x_pixel;
       if constexpr (P == Prologue::finish) y += y_pixel;
@@ -343,10 +338,9 @@ void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, 
 
 template <typename T>
 void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
-               int64_t ahead, const RowColumns& columns, float* staged, int64_t staged_step) {
+               const RowColumns& columns, float* staged, int64_t staged_step) {
   const auto run = [&](auto prologue) {
-    stage_row<T, decltype(prologue)::value>(s, image, row, channel, vectors, ahead, columns, staged,
-                                            staged_step);
+    stage_row<T, decltype(prologue)::value>(s, image, row, channel, vectors, columns, staged, staged_step);
   };
   switch (s.prologue) {
     case Prologue::none:
@@ -364,7 +358,7 @@ struct FetchAhead {
   static constexpr int MOST = 4;
   const char* at[MOST];
   int64_t pixel[MOST], vector;
-  int columns[MOST];
+  int columns[MOST], part_columns[MOST];
   int rows = 0;
 
   template <typename T>
@@ -381,6 +375,17 @@ struct FetchAhead {
     for (int i = 0; i < rows; ++i) {
       const char* line = at[i] + v * vector;
       for (int j = 0; j < columns[i]; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 3);
+    }
+  }
+  // The same in parts, where a vector has more lines than the core has buffers for them.
+  void split(int parts) {
+    for (int i = 0; i < rows; ++i) part_columns[i] = (columns[i] + parts - 1) / parts;
+  }
+  GCONV_INLINE void fetch(int64_t v, int part) const {
+    for (int i = 0; i < rows; ++i) {
+      const int begin = part_columns[i] * part, end = std::min(columns[i], begin + part_columns[i]);
+      const char* line = at[i] + v * vector + begin * pixel[i];
+      for (int j = begin; j < end; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 3);
     }
   }
 };
