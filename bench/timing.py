@@ -1,9 +1,8 @@
 """Times several rivals against each other so that a shared, drifting machine treats them alike.
 
-The rivals take turns (A B C, B C A, C A B, ...). A turn of a fast rival is one untimed call, in which its
-threads wake up and the code of its predecessor leaves the caches, and then a few timed ones; a turn of a
-slow rival is one timed call. Figures are percentiles over all timed calls, and the interval of a ratio
-comes from resampling whole rounds.
+The rivals take turns (A B C, B C A, C A B, ...). A turn is one untimed call, in which its threads wake up and
+the code and data of its predecessor leave the caches, and then one timed call or, of a fast rival, a few.
+Figures are percentiles over all timed calls, and the interval of a ratio comes from resampling whole rounds.
 
 Interference is recognised by its cause first: the kernel counts how often it took a core away from this
 process (involuntary context switches) and for how long the host did (steal time). A round in which either
@@ -26,7 +25,7 @@ import numpy as np
 
 __all__ = ["Plan", "Result", "Rival", "Timing", "interleave", "peak_memory_mb", "ratio_interval", "status_mb"]
 
-TURN_MS = 6.0  # a turn of a fast rival is filled up to about this
+TURN_MS = 6.0  # the timed calls of a fast rival's turn take about this together
 MAX_CALLS_PER_TURN = 8
 SWITCHES_PER_CALL = 1  # involuntary context switches that one call may see: the scheduler's own tick work
 JUMP_MS = 4.0  # a scheduler's time slice on a busy host is 4 to 8 ms
@@ -124,11 +123,9 @@ def _trim() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _turn(
-    rival: Rival, index: int, calls: int, lead_in: bool, before: Sequence[Callable[[], None]]
-) -> np.ndarray:
+def _turn(rival: Rival, index: int, calls: int, before: Sequence[Callable[[], None]]) -> np.ndarray:
     times = np.empty(calls)
-    for k in range(-1 if lead_in else 0, calls):
+    for k in range(-1, calls):
         rival.prepare(index + k + 1)
         for action in before:
             action()
@@ -151,12 +148,11 @@ def interleave(
         before.append(_trim)
     estimates = {}
     for rival in rivals:
-        warm = _turn(rival, 0, max(2, plan.warmup), True, before)
+        warm = _turn(rival, 0, max(2, plan.warmup), before)
         estimates[rival.name] = float(warm.min())
     calls = {
         name: int(np.clip(TURN_MS // max(t, 1e-3), 1, MAX_CALLS_PER_TURN)) for name, t in estimates.items()
     }
-    lead_in = {name: t < TURN_MS for name, t in estimates.items()}
 
     samples: dict[str, list[np.ndarray]] = {rival.name: [] for rival in rivals}
     disturbed: list[bool] = []
@@ -170,9 +166,9 @@ def interleave(
         for rival in (*rivals[done % len(rivals) :], *rivals[: done % len(rivals)]):
             switches, stolen = _disturbances()
             n = calls[rival.name]
-            samples[rival.name].append(_turn(rival, done * n, n, lead_in[rival.name], before))
+            samples[rival.name].append(_turn(rival, done * n, n, before))
             switches_after, stolen_after = _disturbances()
-            allowed = SWITCHES_PER_CALL * (n + lead_in[rival.name])
+            allowed = SWITCHES_PER_CALL * (n + 1)
             bad |= switches_after - switches > allowed or stolen_after - stolen > 1
         disturbed.append(bad)
         if on_round:

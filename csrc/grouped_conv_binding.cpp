@@ -110,9 +110,10 @@ struct Forward {
 
   void run() {
     const GroupedConvShape& s = p.shape;
-    workspace = workspace_floats(grouped_conv_fwd_workspace(p), x);
+    const int64_t floats = grouped_conv_fwd_workspace(p);
+    workspace = workspace_floats(floats, x);
     p.workspace = floats_of(workspace);
-    run_stage(grouped_conv_fwd_pack_cpu, p, weight_work(s));
+    run_stage(grouped_conv_fwd_pack_cpu, p, floats);
     run_stage(grouped_conv_fwd_cpu, p, work_of(s));
     if (p.mean != nullptr) run_stage(grouped_conv_fwd_merge_cpu, p, s.n * s.k);
   }
@@ -201,9 +202,10 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
   }
   Tensor dx = empty_channels_last(input, dy);
   p.dx = writable_view_of(dx);
-  const Tensor workspace = workspace_floats(grouped_conv_bwd_input_workspace(p), dy);
+  const int64_t floats = grouped_conv_bwd_input_workspace(p);
+  const Tensor workspace = workspace_floats(floats, dy);
   p.workspace = floats_of(workspace);
-  run_stage(grouped_conv_bwd_input_pack_cpu, p, weight_work(s));
+  run_stage(grouped_conv_bwd_input_pack_cpu, p, floats);
   run_stage(grouped_conv_bwd_input_cpu, p, work_of(s));
   if (p.sums != nullptr) run_stage(grouped_conv_bwd_input_merge_cpu, p, s.n * s.c);
   return {dx, sums};

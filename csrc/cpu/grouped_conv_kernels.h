@@ -40,6 +40,7 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
   p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
   plan(p, is_narrow(s));
+  p.raw_weight = q.weight, p.layout = q.layout;
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
@@ -62,88 +63,22 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
   p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
   plan(p, is_narrow(s));
+  p.raw_weight = q.weight, p.layout = q.layout;
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
   return p;
 }
 
-// Calls f(i, element i of each of LANES rows) for every i below `count`.
-template <typename T, typename F>
-GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
-  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
-    const T* at[LANES];
-    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
-    Vec v[LANES];
-    load_columns(at, columns, v);
-    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
-  };
-  int64_t first = 0;
-  for (; first + LANES <= count; first += LANES) block(first, LANES);
-  if (first < count) block(first, static_cast<int>(count - first));
-}
-
-// Vector v of [K, C/groups, 3, 3] to [source channel][3][3][LANES]; for the input gradient the roles of the
-// channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
-// never stored.
-template <typename T>
-void pack_vector(const Pass& p, const T* weight, WeightLayout layout, int64_t v, float* out) {
-  const int64_t per_group = p.output_per_group;
-  const int64_t kernel = 9 * (p.transposed ? per_group : p.source_per_group);
-  const int64_t last = p.output_channels() - 1;
-  const T* rows[LANES];
-  for (int64_t l = 0; l < LANES; ++l) {
-    const int64_t channel = std::min(v * LANES + l, last);
-    const int64_t group = channel / per_group, within = channel % per_group;
-    rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
-                           : weight + channel * kernel;
-  }
-  if (!p.transposed) {
-    const bool by_tap = layout.stride_tap == 1;
-    const int64_t inner = by_tap ? 1 : p.source_per_group;
-    int64_t c = 0, t = 0;
-    for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
-      store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
-      if (++c == inner) c = 0, ++t;
-    });
-  } else if (layout.stride_tap == 1) {
-    for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
-      for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
-      for (const T*& row : rows) row += kernel;
-    }
-  } else {
-    const bool adjacent = v * LANES % per_group + LANES <= per_group;
-    for (int64_t c = 0; c < p.source_per_group; ++c)
-      for (int64_t t = 0; t < 9; ++t, out += LANES) {
-        const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
-        store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
-      }
-  }
-}
-
-template <typename T>
-void pack_weight(const Pass& p, const T* weight, WeightLayout layout, float* packed, int64_t ith,
-                 int64_t nth) {
-  static thread_local Scratch scratch;
+// A share of the weights that all threads use.
+inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
+  if (p.packs_chunks()) return;
   const Share share(p.vectors(), ith, nth);
-  for (int64_t v = share.begin; v < share.end; ++v) {
-    float* out = packed + v * p.weight_floats();
-    float* taps = p.winograd ? scratch.floats(p.source_per_group * WEIGHTS_PER_CHANNEL) : out;
-    pack_vector(p, weight, layout, v, taps);
-    if (p.winograd) transform_weights(taps, p.source_per_group, out);
-  }
-}
-
-inline void pack_pass(const Pass& p, const void* weight, WeightLayout layout, float* packed, int64_t ith,
-                      int64_t nth) {
-  with_dtype(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    pack_weight(p, static_cast<const T*>(weight), layout, packed, ith, nth);
-  });
+  pack_vectors(p, share.begin, share.end, packed + share.begin * p.weight_floats());
 }
 
 int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
-  pack_pass(plan_forward(q), q.weight, q.layout, q.workspace, ith, nth);
+  pack_share(plan_forward(q), q.workspace, ith, nth);
 }
 void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   is_narrow(q.shape) ? run_narrow(plan_forward(q), ith, nth) : run_pass(plan_forward(q), ith, nth);
@@ -184,7 +119,7 @@ int64_t bwd_input_workspace(const GroupedConvBwdInputParams& q) {
   return pass_floats(plan_input_gradient(q));
 }
 void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
-  pack_pass(plan_input_gradient(q), q.weight, q.layout, q.workspace, ith, nth);
+  pack_share(plan_input_gradient(q), q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   is_narrow(q.shape) ? run_narrow(plan_input_gradient(q), ith, nth)

@@ -337,7 +337,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
                                      o * p.output.stride_h + strip.first * p.output.stride_w + channel
                                : nullptr;
         step.first[fed] = o == rows.begin;
-        step.weight[fed++] = p.weight + tile.first_vector * step.weight_step + i * 3 * LANES;
+        step.weight[fed++] = p.weights_of(tile.first_vector) + i * 3 * LANES;
       }
       step.ahead = FetchAhead();
       if (r + 1 < p.source_h) {

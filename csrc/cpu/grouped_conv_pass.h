@@ -15,172 +15,10 @@
 // of rows: pack the band's new source rows; compute it vector by vector, the weights staying in L1; write
 // it out in the tensor's order.
 #pragma once
-#include "grouped_conv_tiles.h"
-#include "grouped_conv_winograd.h"
+#include "grouped_conv_pack.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
-
-// One residue class of output columns and the taps that reach it.
-struct ColumnClass {
-  int64_t first, step, count;  // output columns first + q * step, q < count
-  int64_t source_step;         // source column of tap t at q: q * source_step + offset[t]
-  int taps;
-  int tap[3];  // horizontal index into the packed weights, ascending offset
-  int64_t offset[3];
-  TileKind kind;
-};
-
-// A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
-struct Pass {
-  DType dtype;
-  int64_t n, source_h, source_w, output_h, output_w;
-  int64_t groups, source_per_group, output_per_group;
-  bool transposed;
-  bool winograd;  // tiles of 2x2 output pixels
-  int64_t stride_h, pad_h, dil_h;
-  RowSource source;
-  const float* weight;  // packed
-  const float* affine;  // forward epilogue
-  Nhwc residual;
-  bool relu;
-  bool moments;  // (mean, M2) of the output into partials
-  Nhwc mask_x;   // input-gradient epilogue
-  const float* mask_act;
-  Nhwc output;
-  bool stream;                    // write it past the caches
-  float* partials;                // [images * stripes][2][output channels]
-  int64_t stripes, chunk;         // rows are cut into stripes, output vectors into chunks
-  int64_t band;                   // output rows computed together
-  int64_t first_column, columns;  // packed columns: source columns first_column + [0, columns)
-  ColumnClass classes[2];
-  int class_count;
-  int64_t reach_columns;  // columns that taps reach beyond a run on one side, at most
-  bool direct;            // broadcast sources are read where they lie, not packed
-
-  int64_t output_channels() const { return groups * output_per_group; }
-  int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
-  int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
-  // Packed weights of one vector.
-  int64_t weight_floats() const {
-    return source_per_group * (winograd ? POSITIONS * LANES : WEIGHTS_PER_CHANNEL);
-  }
-  int64_t packed_weight_floats() const { return vectors() * weight_floats(); }
-  int64_t partial_rows() const { return n * stripes; }
-  int64_t tile_columns() const { return (output_w + 1) / 2; }
-  // Output rows of a stripe; whole tiles but for the last.
-  Share stripe_rows(int64_t stripe) const {
-    if (!winograd) return Share(output_h, stripe, stripes);
-    Share rows((output_h + 1) / 2, stripe, stripes);
-    rows.begin *= 2, rows.end = std::min(output_h, 2 * rows.end);
-    return rows;
-  }
-
-  // Source row of vertical tap kh for an output row, or -1 where the tap falls outside or between.
-  int64_t source_row(int64_t row, int64_t kh) const {
-    int64_t at;
-    if (transposed) {
-      at = row + pad_h - kh * dil_h;
-      if (at < 0 || at % stride_h != 0) return -1;
-      at /= stride_h;
-    } else {
-      at = row * stride_h + kh * dil_h - pad_h;
-    }
-    return at >= 0 && at < source_h ? at : -1;
-  }
-};
-
-inline void plan_columns(Pass& p, int64_t stride, int64_t pad, int64_t dil) {
-  p.class_count = 0;
-  int64_t low = 0, high = 0;
-  const int64_t residues = p.transposed ? stride : 1;
-  for (int64_t residue = 0; residue < residues; ++residue) {
-    ColumnClass k{};
-    k.first = residue;
-    k.step = residues;
-    k.count = p.output_w > residue ? (p.output_w - residue + residues - 1) / residues : 0;
-    k.source_step = p.transposed ? 1 : stride;
-    for (int i = 0; i < 3; ++i) {
-      const int64_t tap = p.transposed ? 2 - i : i;  // ascending offset; packed weights are mirrored
-      if (!p.transposed) {
-        k.offset[k.taps] = tap * dil - pad;
-      } else {
-        const int64_t at = residue + pad - tap * dil;
-        if (((at % stride) + stride) % stride != 0) continue;
-        k.offset[k.taps] = at / stride;
-      }
-      k.tap[k.taps++] = i;
-    }
-    if (k.count == 0) continue;
-    const bool neighbours =
-        (k.taps < 2 || k.offset[1] - k.offset[0] == 1) && (k.taps < 3 || k.offset[2] - k.offset[1] == 1);
-    k.kind = scattered;
-    if (neighbours && k.source_step == 1)
-      k.kind = k.taps == 3 ? three_taps : k.taps == 2 ? two_taps : one_tap;
-    else if (neighbours && k.source_step == 2 && k.taps == 3)
-      k.kind = three_taps_step2;
-    if (k.kind == two_taps && k.tap[1] - k.tap[0] != 2) k.kind = scattered;
-    if (k.taps > 0) {
-      low = std::min(low, k.offset[0]);
-      high = std::max(high, (k.count - 1) * k.source_step + k.offset[k.taps - 1] + 1);
-    }
-    p.classes[p.class_count++] = k;
-  }
-  p.first_column = low;
-  p.reach_columns = 2 * dil + 2;
-  p.columns = std::max<int64_t>(high - low, 1);
-}
-
-// Whether vectors of one group read the tensor itself: values as they are, and no column outside it but the
-// first and the last of a row, which tiles leave out. A stride that is no constant costs tiles of one vector
-// more than packing does, and what more than one pair of vectors reads is better packed once. So are the
-// twice as many columns of a forward of stride 2: pixels a power of two apart crowd few sets of L1.
-inline bool reads_direct(const Pass& p) {
-  if (!p.transposed && p.stride_h == 2) return false;
-  for (int c = 0; c < p.class_count; ++c)
-    if (p.classes[c].kind == scattered) return false;
-  return p.dtype == DType::f32 && p.source.prologue == Prologue::none &&
-         p.output_per_group / LANES / 2 == 1 && p.first_column >= -1 &&
-         p.first_column + p.columns <= p.source_w + 1;
-}
-
-constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;    // packed weights of a chunk: half of a small L2
-constexpr int64_t BAND_FLOATS = 128 * 1024;           // packed rows and results of a band
-constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside rows
-constexpr int64_t EXPANDED_FLOATS = 6 * 1024;         // expanded rows of one vector: half of L1
-
-// Cuts the work by shape alone, so that every thread count gives the same bits: into chunks of vectors whose
-// packed weights take at most `weight_floats`, but of `least` vectors, and into stripes of rows.
-inline void plan_grid(Pass& p, int64_t weight_floats, int64_t least) {
-  const int64_t fitting = weight_floats / p.weight_floats();
-  p.chunk = even_piece(p.vectors(), std::max(least, std::min(fitting, SourcePlan::MOST)));
-  const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
-  p.stripes = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, p.output_h / 8));
-}
-
-// A chunk reads and writes whole runs of cache lines, the longer the better, while its weights still fit
-// beside its rows.
-inline void plan_work(Pass& p) {
-  p.direct = reads_direct(p);
-  plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
-  const int64_t source_floats =
-      p.columns * p.chunk * LANES * std::max<int64_t>(1, p.source_per_group / p.output_per_group);
-  const int64_t result_floats = p.output_w * p.chunk * LANES;
-  const int64_t kept = 2 * p.dil_h;
-  const int64_t fresh = p.transposed ? 1 : p.stride_h;
-  const int64_t rows = (BAND_FLOATS - kept * source_floats) / (fresh * source_floats + result_floats);
-  const int64_t tallest = (p.output_h + p.stripes - 1) / p.stripes;
-  p.band = std::max<int64_t>(1, even_piece(tallest, std::max<int64_t>(1, rows)));
-}
-
-// A band's tiles, weights and results of one or two vectors stay in L1.
-inline void plan_winograd(Pass& p) {
-  plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
-  p.columns = 2 * p.tile_columns() + 2;
-  const int64_t tallest = ((p.output_h + 1) / 2 + p.stripes - 1) / p.stripes;
-  p.band =
-      std::max<int64_t>(1, 2 * even_piece(tallest, std::max<int64_t>(1, WINOGRAD_TILES / p.tile_columns())));
-}
 
 // A run of computed pixels of a row, for a chunk: vector v of pixel w lies at row + v * row_floats + w *
 // LANES.
@@ -365,7 +203,7 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
   const int64_t columns = std::max<int64_t>(column_end - column_begin, 0);
   const int64_t expanded_floats = source.expanded_blocks() * columns * LANES;
 
-  const float* weights = p.weight + vector * vector_floats;
+  const float* weights = p.weights_of(vector);
   ClassRun runs[2];
   for (int c = 0; c < p.class_count; ++c)
     runs[c] = ClassRun(p.classes[c], source.fetch, vectors,
@@ -457,9 +295,8 @@ inline void compute_tiles(const Pass& p, const PackedSource& source, const Band&
   for (int64_t v = first; v < end;) {
     const int64_t together = std::min<int64_t>(2, end - v), tile = together * LANES;
     const int64_t position = position_floats(tiles, tile);
-    multiply_positions(band.inputs, input_position, channels,
-                       p.weight + (first_vector + v) * p.weight_floats(), p.weight_floats(), channels,
-                       band.products, position, together, tiles);
+    multiply_positions(band.inputs, input_position, channels, p.weights_of(first_vector + v),
+                       p.weight_floats(), channels, band.products, position, together, tiles);
     for (int64_t i = 0; i < together; ++i, ++v)
       for (int64_t row = 0; row < down; ++row) {
         float* out = band.results + 2 * row * band.band_floats + v * band.row_floats;
@@ -602,10 +439,11 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
 // those of all images, that this share goes on with, or -1.
 template <typename Task>
 void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
-  static thread_local Scratch scratch;
+  static thread_local Scratch scratch, weights;
   const int64_t chunks = p.chunks(), stripes = p.partial_rows();
   // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
-  const bool by_chunk = p.packed_weight_floats() > SHARED_WEIGHT_FLOATS;
+  const bool by_chunk = p.packs_chunks();
+  int64_t packed = -1;  // chunk in `weights`
   const Share share(stripes * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -613,6 +451,13 @@ void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
     for (int64_t i = share.begin; i < share.end; ++i) {
       const int64_t at = by_chunk ? i % stripes : i / chunks;
       const int64_t chunk = by_chunk ? i / stripes : i % chunks;
+      if (by_chunk && packed != chunk) {
+        packed = chunk;
+        p.first_packed = chunk * p.chunk;
+        float* memory = weights.floats(p.chunk * p.weight_floats());
+        pack_vectors(p, p.first_packed, std::min(p.vectors(), p.first_packed + p.chunk), memory);
+        p.weight = memory;
+      }
       const bool last = by_chunk || at == (share.end - 1) / chunks;
       task(type, at / p.stripes, at % p.stripes, chunk, last ? -1 : at + 1, scratch);
     }

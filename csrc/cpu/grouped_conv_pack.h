@@ -1,0 +1,77 @@
+// The weights of grouped_conv as its tiles read them.
+#pragma once
+#include "grouped_conv_plan.h"
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+
+// Calls f(i, element i of each of LANES rows) for every i below `count`.
+template <typename T, typename F>
+GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
+  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
+    const T* at[LANES];
+    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
+    Vec v[LANES];
+    load_columns(at, columns, v);
+    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
+  };
+  int64_t first = 0;
+  for (; first + LANES <= count; first += LANES) block(first, LANES);
+  if (first < count) block(first, static_cast<int>(count - first));
+}
+
+// Vector v of [K, C/groups, 3, 3] to [source channel][3][3][LANES]; for the input gradient the roles of the
+// channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
+// never stored.
+template <typename T>
+void pack_vector(const Pass& p, int64_t v, float* out) {
+  const T* weight = static_cast<const T*>(p.raw_weight);
+  const WeightLayout layout = p.layout;
+  const int64_t per_group = p.output_per_group;
+  const int64_t kernel = 9 * (p.transposed ? per_group : p.source_per_group);
+  const int64_t last = p.output_channels() - 1;
+  const T* rows[LANES];
+  for (int64_t l = 0; l < LANES; ++l) {
+    const int64_t channel = std::min(v * LANES + l, last);
+    const int64_t group = channel / per_group, within = channel % per_group;
+    rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+                           : weight + channel * kernel;
+  }
+  if (!p.transposed) {
+    const bool by_tap = layout.stride_tap == 1;
+    const int64_t inner = by_tap ? 1 : p.source_per_group;
+    int64_t c = 0, t = 0;
+    for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
+      store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
+      if (++c == inner) c = 0, ++t;
+    });
+  } else if (layout.stride_tap == 1) {
+    for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
+      for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
+      for (const T*& row : rows) row += kernel;
+    }
+  } else {
+    const bool adjacent = v * LANES % per_group + LANES <= per_group;
+    for (int64_t c = 0; c < p.source_per_group; ++c)
+      for (int64_t t = 0; t < 9; ++t, out += LANES) {
+        const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
+        store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
+      }
+  }
+}
+
+// The vectors [first, end), side by side.
+inline void pack_vectors(const Pass& p, int64_t first, int64_t end, float* packed) {
+  static thread_local Scratch scratch;
+  with_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t v = first; v < end; ++v, packed += p.weight_floats()) {
+      float* taps = p.winograd ? scratch.floats(p.source_per_group * WEIGHTS_PER_CHANNEL) : packed;
+      pack_vector<T>(p, v, taps);
+      if (p.winograd) transform_weights(taps, p.source_per_group, packed);
+    }
+  });
+}
+
+}  // namespace GCONV_ISA_NS
+}  // namespace gconv
