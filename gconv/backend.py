@@ -185,8 +185,13 @@ def geometry_reason(stride, padding, dilation) -> str | None:
     return None
 
 
+def same_device(one, other) -> bool:
+    """Between large kernels the caches are cold and reading a device costs microseconds; is_cpu does not."""
+    return (one.is_cpu and other.is_cpu) or one.device == other.device
+
+
 def _tensor_reason(x, weight) -> str | None:
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"device: want cpu, got {x.device.type}"
     if x.layout != torch.strided:
         return f"layout: want torch.strided, got {x.layout}"
@@ -194,7 +199,7 @@ def _tensor_reason(x, weight) -> str | None:
         return f"dtype: want float32, bfloat16 or float16, got {str(x.dtype)[6:]}"
     if weight is not None and weight.dtype != x.dtype:
         return f"weight: want dtype {str(x.dtype)[6:]} like x, got {str(weight.dtype)[6:]}"
-    if weight is not None and weight.device != x.device:
+    if weight is not None and not weight.is_cpu:
         return f"weight: want device {x.device.type} like x, got {weight.device.type}"
     return None
 

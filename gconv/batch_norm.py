@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gconv import backend
 from gconv.autograd import (
     applier,
+    autocast_enabled,
     call,
     channels_last,
     decide,
@@ -405,7 +406,7 @@ def check_residual(name: str, residual, shape, like) -> None:
         raise ValueError(f"{name}: residual: want {list(shape)} as the output, got {list(residual.shape)}")
     if residual.dtype != like.dtype:
         raise ValueError(f"{name}: residual: want dtype {like.dtype} as of x, got {residual.dtype}")
-    if residual.device != like.device:
+    if not backend.same_device(residual, like):
         raise ValueError(f"{name}: residual: want device {like.device} as of x, got {residual.device}")
 
 
@@ -417,7 +418,7 @@ def kernels_run(x, shape, training, running_mean, running_var, gamma, beta) -> b
     for v in (running_mean, running_var, gamma, beta):
         if v is not None and not (
             (v.dtype is torch.float32 or v.dtype == x.dtype)
-            and v.device == x.device
+            and backend.same_device(v, x)
             and v.shape == (shape[1],)
         ):
             return False
@@ -537,7 +538,7 @@ def batch_norm(
 def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
     """relu?(bn(x) + residual) with the parameters, buffers and mode of `bn`, an nn.BatchNorm2d or
     FrozenBatchNorm2d, whose state changes exactly as by calling it."""
-    if residual is not None and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if residual is not None and autocast_enabled(x):
         residual = residual.to(x.dtype)
     check_residual("batch_norm", residual, x.shape, x)
     decision = decide("batch_norm", x)

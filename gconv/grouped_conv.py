@@ -16,6 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from gconv import backend
 from gconv.autograd import (
     applier,
+    autocast_enabled,
     batched,
     call,
     channels_last,
@@ -466,7 +467,7 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name}: {what}: want dtype {x.dtype} as of x, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
+        if tensor is not None and not backend.same_device(tensor, x):
             raise ValueError(f"{name}: {what}: want device {x.device} as of x, got {tensor.device}")
     if h == 0 or w == 0:
         raise ValueError(f"{name}: x: want an image with pixels, got {h}x{w}")
@@ -482,10 +483,9 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
 
 def autocast(*tensors):
     """The tensors in autocast's dtype where it is on, as torch casts a convolution's arguments."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast to ask about
+    if not autocast_enabled(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
         for t in tensors

@@ -227,7 +227,12 @@ def test_every_op_is_sampled(ops):
         for s in torch._C._jit_get_all_schemas()
         if s.name.startswith("gconv::")
     }
-    assert schemas == {name for name, _ in CASES} | {"cpu_isa", "set_cpu_isa", "cpu_winograd", "set_cpu_winograd"}
+    assert schemas == {name for name, _ in CASES} | {
+        "cpu_isa",
+        "set_cpu_isa",
+        "cpu_winograd",
+        "set_cpu_winograd",
+    }
     assert [entry[0] for entry in samples(ops)] == [name for name, _ in ALL_CASES]
 
 

@@ -61,9 +61,9 @@ def results(ops, case):
     weight = data.weight(9 * case.cin)
     return {
         "y": ops.grouped_conv_fwd(x, weight, *case.geometry, None, None, None, False),
-        "dx": ops.grouped_conv_bwd_input(
-            dy, weight, case.input_size, *case.geometry, None, None, None, None
-        )[0],
+        "dx": ops.grouped_conv_bwd_input(dy, weight, case.input_size, *case.geometry, None, None, None, None)[
+            0
+        ],
         "dw": ops.grouped_conv_bwd_weight(dy, x, case.weight_size, *case.geometry, None, None, None),
     }
 
