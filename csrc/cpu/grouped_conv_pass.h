@@ -399,8 +399,7 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
       if (p.winograd) {
-        int64_t end = v + 1;
-        while (end < vectors && plan.source_of[end] == plan.source_of[v]) ++end;
+        const int64_t end = plan.source_end(v, vectors);
         compute_tiles(p, s, band, first_vector, v, end);
         v = end;
         continue;

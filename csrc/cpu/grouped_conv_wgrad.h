@@ -302,14 +302,70 @@ struct WgradBlocks {
   }
 };
 
-// Every vector's lanes lie in one group: x and dy of a block are packed, then dw of a few channels and one
-// vertical tap takes all pixels of the block without leaving the registers. Meanwhile the next block is
-// fetched, the last time that of the task `after`, if any.
+// The packed rows of a block.
+struct PackedBlock {
+  int64_t images, origin, rows;  // source row of packed row 0, rows of dy
+  int64_t x_rows, stripe;        // packed rows from one image to the next, of x and dy
+  bool fresh;                    // dw starts with this block
+  RowPrefetch* next;
+};
+
+// dw of a few channels and one vertical tap takes all pixels of the block without leaving the registers.
+inline void add_by_taps(const WgradPass& p, const PackedBlock& packed, int64_t vectors, const SourcePlan& x,
+                        const SourcePlan& dy, float* dw) {
+  const GroupedConvShape& s = p.shape;
+  const int64_t block = p.columns * LANES;
+  packed.next->spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * packed.images *
+                      packed.rows);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const PackedSource& source = x.sources[x.source_of[v]];
+    const PackedSource& gradient = dy.sources[v];
+    float* out = dw + v * p.vector_floats();
+    for (int64_t kh = 0; kh < 3; ++kh) {
+      const int64_t tap = packed.origin + kh * s.dil_h;  // source row of output row `begin`
+      const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
+      const int64_t high = std::max(low, std::min(packed.rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
+      if (low == high && !packed.fresh) continue;
+      const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
+      for (int64_t c = 0; c < p.source_per_group;) {
+        const int64_t channels = std::min<int64_t>(
+            {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
+        const WgradBlock part{first + c / LANES * block + c % LANES,
+                              s.stride_h * source.row_floats,
+                              packed.x_rows * source.row_floats,
+                              gradient.rows + low * gradient.row_floats,
+                              gradient.row_floats,
+                              packed.stripe * gradient.row_floats,
+                              high - low,
+                              packed.images,
+                              packed.fresh,
+                              packed.next};
+        wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
+        c += channels;
+      }
+    }
+  }
+}
+
+// dw of a group, transformed, takes all tiles of the block.
+inline void add_by_tiles(const WgradPass& p, const PackedBlock& packed, int64_t vectors, const SourcePlan& x,
+                         const SourcePlan& dy, const WinogradGradient& winograd, float* buffer, float* dw) {
+  if (packed.fresh) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(vectors * p.vector_floats()));
+  packed.next->spread(vectors * packed.images * ((packed.rows + 1) / 2) * POSITIONS);
+  for (int64_t v = 0, end; v < vectors; v = end) {
+    end = x.source_end(v, vectors);
+    winograd.run(x.sources[x.source_of[v]], &dy.sources[v], end - v, packed.images, packed.origin,
+                 packed.rows, buffer, dw + v * p.vector_floats(), *packed.next);
+  }
+}
+
+// Every vector's lanes lie in one group: x and dy of a block are packed and added to dw. Meanwhile the next
+// block is fetched, the last time that of the task `after`, if any.
 template <typename T>
 void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlocks* after, int64_t vectors,
                      SourcePlan& x, SourcePlan& dy, float* total, Scratch& scratch, Scratch& sums) {
   const GroupedConvShape& s = p.shape;
-  const int64_t block = p.columns * LANES, floats = vectors * p.vector_floats();
+  const int64_t floats = vectors * p.vector_floats();
   if (task.blocks == 0) {  // no images
     std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
     return;
@@ -317,7 +373,7 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
   const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
   const int64_t x_floats = task.together * x_rows * x.row_floats;
   const int64_t dy_floats = task.together * stripe * dy.row_floats;
-  WinogradGradient winograd{p.source_per_group, p.columns, s.h, p.shape.ow, x_rows, stripe};
+  WinogradGradient winograd{p.source_per_group, p.columns, s.h, s.ow, x_rows, stripe};
   const int64_t winograd_floats = p.winograd ? winograd.buffer_floats(p.output_per_group / LANES) : 0;
   Carve carve(scratch);
   carve.reserve({x_floats, dy_floats, winograd_floats});
@@ -345,49 +401,9 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
       task.prefetch<T>(p, at + 1, &next);
     else if (after != nullptr && after->blocks > 0)
       after->prefetch<T>(p, 0, &next);
-    const bool fresh = at % BLOCKS_PER_SUM == 0;
-    if (p.winograd) {
-      if (fresh) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
-      next.spread(vectors * images * ((rows + 1) / 2) * POSITIONS);
-      for (int64_t v = 0; v < vectors;) {
-        const int source_of = x.source_of[v];
-        int64_t end = v + 1;
-        while (end < vectors && x.source_of[end] == source_of) ++end;
-        winograd.run(x.sources[source_of], &dy.sources[v], end - v, images, origin, rows, buffer,
-                     dw + v * p.vector_floats(), next);
-        v = end;
-      }
-    } else {
-      next.spread(vectors * 3 * ceil_div(p.source_per_group, WGRAD_CHANNELS) * images * rows);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const PackedSource& source = x.sources[x.source_of[v]];
-        const PackedSource& gradient = dy.sources[v];
-        float* out = dw + v * p.vector_floats();
-        for (int64_t kh = 0; kh < 3; ++kh) {
-          const int64_t tap = origin + kh * s.dil_h;  // source row of output row `begin`
-          const int64_t low = std::max<int64_t>(0, ceil_div(-tap, s.stride_h));
-          const int64_t high = std::max(low, std::min(rows, floor_div(s.h - 1 - tap, s.stride_h) + 1));
-          if (low == high && !fresh) continue;
-          const float* first = source.rows + (kh * s.dil_h + low * s.stride_h) * source.row_floats;
-          for (int64_t c = 0; c < p.source_per_group;) {
-            const int64_t channels = std::min<int64_t>(
-                {WGRAD_CHANNELS, p.source_per_group - c, static_cast<int64_t>(LANES) - c % LANES});
-            const WgradBlock part{first + c / LANES * block + c % LANES,
-                                  s.stride_h * source.row_floats,
-                                  x_rows * source.row_floats,
-                                  gradient.rows + low * gradient.row_floats,
-                                  gradient.row_floats,
-                                  stripe * gradient.row_floats,
-                                  high - low,
-                                  images,
-                                  fresh,
-                                  &next};
-            wgrad_block<WGRAD_CHANNELS>(p, part, channels, out + (c * 9 + kh * 3) * LANES);
-            c += channels;
-          }
-        }
-      }
-    }
+    const PackedBlock packed{images, origin, rows, x_rows, stripe, at % BLOCKS_PER_SUM == 0, &next};
+    p.winograd ? add_by_tiles(p, packed, vectors, x, dy, winograd, buffer, dw)
+               : add_by_taps(p, packed, vectors, x, dy, dw);
     if (!gather || ((at + 1) % BLOCKS_PER_SUM != 0 && at + 1 < task.blocks)) continue;
     for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
