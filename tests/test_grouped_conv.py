@@ -9,16 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import DTYPES, ISAS, assert_accurate, assert_exact, assert_same_bits, place
-from conv_cases import CASES, Case
+from conv_cases import CASES, VERIFY, Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-
-VERIFY = {
-    "grouped_conv_fwd": (conv_cases.verify_fwd, conv_cases.FWD_VARIANTS),
-    "grouped_conv_fwd_stats": (conv_cases.verify_fwd_stats, conv_cases.STATS_VARIANTS),
-    "grouped_conv_bwd_input": (conv_cases.verify_bwd_input, conv_cases.BWD_INPUT_VARIANTS),
-    "grouped_conv_bwd_weight": (conv_cases.verify_bwd_weight, conv_cases.BWD_WEIGHT_VARIANTS),
-}
 
 
 def grid(kind):

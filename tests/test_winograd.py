@@ -9,16 +9,10 @@ import conv_cases
 import pytest
 import torch
 from checks import DTYPES, ISAS, assert_same_bits
-from conv_cases import Case
+from conv_cases import VERIFY, Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
-VERIFY = {
-    "grouped_conv_fwd": (conv_cases.verify_fwd, conv_cases.FWD_VARIANTS),
-    "grouped_conv_fwd_stats": (conv_cases.verify_fwd_stats, conv_cases.STATS_VARIANTS),
-    "grouped_conv_bwd_input": (conv_cases.verify_bwd_input, conv_cases.BWD_INPUT_VARIANTS),
-    "grouped_conv_bwd_weight": (conv_cases.verify_bwd_weight, conv_cases.BWD_WEIGHT_VARIANTS),
-}
 # Whole vectors of every instruction set, then of the narrower ones only; images of whole and of cut tiles,
 # more rows than a band and more columns than a tile's registers hold, one pixel; every padding.
 CASES = (

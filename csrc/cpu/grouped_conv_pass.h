@@ -260,13 +260,13 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
         tile.out = out + v * band.row_floats;
         int64_t column = q_begin * k.source_step + k.offset[0];  // source column of the first tap
         for (int64_t t = 0; t < run.cut.count; ++t) {
-          const bool wide = t < run.cut.wide;
-          const int64_t pixels = run.cut.pixels + wide;
+          const bool longer = t < run.cut.longer;
+          const int64_t pixels = run.cut.least + longer;
           for (int r = 0; r < tile.rows; ++r)
             tile.source[r] = first_row[r] + (column - p.first_column - column_begin) * column_floats;
           tile.skip_first = column < 0;
           tile.skip_last = column + (pixels - 1) * k.source_step + run.reach >= p.source_w;
-          run.cut.run[wide](tile);
+          run.cut.run[longer](tile);
           column += pixels * k.source_step;
           tile.out += pixels * tile.out_step;
         }
@@ -283,14 +283,13 @@ inline void compute_tiles(const Pass& p, const PackedSource& source, const Band&
   const int64_t origin = band.first - (p.transposed ? 2 - p.pad_h : p.pad_h);  // source row of the first tile
   for (int64_t row = 0; row < down; ++row) {
     const float* rows[4];
-    for (int64_t c = 0; c < channels; c += LANES) {
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t at = origin + 2 * row + i;
-        const bool there = at >= 0 && at < p.source_h && 2 * row + i < band.rows + 2;
-        rows[i] = there ? source.rows + at % band.ring_rows * source.row_floats + c * p.columns : band.zeros;
-      }
-      transform_inputs(rows, across, band.inputs + row * across * channels + c, input_position, channels);
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t at = origin + 2 * row + i;
+      const bool there = at >= 0 && at < p.source_h && 2 * row + i < band.rows + 2;
+      rows[i] = there ? source.rows + at % band.ring_rows * source.row_floats : nullptr;
     }
+    transform_inputs(rows, band.zeros, channels, p.columns, across, band.inputs + row * across * channels,
+                     input_position);
   }
   for (int64_t v = first; v < end;) {
     const int64_t together = std::min<int64_t>(2, end - v), tile = together * LANES;

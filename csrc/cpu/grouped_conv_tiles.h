@@ -186,21 +186,17 @@ inline TileFunction tile_function(TileKind kind, TileLanes lanes, int pixels) {
   }
 }
 
-// How a run of pixels is cut: `wide` tiles of pixels + 1, then up to `count` of pixels.
-struct TileCut {
-  int64_t count = 0, wide = 0, pixels = 0;
-  TileFunction run[2] = {nullptr, nullptr};  // of pixels and of pixels + 1
+// How a run of pixels is cut into tiles.
+struct TileCut : EvenCut {
+  TileFunction run[2] = {nullptr, nullptr};  // of `least` pixels and of one more
 
   TileCut() = default;
   TileCut(TileKind kind, TileLanes lanes, int64_t run_pixels) {
     const bool pair = lanes == pair_lanes || lanes == direct_pair_lanes;
-    const int64_t most = pair ? TILE_PAIR : TILE_SINGLE;
     if (run_pixels == 0) return;
-    count = (run_pixels + most - 1) / most;
-    pixels = run_pixels / count;
-    wide = run_pixels % count;
-    run[0] = tile_function(kind, lanes, static_cast<int>(pixels));
-    if (wide > 0) run[1] = tile_function(kind, lanes, static_cast<int>(pixels) + 1);
+    static_cast<EvenCut&>(*this) = EvenCut(run_pixels, pair ? TILE_PAIR : TILE_SINGLE);
+    run[0] = tile_function(kind, lanes, static_cast<int>(least));
+    if (longer > 0) run[1] = tile_function(kind, lanes, static_cast<int>(least) + 1);
   }
 };
 

@@ -95,6 +95,16 @@ inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float
   }
 }
 
+// All channels of a group; a row that is null is one of zeros.
+inline void transform_inputs(const float* const (&packed)[4], const float* zeros, int64_t channels,
+                             int64_t columns, int64_t tiles, float* out, int64_t position) {
+  for (int64_t c = 0; c < channels; c += LANES) {
+    const float* rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = packed[i] == nullptr ? zeros : packed[i] + c * columns;
+    transform_inputs(rows, tiles, out + c, position, channels);
+  }
+}
+
 // The same of dy: 2x2 pixels of packed rows.
 inline void transform_gradients(const float* row0, const float* row1, int64_t tiles, float* out,
                                 int64_t position) {
@@ -186,23 +196,23 @@ MultiplyFunction multiply_function(int64_t tiles) {
   return multiply<VECTORS, TILES>;
 }
 
-// `count` tiles of all positions, in even pieces: the first `wide` of them have a tile more.
+// `count` tiles of all positions, in even pieces.
 inline void multiply_positions(const float* v, int64_t v_position, int64_t v_tile, const float* u,
                                int64_t u_vector, int64_t channels, float* m, int64_t m_position,
                                int64_t vectors, int64_t count) {
   const int64_t most = vectors == 2 ? WINOGRAD_PAIR : TILE_SINGLE;
-  const int64_t pieces = (count + most - 1) / most, least = count / pieces, wide = count % pieces;
+  const EvenCut cut(count, most);
   const auto function = [&](int64_t tiles) {
     return vectors == 2 ? multiply_function<2, WINOGRAD_PAIR>(tiles)
                         : multiply_function<1, TILE_SINGLE>(tiles);
   };
-  const MultiplyFunction run[2] = {function(least), function(least + (wide > 0))};
+  const MultiplyFunction run[2] = {function(cut.least), function(cut.least + (cut.longer > 0))};
   for (int64_t position = 0; position < POSITIONS; ++position) {
     Product a{v + position * v_position, v_tile, u + position * channels * LANES, u_vector, channels,
               m + position * m_position};
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t tiles = least + (piece < wide);
-      run[piece < wide](a);
+    for (int64_t piece = 0; piece < cut.count; ++piece) {
+      const int64_t tiles = cut.least + (piece < cut.longer);
+      run[piece < cut.longer](a);
       a.v += tiles * v_tile;
       a.m += tiles * vectors * LANES;
     }
@@ -233,8 +243,11 @@ struct WinogradGradient {
   // Rows of tiles transformed together. With one vector of channels all of theirs stays in L1; with more it
   // is one position's that does, and the longer it runs the less often dw is loaded and stored.
   int64_t down() const {
-    const int64_t fitting = std::min<int64_t>(56, 4096 / channels);
-    return std::max<int64_t>(1, (channels > LANES ? std::max<int64_t>(fitting, 14) : 14) / across());
+    constexpr int64_t LONGEST = 56, POSITION_FLOATS = 4096;  // of x
+    const int64_t tiles = channels > LANES
+                              ? std::clamp<int64_t>(POSITION_FLOATS / channels, WINOGRAD_TILES, LONGEST)
+                              : WINOGRAD_TILES;
+    return std::max<int64_t>(1, tiles / across());
   }
   int64_t buffer_floats(int64_t vectors) const {
     const int64_t tiles = down() * across();
@@ -256,14 +269,13 @@ struct WinogradGradient {
         float *inputs = zeros + columns * LANES, *gradients = inputs + POSITIONS * x_position;
         for (int64_t row = 0; row < count; ++row) {
           const int64_t at = 2 * (first + row);
-          for (int64_t c = 0; c < channels; c += LANES) {
-            const float* four[4];
-            for (int64_t i = 0; i < 4; ++i) {
-              const bool there = at + i < rows + 2 && origin + at + i >= 0 && origin + at + i < source_h;
-              four[i] = there ? x.rows + (n * x_image + at + i) * x.row_floats + c * columns : zeros;
-            }
-            transform_inputs(four, across(), inputs + row * across() * channels + c, x_position, channels);
+          const float* four[4];
+          for (int64_t i = 0; i < 4; ++i) {
+            const bool there = at + i < rows + 2 && origin + at + i >= 0 && origin + at + i < source_h;
+            four[i] = there ? x.rows + (n * x_image + at + i) * x.row_floats : nullptr;
           }
+          transform_inputs(four, zeros, channels, columns, across(), inputs + row * across() * channels,
+                           x_position);
           for (int64_t v = 0; v < vectors; ++v) {
             const float* row0 = dy[v].rows + (n * dy_image + at) * dy[v].row_floats + 2 * LANES;
             const float* row1 = at + 1 < rows ? row0 + dy[v].row_floats : zeros;

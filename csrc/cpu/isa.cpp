@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -33,6 +34,17 @@ Isa choose() {
     throw std::runtime_error(std::string("GCONV_ISA: this CPU cannot run ") + name + "; its best is " +
                              isa_name(best_supported()));
   return isa;
+}
+
+template <typename Choice>
+bool from_name(std::initializer_list<Choice> choices, const char* (*name_of)(Choice), const char* name,
+               Choice* choice) {
+  for (Choice candidate : choices)
+    if (std::strcmp(name, name_of(candidate)) == 0) {
+      *choice = candidate;
+      return true;
+    }
+  return false;
 }
 
 #if defined(__x86_64__)
@@ -62,12 +74,7 @@ const char* isa_name(Isa isa) {
 }
 
 bool isa_from_name(const char* name, Isa* isa) {
-  for (Isa candidate : {Isa::portable, Isa::avx2, Isa::avx512})
-    if (std::strcmp(name, isa_name(candidate)) == 0) {
-      *isa = candidate;
-      return true;
-    }
-  return false;
+  return from_name({Isa::portable, Isa::avx2, Isa::avx512}, isa_name, name, isa);
 }
 
 Isa isa_current() {
@@ -90,12 +97,7 @@ const char* winograd_name(Winograd use) {
 }
 
 bool winograd_from_name(const char* name, Winograd* use) {
-  for (Winograd candidate : {Winograd::never, Winograd::where_it_pays, Winograd::always})
-    if (std::strcmp(name, winograd_name(candidate)) == 0) {
-      *use = candidate;
-      return true;
-    }
-  return false;
+  return from_name({Winograd::never, Winograd::where_it_pays, Winograd::always}, winograd_name, name, use);
 }
 
 Winograd winograd_current() {

@@ -576,10 +576,18 @@ struct Share {
   Share(int64_t total, int64_t ith, int64_t nth) : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
 };
 
-// The longest of the fewest even pieces of `total` that are at most `most` long each.
+// The fewest even pieces of `total` that are at most `most` long: the first `longer` of them have least + 1.
+struct EvenCut {
+  int64_t count = 0, least = 0, longer = 0;
+  EvenCut() = default;
+  EvenCut(int64_t total, int64_t most)
+      : count(std::max<int64_t>(1, (total + most - 1) / most)), least(total / count), longer(total % count) {}
+};
+
+// The longest of them.
 inline int64_t even_piece(int64_t total, int64_t most) {
-  const int64_t pieces = std::max<int64_t>(1, (total + most - 1) / most);
-  return (total + pieces - 1) / pieces;
+  const EvenCut cut(total, most);
+  return cut.least + (cut.longer > 0);
 }
 
 // Calls f with a null pointer of the storage type, so that f is compiled once per type.
