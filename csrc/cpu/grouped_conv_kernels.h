@@ -16,56 +16,49 @@ inline int64_t pass_floats(const Pass& p) {
   return p.packed_weight_floats() + (partials ? p.partial_rows() * 2 * p.output_channels() : 0);
 }
 
-inline void plan(Pass& p, bool narrow) {
-  if (narrow) return plan_narrow(p);
-  p.winograd ? plan_winograd(p) : plan_work(p);
+// What both directions share: geometry, columns, algorithm, grid, weights and workspace.
+template <typename Params>
+void plan(Pass& p, const Params& q) {
+  const GroupedConvShape& s = q.shape;
+  p.dtype = q.dtype;
+  p.n = s.n;
+  p.groups = s.groups;
+  p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
+  plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
+  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
+  is_narrow(s) ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
+  p.raw_weight = q.weight, p.layout = q.layout;
+  p.weight = q.workspace;
+  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
 }
 
 inline Pass plan_forward(const GroupedConvFwdParams& q) {
   const GroupedConvShape& s = q.shape;
   Pass p{};
-  p.dtype = q.dtype;
-  p.n = s.n;
   p.source_h = s.h, p.source_w = s.w, p.output_h = s.oh, p.output_w = s.ow;
-  p.groups = s.groups;
   p.source_per_group = s.c / s.groups, p.output_per_group = s.k / s.groups;
   p.transposed = false;
-  p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
   p.source = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.affine = q.affine;
   p.residual = q.residual;
   p.relu = q.relu;
   p.moments = q.mean != nullptr;
   p.output = q.y;
-  plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
-  plan(p, is_narrow(s));
-  p.raw_weight = q.weight, p.layout = q.layout;
-  p.weight = q.workspace;
-  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
+  plan(p, q);
   return p;
 }
 
 inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   const GroupedConvShape& s = q.shape;
   Pass p{};
-  p.dtype = q.dtype;
-  p.n = s.n;
   p.source_h = s.oh, p.source_w = s.ow, p.output_h = s.h, p.output_w = s.w;
-  p.groups = s.groups;
   p.source_per_group = s.k / s.groups, p.output_per_group = s.c / s.groups;
   p.transposed = true;
-  p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
   p.source = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.mask_x = q.x;
   p.mask_act = q.act;
   p.output = q.dx;
-  plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
-  plan(p, is_narrow(s));
-  p.raw_weight = q.weight, p.layout = q.layout;
-  p.weight = q.workspace;
-  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
+  plan(p, q);
   return p;
 }
 

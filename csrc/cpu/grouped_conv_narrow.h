@@ -226,8 +226,7 @@ inline StripFunction strip_function(Scale scale, int rows, int pixels) {
 constexpr int64_t NARROW_WEIGHT_FLOATS = 5 * 1024;  // packed weights of a chunk: under half of L1
 constexpr int64_t STRIPE_BYTES = 700 * 1024;        // of the source: it and the next one stay in L2
 
-// Several chunks pass over a stripe one after the other: the first would find nothing in L2, the last too
-// much.
+// Where several chunks pass over a stripe one after the other, its rows stay in L2 for all of them.
 inline void plan_narrow(Pass& p) {
   plan_grid(p, NARROW_WEIGHT_FLOATS, 2);
   if (p.chunks() == 1) return;
