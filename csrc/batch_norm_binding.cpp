@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x) {
   return {mean, var};
 }
 
+}  // namespace
+
 // Counts the batch where there is a counter. Without a momentum the running statistics are the average over
 // all batches counted.
 void batch_norm_update_running(const Tensor& running_mean, const Tensor& running_var,
@@ -80,8 +82,6 @@ void batch_norm_update_running(const Tensor& running_mean, const Tensor& running
   p.momentum = momentum.has_value() ? *momentum : 1.0 / static_cast<double>(batches);
   run_stage(batch_norm_update_running_cpu, p, c);
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
                                            const OptionalTensor& beta, double eps) {

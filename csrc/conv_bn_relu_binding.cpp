@@ -6,19 +6,21 @@ namespace gconv {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
     const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
-    double eps, bool relu) {
+    double eps, bool relu, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& shift, std::optional<double> momentum) {
+  const char* op = "conv_bn_relu_fwd_train";
+  check(running_mean.has_value() == running_var.has_value(), op, ": ",
+        running_mean.has_value() ? "running_var" : "running_mean", ": want both running statistics or none");
   auto [y, mean, var] = grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
   auto [rstd, affine] = batch_norm_fold(mean, var, gamma, beta, eps);
   Tensor z = batch_norm_apply(y, affine, residual, relu);
-  return {z, y, mean, var, rstd, affine};
-}
-
-Ints sizes_of(const char* name, const Tensor& t) {
-  check(t.dim() == 4, "conv_bn_relu_bwd: ", name, ": want 4 dimensions, got ", Described{t});
-  return {t.size(0), t.size(1), t.size(2), t.size(3)};
+  if (running_mean.has_value())  // last: a refused call changes no state
+    batch_norm_update_running(*running_mean, *running_var, num_batches_tracked, mean, var, shift,
+                              y.size(0) * y.size(2) * y.size(3), momentum);
+  return {z, y, mean, rstd, affine};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
@@ -26,24 +28,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
     const Ints& dilation, int64_t groups, const Tensor& y, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& gamma, const OptionalTensor& affine, const OptionalTensor& z, bool want_dx,
     bool want_dweight, bool want_g, bool weight_channels_last) {
-  const Ints input_size = sizes_of("x", x), weight_size = sizes_of("weight", weight);
   auto [dgamma, dbeta, finish] = batch_norm_bwd_reduce(dz, y, mean, rstd, gamma, affine, z);
   // The convolution's gradients finish dz as they load it, unless its mask or the residual asks for a pass.
-  Tensor dy = dz;
-  OptionalTensor raw = y, table = finish, dx, dweight, g;
+  Tensor dy = dz, g = empty({0}, x.scalar_type(), x);
+  OptionalTensor raw = y, table = finish;
   if (want_g || (z.has_value() && (want_dx || want_dweight))) {
     std::tie(dy, g) = batch_norm_bwd_apply(dz, y, finish, z, want_g);
     raw = table = std::nullopt;
   }
-  if (want_dx)
-    dx = std::get<0>(grouped_conv_bwd_input(dy, weight, input_size, stride, padding, dilation, groups, raw,
-                                            table, std::nullopt, std::nullopt));
-  if (want_dweight)
-    dweight = grouped_conv_bwd_weight(dy, x, weight_size, stride, padding, dilation, groups, raw, table,
-                                      std::nullopt, weight_channels_last);
-  for (OptionalTensor* unwanted : {&dx, &dweight, &g})
-    if (!unwanted->has_value()) *unwanted = empty({0}, x.scalar_type(), x);
-  return {*dx, *dweight, dgamma, dbeta, *g};
+  auto [dx, dweight] = grouped_conv_bwd(dy, x, weight, stride, padding, dilation, groups, raw, table, want_dx,
+                                        want_dweight, weight_channels_last);
+  return {dx, dweight, dgamma, dbeta, g};
 }
 
 }  // namespace
@@ -51,8 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
   m.def(
       "conv_bn_relu_fwd_train(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, bool relu) "
-      "-> (Tensor z, Tensor y, Tensor mean, Tensor var, Tensor rstd, Tensor affine)");
+      "SymInt groups, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, bool relu, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? shift, "
+      "float? momentum) -> (Tensor z, Tensor y, Tensor mean, Tensor rstd, Tensor affine)");
   m.def(
       "conv_bn_relu_bwd(Tensor dz, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups, Tensor y, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "

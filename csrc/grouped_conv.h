@@ -82,6 +82,12 @@ struct GroupedConvBwdWeightParams {
   float* workspace;     // grouped_conv_bwd_weight_workspace() floats, 64-byte aligned
 };
 
+// Both gradients of one convolution: `input` and `weight` agree in all that they share.
+struct GroupedConvBwdParams {
+  GroupedConvBwdInputParams input;
+  GroupedConvBwdWeightParams weight;
+};
+
 // Each op is a chain of stages. A stage does the share `ith` of `nth` of its work; all shares of one
 // stage must be done before the next begins.
 int64_t grouped_conv_fwd_workspace(const GroupedConvFwdParams& p);
@@ -98,5 +104,8 @@ void grouped_conv_bwd_input_merge_cpu(const GroupedConvBwdInputParams& p, int64_
 int64_t grouped_conv_bwd_weight_workspace(const GroupedConvBwdWeightParams& p);
 void grouped_conv_bwd_weight_cpu(const GroupedConvBwdWeightParams& p, int64_t ith, int64_t nth);
 void grouped_conv_bwd_weight_merge_cpu(const GroupedConvBwdWeightParams& p, int64_t ith, int64_t nth);
+
+// In place of grouped_conv_bwd_input_cpu and grouped_conv_bwd_weight_cpu.
+void grouped_conv_bwd_cpu(const GroupedConvBwdParams& p, int64_t ith, int64_t nth);
 
 }  // namespace gconv

@@ -153,6 +153,11 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const
 
 namespace {
 
+Ints sizes_of(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 4, op, ": ", name, ": want 4 dimensions, got ", Described{t});
+  return {t.size(0), t.size(1), t.size(2), t.size(3)};
+}
+
 // finish and y come together.
 const float* finish_floats(const char* op, const OptionalTensor& finish, const OptionalTensor& y, int64_t k) {
   check(finish.has_value() == y.has_value(), op, ": ", y.has_value() ? "finish" : "y",
@@ -160,7 +165,95 @@ const float* finish_floats(const char* op, const OptionalTensor& finish, const O
   return channel_floats(op, "finish", finish, {6, k});
 }
 
-}  // namespace
+struct InputGradient {
+  GroupedConvBwdInputParams p{};
+  Tensor dy, weight, y, x, sums, dx, workspace;
+
+  InputGradient(const char* op, const Tensor& gradient, const Tensor& filters, const Ints& input_size,
+                const Geometry& geometry, const OptionalTensor& raw_output, const OptionalTensor& finish,
+                const OptionalTensor& raw_input, const OptionalTensor& act)
+      : dy(gradient), weight(filters) {
+    p.dtype = activation_dtype(op, "dy", dy);
+    p.isa = isa_current();
+    p.winograd = winograd_current();
+    const ScalarType type = dy.scalar_type();
+    const Shape input = shape_of(op, "input_size", input_size);
+    check(input.size[0] >= 0 && input.size[1] >= 0, op, ": input_size: want sizes of at least 0, got ",
+          input);
+    p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
+    const GroupedConvShape& s = p.shape;
+    const Shape output{s.n, s.k, s.oh, s.ow};
+    check_tensor(op, "weight", weight, type, shape_of(weight));
+    dy = activation(op, "dy", dy, type, output);
+    weight = dense_weight(weight);
+    p.dy = view_of(dy);
+    p.weight = weight.const_data_ptr();
+    p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
+    p.finish = finish_floats(op, finish, raw_output, s.k);
+    if (raw_output.has_value()) {
+      y = activation(op, "y", *raw_output, type, output);
+      p.y = view_of(y);
+    }
+    check(act.has_value() == raw_input.has_value(), op, ": ", raw_input.has_value() ? "act" : "x",
+          ": want act and x together, got only ", raw_input.has_value() ? "x" : "act");
+    sums = act.has_value() ? empty_floats({2, s.c}, dy) : empty_floats({0}, dy);
+    if (act.has_value()) {
+      x = activation(op, "x", *raw_input, type, input);
+      p.x = view_of(x);
+      p.act = channel_floats(op, "act", act, {4, s.c});
+      p.sums = floats_of(sums);
+    }
+    dx = empty_channels_last(input, dy);
+    p.dx = writable_view_of(dx);
+  }
+
+  void pack() {
+    const int64_t floats = grouped_conv_bwd_input_workspace(p);
+    workspace = workspace_floats(floats, dy);
+    p.workspace = floats_of(workspace);
+    run_stage(grouped_conv_bwd_input_pack_cpu, p, floats);
+  }
+  void merge() const {
+    if (p.sums != nullptr) run_stage(grouped_conv_bwd_input_merge_cpu, p, p.shape.n * p.shape.c);
+  }
+};
+
+struct WeightGradient {
+  GroupedConvBwdWeightParams p{};
+  Tensor dy, x, y, dweight, workspace;
+
+  WeightGradient(const char* op, const Tensor& gradient, const Tensor& input, const Ints& weight_size,
+                 const Geometry& geometry, const OptionalTensor& raw_output, const OptionalTensor& finish,
+                 const OptionalTensor& act, bool channels_last)
+      : dy(gradient), x(input) {
+    p.dtype = activation_dtype(op, "x", x);
+    p.isa = isa_current();
+    p.winograd = winograd_current();
+    const ScalarType type = x.scalar_type();
+    const Shape size = shape_of(op, "weight_size", weight_size);
+    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), size);
+    const GroupedConvShape& s = p.shape;
+    const Shape output{s.n, s.k, s.oh, s.ow};
+    dy = activation(op, "dy", dy, type, output);
+    x = channels_adjacent(x);
+    p.dy = view_of(dy);
+    p.x = view_of(x);
+    p.finish = finish_floats(op, finish, raw_output, s.k);
+    if (raw_output.has_value()) {
+      y = activation(op, "y", *raw_output, type, output);
+      p.y = view_of(y);
+    }
+    p.act = channel_floats(op, "act", act, {2, s.c});
+    dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
+                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    p.dweight = dweight.mutable_data_ptr();
+    p.layout = weight_layout(s.c / s.groups, channels_last);
+    workspace = workspace_floats(grouped_conv_bwd_weight_workspace(p), x);
+    p.workspace = floats_of(workspace);
+  }
+
+  void merge() const { run_stage(grouped_conv_bwd_weight_merge_cpu, p, weight_work(p.shape)); }
+};
 
 std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor& weight,
                                                   const Ints& input_size, const Ints& stride,
@@ -168,47 +261,12 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
                                                   const OptionalTensor& y, const OptionalTensor& finish,
                                                   const OptionalTensor& x, const OptionalTensor& act) {
   const char* op = "grouped_conv_bwd_input";
-  GroupedConvBwdInputParams p{};
-  p.dtype = activation_dtype(op, "dy", dy);
-  p.isa = isa_current();
-  p.winograd = winograd_current();
-  const ScalarType type = dy.scalar_type();
-  const Shape input = shape_of(op, "input_size", input_size);
   const Geometry geometry{op, stride, padding, dilation, groups};
-  check(input.size[0] >= 0 && input.size[1] >= 0, op, ": input_size: want sizes of at least 0, got ", input);
-  p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
-  const GroupedConvShape& s = p.shape;
-  const Shape output{s.n, s.k, s.oh, s.ow};
-  check_tensor(op, "weight", weight, type, shape_of(weight));
-  const Tensor gradient = activation(op, "dy", dy, type, output);
-  const Tensor filters = dense_weight(weight);
-  p.dy = view_of(gradient);
-  p.weight = filters.const_data_ptr();
-  p.layout = weight_layout(s.c / s.groups, is_channels_last(filters));
-  p.finish = finish_floats(op, finish, y, s.k);
-  Tensor raw_output, raw_input;
-  if (y.has_value()) {
-    raw_output = activation(op, "y", *y, type, output);
-    p.y = view_of(raw_output);
-  }
-  check(act.has_value() == x.has_value(), op, ": ", x.has_value() ? "act" : "x",
-        ": want act and x together, got only ", x.has_value() ? "x" : "act");
-  Tensor sums = act.has_value() ? empty_floats({2, s.c}, dy) : empty_floats({0}, dy);
-  if (act.has_value()) {
-    raw_input = activation(op, "x", *x, type, input);
-    p.x = view_of(raw_input);
-    p.act = channel_floats(op, "act", act, {4, s.c});
-    p.sums = floats_of(sums);
-  }
-  Tensor dx = empty_channels_last(input, dy);
-  p.dx = writable_view_of(dx);
-  const int64_t floats = grouped_conv_bwd_input_workspace(p);
-  const Tensor workspace = workspace_floats(floats, dy);
-  p.workspace = floats_of(workspace);
-  run_stage(grouped_conv_bwd_input_pack_cpu, p, floats);
-  run_stage(grouped_conv_bwd_input_cpu, p, work_of(s));
-  if (p.sums != nullptr) run_stage(grouped_conv_bwd_input_merge_cpu, p, s.n * s.c);
-  return {dx, sums};
+  InputGradient input(op, dy, weight, input_size, geometry, y, finish, x, act);
+  input.pack();
+  run_stage(grouped_conv_bwd_input_cpu, input.p, work_of(input.p.shape));
+  input.merge();
+  return {input.dx, input.sums};
 }
 
 Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& weight_size, const Ints& stride,
@@ -216,37 +274,39 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& we
                                const OptionalTensor& y, const OptionalTensor& finish,
                                const OptionalTensor& act, bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
-  GroupedConvBwdWeightParams p{};
-  p.dtype = activation_dtype(op, "x", x);
-  p.isa = isa_current();
-  p.winograd = winograd_current();
-  const ScalarType type = x.scalar_type();
-  const Shape size = shape_of(op, "weight_size", weight_size);
   const Geometry geometry{op, stride, padding, dilation, groups};
-  p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), size);
-  const GroupedConvShape& s = p.shape;
-  const Shape output{s.n, s.k, s.oh, s.ow};
-  const Tensor gradient = activation(op, "dy", dy, type, output);
-  const Tensor input = channels_adjacent(x);
-  p.dy = view_of(gradient);
-  p.x = view_of(input);
-  p.finish = finish_floats(op, finish, y, s.k);
-  Tensor raw_output;
-  if (y.has_value()) {
-    raw_output = activation(op, "y", *y, type, output);
-    p.y = view_of(raw_output);
-  }
-  p.act = channel_floats(op, "act", act, {2, s.c});
-  Tensor dweight =
-      torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  p.dweight = dweight.mutable_data_ptr();
-  p.layout = weight_layout(s.c / s.groups, channels_last);
-  const Tensor workspace = workspace_floats(grouped_conv_bwd_weight_workspace(p), x);
-  p.workspace = floats_of(workspace);
-  run_stage(grouped_conv_bwd_weight_cpu, p, work_of(s));
-  run_stage(grouped_conv_bwd_weight_merge_cpu, p, weight_work(s));
-  return dweight;
+  const WeightGradient weight(op, dy, x, weight_size, geometry, y, finish, act, channels_last);
+  run_stage(grouped_conv_bwd_weight_cpu, weight.p, work_of(weight.p.shape));
+  weight.merge();
+  return weight.dweight;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                            const Ints& stride, const Ints& padding, const Ints& dilation,
+                                            int64_t groups, const OptionalTensor& y,
+                                            const OptionalTensor& finish, bool want_dx, bool want_dweight,
+                                            bool channels_last) {
+  const char* op = "grouped_conv_bwd";
+  const Geometry geometry{op, stride, padding, dilation, groups};
+  std::optional<InputGradient> input;
+  std::optional<WeightGradient> filters;
+  if (want_dx)
+    input.emplace(op, dy, weight, sizes_of(op, "x", x), geometry, y, finish, std::nullopt, std::nullopt);
+  if (want_dweight)
+    filters.emplace(op, dy, x, sizes_of(op, "weight", weight), geometry, y, finish, std::nullopt,
+                    channels_last);
+  if (input) input->pack();
+  if (input && filters)
+    run_stage(grouped_conv_bwd_cpu, GroupedConvBwdParams{input->p, filters->p}, 2 * work_of(input->p.shape));
+  else if (input)
+    run_stage(grouped_conv_bwd_input_cpu, input->p, work_of(input->p.shape));
+  else if (filters)
+    run_stage(grouped_conv_bwd_weight_cpu, filters->p, work_of(filters->p.shape));
+  if (filters) filters->merge();
+  const auto nothing = [&] { return empty({0}, x.scalar_type(), x); };
+  return {input ? input->dx : nothing(), filters ? filters->dweight : nothing()};
 }
 
 }  // namespace gconv
@@ -266,6 +326,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "grouped_conv_bwd_weight(Tensor dy, Tensor x, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, "
       "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act, "
       "bool channels_last=False) -> Tensor");
+  m.def(
+      "grouped_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, bool want_dx, bool want_dweight, "
+      "bool channels_last) -> (Tensor dx, Tensor dweight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
@@ -273,4 +337,5 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("grouped_conv_fwd_stats", TORCH_BOX(&gconv::grouped_conv_fwd_stats));
   m.impl("grouped_conv_bwd_input", TORCH_BOX(&gconv::grouped_conv_bwd_input));
   m.impl("grouped_conv_bwd_weight", TORCH_BOX(&gconv::grouped_conv_bwd_weight));
+  m.impl("grouped_conv_bwd", TORCH_BOX(&gconv::grouped_conv_bwd));
 }

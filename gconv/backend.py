@@ -153,6 +153,11 @@ def policy() -> str:
     return _policy
 
 
+def settings() -> tuple:
+    """What decisions in favour of our kernels depend on besides the call."""
+    return _mode, _missing_extension, DENSE_TO_TORCH_CHANNELS
+
+
 # ----------------------------------------------------------------------------------------------- the decision
 
 

@@ -362,6 +362,21 @@ def update_state(bn, running_mean, running_var, mean, var, count, shift=None) ->
         counter.add_(1)
 
 
+def running_in_place(bn, running_mean, running_var, bias) -> tuple | None:
+    """(running_mean, running_var, num_batches_tracked, shift, momentum) for an op that moves the running
+    statistics itself, all None where they stay; or None where `update_state` has to."""
+    if transformed():
+        return None
+    if not (bn.training and bn.track_running_stats):
+        return (None,) * 5
+    counter, momentum = bn.num_batches_tracked, bn.momentum
+    if running_mean is None or (momentum is None and counter is None):
+        return None
+    if not _updates_in_place(running_mean, running_var, counter):
+        return None
+    return running_mean, running_var, counter, None if bias is None else as_float(bias.detach()), momentum
+
+
 def update_running(running_mean, running_var, counter, mean, var, shift, count, momentum) -> None:
     """`batch_norm_update_running_ref`, as one op where that covers the buffers. A compiler fuses the
     reference with what surrounds it, and a function transform must see every step."""
@@ -371,8 +386,13 @@ def update_running(running_mean, running_var, counter, mean, var, shift, count, 
         batch_norm_update_running_ref(*args)
         return
     call(_update_running, *args)
-    # Autograd, which the call went below, must know that saved statistics are no longer what they were.
-    torch.autograd.graph.increment_version((running_mean, running_var))
+    moved(running_mean, running_var)
+
+
+def moved(running_mean, running_var) -> None:
+    """Tells autograd, below which an op wrote them, that saved statistics are no longer what they were."""
+    if running_mean is not None:
+        torch.autograd.graph.increment_version((running_mean, running_var))
 
 
 def _updates_in_place(running_mean, running_var, counter) -> bool:

@@ -15,7 +15,6 @@ from gconv.autograd import (
     applier,
     call,
     channels_last,
-    decide,
     distinct,
     empty_channels_last,
     first_order,
@@ -36,6 +35,7 @@ from gconv.batch_norm import (
     batch_norm_bwd_reduce_ref,
     batch_norm_fold_ref,
     batch_norm_module,
+    batch_norm_update_running_ref,
     bwd_apply,
     bwd_reduce,
     check_count,
@@ -45,10 +45,12 @@ from gconv.batch_norm import (
     inference_affine,
     is_frozen,
     kernels_run,
+    moved,
     normalize,
     only,
     pull_back,
     relu_mask,
+    running_in_place,
     state_of,
     tail,
     train_composed,
@@ -57,17 +59,15 @@ from gconv.batch_norm import (
 )
 from gconv.grouped_conv import (
     autocast,
-    bwd_input,
-    bwd_weight,
+    bwd,
     check_tensors,
     conv_apply,
     conv_output_size,
     fwd,
-    grouped_conv_bwd_input_ref,
-    grouped_conv_bwd_weight_ref,
+    grouped_conv_bwd_ref,
     grouped_conv_fwd_stats_ref,
     in_channels_last,
-    resolve,
+    plan,
     run_conv,
     wide,
 )
@@ -100,45 +100,42 @@ def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
 
 
 def _backward_stages(
-    reduce, apply, bwd_input, bwd_weight, dz, x, weight, stride, padding, dilation, groups, y, mean, rstd,
+    reduce, apply, conv_bwd, dz, x, weight, stride, padding, dilation, groups, y, mean, rstd,
     gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
 ):  # fmt: skip
-    """(dx, dweight, dgamma, dbeta, g), None where not wanted, by the given ops or references."""
-    conf = (stride, padding, dilation, groups)
+    """(dx, dweight, dgamma, dbeta, g) by the given ops or references, of shape [0] where not wanted."""
     dgamma, dbeta, finish = reduce(dz, y, mean, rstd, gamma, affine, z)
-    dx = dweight = g = None
-    dy, raw = dz, y
+    dy, raw, g = dz, y, x.new_empty(0)
     if want_g or ((want_dx or want_dweight) and (z is not None or not FINISH_ON_LOAD)):
         dy, g = apply(dz, y, finish, z, want_g)
         raw = finish = None
-    if want_dx:
-        dx, _ = bwd_input(dy, weight, tuple(x.shape), *conf, raw, finish, None, None)
-    if want_dweight:
-        size = tuple(weight.shape)
-        dweight = bwd_weight(dy, x, size, *conf, raw, finish, None, weight_channels_last)
-    return dx, dweight, dgamma, dbeta, g if want_g else None
+    wanted = (want_dx, want_dweight, weight_channels_last)
+    conf = (stride, padding, dilation, groups)
+    return *conv_bwd(dy, x, weight, *conf, raw, finish, *wanted), dgamma, dbeta, g
 
 
 def conv_bn_relu_fwd_train_ref(
-    x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu
-):
-    """(z, y, mean, var, rstd, affine): y = conv(x, weight) as stored, mean and biased variance [K] of y, what
-    `batch_norm_fold_ref` makes of them, z = relu?(affine[0]*y + affine[1] + residual)."""
+    x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu,
+    running_mean, running_var, num_batches_tracked, shift, momentum,
+):  # fmt: skip
+    """(z, y, mean, rstd, affine): y = conv(x, weight) as stored, mean [K] of y, what `batch_norm_fold_ref`
+    makes of its statistics, z = relu?(affine[0]*y + affine[1] + residual). Running statistics, if given, move
+    as by `batch_norm_update_running_ref`."""
     stages = (grouped_conv_fwd_stats_ref, batch_norm_fold_ref, batch_norm_apply_ref)
-    conf = (stride, padding, dilation, groups)
-    return _forward_stages(*stages, x, weight, *conf, gamma, beta, residual, eps, relu)
+    args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
+    z, y, mean, var, rstd, affine = _forward_stages(*stages, *args)
+    if running_mean is not None:
+        running = (running_mean, running_var, num_batches_tracked)
+        batch_norm_update_running_ref(*running, mean, var, shift, y.numel() // y.shape[1], momentum)
+    return z, y, mean, rstd, affine
 
 
 def conv_bn_relu_bwd_ref(dz, x, *args):
     """(dx, dweight, dgamma, dbeta, g): the gradients of `conv_bn_relu_fwd_train_ref` for the gradient dz of
     z; g, dz masked by the ReLU, is the residual's. affine and z say where the ReLU was shut, as in
     `batch_norm_bwd_reduce_ref`. dx, dweight and g have shape [0] unless wanted."""
-    stages = (
-        batch_norm_bwd_reduce_ref, batch_norm_bwd_apply_ref, grouped_conv_bwd_input_ref,
-        grouped_conv_bwd_weight_ref,
-    )  # fmt: skip
-    grads = _backward_stages(*stages, dz, x, *args)
-    return tuple(x.new_zeros(0) if grad is None else grad for grad in grads)
+    stages = (batch_norm_bwd_reduce_ref, batch_norm_bwd_apply_ref, grouped_conv_bwd_ref)
+    return _backward_stages(*stages, dz, x, *args)
 
 
 _fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
@@ -164,6 +161,16 @@ def _conv_train_composed(x, weight, bias, gamma, beta, residual, eps, relu, *con
     return z, y, mean, var, rstd, affine
 
 
+def _save_for_backward(
+    ctx, z, y, mean, rstd, affine, x, weight, bias, gamma, beta, residual, eps, relu, *conf
+):
+    ctx.eps, ctx.relu, ctx.conf = eps, relu, conf
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+    z = z if relu and residual is not None else None
+    ctx.save_for_backward(bias, x, weight, gamma, y, mean, rstd, affine, z)
+
+
 class ConvBatchNorm(Function):
     """Training: (z, y, mean, var, rstd, affine), z = relu?(batch_norm(y) + residual), y = conv(x, weight); z
     alone is differentiable. The convolution's bias is no part of y: it moves the mean of y and nothing else,
@@ -174,25 +181,19 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        if _joined(x):
-            return call(_fwd_train, *args)
         return call(_forward_stages, _fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, gamma, _, residual, ctx.eps, ctx.relu, *conf = inputs
         z, y, mean, var, rstd, affine = output
-        ctx.conf = tuple(conf)
         ctx.mark_non_differentiable(y, mean, var, rstd, affine)
-        if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)
-        z = z if ctx.relu and residual is not None else None
-        ctx.save_for_backward(bias, x, weight, gamma, y, mean, rstd, affine, z)
+        _save_for_backward(ctx, z, y, mean, rstd, affine, *inputs)
 
     @staticmethod
     def backward(ctx, dz, *unused):
+        nothing = (None,) * (len(ctx.needs_input_grad) - 6)
         if dz is None:
-            return (None,) * 12
+            return *(None,) * 6, *nothing
         bias, *saved = ctx.saved_tensors
         want_x, want_weight, want_bias, *rest, want_residual = ctx.needs_input_grad[:6]
         wanted = (want_x, want_weight, *rest, want_residual)
@@ -201,11 +202,27 @@ class ConvBatchNorm(Function):
         dbias = torch.zeros_like(bias) if want_bias else None
         if want_residual and not ctx.relu:
             dresidual = dz
-        return dx, dweight, dbias, dgamma, dbeta, dresidual, *(None,) * 6
+        return dx, dweight, dbias, dgamma, dbeta, dresidual, *nothing
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return vmap_by(_conv_train_composed, info, in_dims, args)
+
+
+class ConvBatchNormJoined(Function):
+    """z of `ConvBatchNorm`, by one op that moves the running statistics too, for autograd's tape alone: no
+    function transform sees what it saves, and there is one output to wrap instead of six."""
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups, running
+    ):
+        conf = (stride, padding, dilation, groups)
+        z, *saved = call(_fwd_train, x, weight, *conf, gamma, beta, residual, eps, relu, *running)
+        _save_for_backward(ctx, z, *saved, x, weight, bias, gamma, beta, residual, eps, relu, *conf)
+        return z
+
+    backward = staticmethod(ConvBatchNorm.backward)
 
 
 class ConvBatchNormBackward(Function):
@@ -223,7 +240,7 @@ class ConvBatchNormBackward(Function):
         if FINISH_ON_LOAD and _joined(x):
             grads = call(_bwd, *args)
         else:
-            grads = call(_backward_stages, bwd_reduce, bwd_apply, bwd_input, bwd_weight, *args)
+            grads = call(_backward_stages, bwd_reduce, bwd_apply, bwd, *args)
         return only((want_x, want_weight, want_gamma, want_beta, want_g), grads)
 
     @staticmethod
@@ -257,6 +274,7 @@ class ConvBatchNormBackward(Function):
 
 
 _train_apply = applier(ConvBatchNorm)
+_joined_apply = applier(ConvBatchNormJoined)
 _backward_apply = applier(ConvBatchNormBackward)
 
 
@@ -265,8 +283,8 @@ _backward_apply = applier(ConvBatchNormBackward)
 
 def _fwd_train_fake(x, weight, stride, padding, dilation, groups, *rest):
     y = empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
-    mean, var, rstd = (x.new_empty(y.shape[1], dtype=torch.float32) for _ in range(3))
-    return torch.empty_like(y), y, mean, var, rstd, mean.new_empty(2, y.shape[1])
+    mean = x.new_empty(y.shape[1], dtype=torch.float32)
+    return torch.empty_like(y), y, mean, torch.empty_like(mean), mean.new_empty(2, y.shape[1])
 
 
 def _bwd_fake(
@@ -280,7 +298,7 @@ def _bwd_fake(
     return dx, dweight, torch.empty_like(mean), torch.empty_like(mean), g
 
 
-register("conv_bn_relu_fwd_train", _fwd_train_fake, conv_bn_relu_fwd_train_ref)
+register("conv_bn_relu_fwd_train", _fwd_train_fake, None)
 register("conv_bn_relu_bwd", _bwd_fake, conv_bn_relu_bwd_ref)
 
 
@@ -290,10 +308,19 @@ register("conv_bn_relu_bwd", _bwd_fake, conv_bn_relu_bwd_ref)
 def _train(x, weight, bias, bn, state, residual, relu, conf, count):
     running_mean, running_var, gamma, beta = state
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
-    run = ConvBatchNorm.forward if untracked() else _train_apply
     x, gamma, beta = channels_last(x), as_float(gamma), as_float(beta)
-    z, _, mean, var, *_ = run(x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
-    update_state(bn, running_mean, running_var, mean, var, count, bias)
+    args = (x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
+    running = running_in_place(bn, running_mean, running_var, bias) if _joined(x) else None
+    if running is not None:
+        if untracked():
+            z = call(_fwd_train, x, weight, *conf, gamma, beta, residual, bn.eps, relu, *running)[0]
+        else:
+            z = _joined_apply(*args, running)
+        moved(*running[:2])
+    else:
+        run = ConvBatchNorm.forward if untracked() else _train_apply
+        z, _, mean, var, *_ = run(*args)
+        update_state(bn, running_mean, running_var, mean, var, count, bias)
     return in_format(z, keep)
 
 
@@ -340,8 +367,7 @@ def conv_bn_relu(
 def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
     check_tensors("conv_bn_relu", x, weight, bias)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
-    conf = resolve("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups)
-    decision = decide("conv_bn_relu", x, weight, None, *conf, by_design)
+    conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
     if decision.backend != "cpu":
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)

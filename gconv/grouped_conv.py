@@ -114,6 +114,21 @@ def grouped_conv_bwd_weight_ref(
     return dweight.to(x.dtype).contiguous(memory_format=_weight_format(channels_last))
 
 
+def grouped_conv_bwd_ref(
+    dy, x, weight, stride, padding, dilation, groups, y, finish, want_dx, want_dweight, channels_last
+):
+    """(dx, dweight): `grouped_conv_bwd_input_ref` and `grouped_conv_bwd_weight_ref` without act, of shape [0]
+    unless wanted."""
+    conf = (stride, padding, dilation, groups)
+    dx = dweight = x.new_zeros(0)
+    if want_dx:
+        dx, _ = grouped_conv_bwd_input_ref(dy, weight, tuple(x.shape), *conf, y, finish)
+    if want_dweight:
+        size = tuple(weight.shape)
+        dweight = grouped_conv_bwd_weight_ref(dy, x, size, *conf, y, finish, None, channels_last)
+    return dx, dweight
+
+
 def _weight_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -131,6 +146,7 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
 fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
 bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
 bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
+bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -140,20 +156,13 @@ def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, w
     """(dx, dweight) of conv(x, weight), None where not wanted; differentiable again where anything
     watches."""
     conf = (stride, padding, dilation, groups)
-    run = (_bwd_input_of, _bwd_weight_of) if first_order() else (bwd_input_apply, bwd_weight_apply)
-    dx = run[0](dy, weight, tuple(x.shape), *conf) if want_x else None
-    layout = (in_channels_last(weight),) if first_order() else ()
-    dweight = run[1](dy, x, tuple(weight.shape), *conf, *layout) if want_weight else None
+    if first_order() and (want_x or want_weight):
+        layout = want_weight and in_channels_last(weight)
+        dx, dweight = call(bwd, dy, x, weight, *conf, None, None, want_x, want_weight, layout)
+        return dx if want_x else None, dweight if want_weight else None
+    dx = bwd_input_apply(dy, weight, tuple(x.shape), *conf) if want_x else None
+    dweight = bwd_weight_apply(dy, x, tuple(weight.shape), *conf) if want_weight else None
     return dx, dweight
-
-
-def _bwd_input_of(dy, weight, input_size, *conf):
-    return call(bwd_input, dy, weight, input_size, *conf, None, None, None, None)[0]
-
-
-def _bwd_weight_of(dy, x, weight_size, stride, padding, dilation, groups, channels_last=False):
-    conf = (stride, padding, dilation, groups)
-    return call(bwd_weight, dy, x, weight_size, *conf, None, None, None, channels_last)
 
 
 def _epilogue_grads(dz, x, weight, scale, z, conf, wanted):
@@ -166,10 +175,9 @@ def _epilogue_grads(dz, x, weight, scale, z, conf, wanted):
     want_x, want_weight, want_scale, want_shift, want_residual = wanted
     g = channels_last(dz) if z is None else torch.ops.aten.threshold_backward(channels_last(dz), z, 0)
     unit = None if scale is None else scale[:, None, None, None]
-    scaled = weight if unit is None else (weight * unit).to(weight.dtype)
-    dx, dweight = conv_grads(g, x, weight, *conf, False, want_weight or want_scale)
-    if want_x:
-        dx, _ = conv_grads(g, x, scaled, *conf, True, False)
+    dx, dweight = conv_grads(g, x, weight, *conf, want_x and unit is None, want_weight or want_scale)
+    if want_x and unit is not None:
+        dx, _ = conv_grads(g, x, (weight * unit).to(weight.dtype), *conf, True, False)
     dscale = dshift = None
     if want_scale:
         dscale = (dweight * weight).sum((1, 2, 3), dtype=scale.dtype)
@@ -244,7 +252,8 @@ class GroupedConvBwdInput(Function):
 
     @staticmethod
     def forward(dy, weight, input_size, stride, padding, dilation, groups):
-        return _bwd_input_of(dy, weight, input_size, stride, padding, dilation, groups)
+        conf = (stride, padding, dilation, groups)
+        return call(bwd_input, dy, weight, input_size, *conf, None, None, None, None)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -278,7 +287,8 @@ class GroupedConvBwdWeight(Function):
 
     @staticmethod
     def forward(dy, x, weight_size, stride, padding, dilation, groups):
-        return _bwd_weight_of(dy, x, weight_size, stride, padding, dilation, groups)
+        conf = (stride, padding, dilation, groups)
+        return call(bwd_weight, dy, x, weight_size, *conf, None, None, None, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -389,10 +399,37 @@ def _bwd_weight_formula(args, outputs, grads, wanted):
     return ddy, dx, *(None,) * (len(args) - 2)
 
 
+def _bwd_fake(
+    dy, x, weight, stride, padding, dilation, groups, y, finish, want_dx, want_dweight, channels_last
+):
+    dx = empty_channels_last(x, x.shape) if want_dx else x.new_empty(0)
+    layout = _weight_format(channels_last)
+    return dx, torch.empty_like(weight, memory_format=layout) if want_dweight else x.new_empty(0)
+
+
+def _bwd_formula(args, outputs, grads, wanted):
+    dy, x, weight, *conf, _, finish, want_dx, want_dweight, _ = args
+    if finish is not None:
+        return NotImplemented
+    ddx, ddweight = (g if want else None for g, want in zip(grads, (want_dx, want_dweight)))
+    ddy = d_x = d_weight = None
+    if ddx is not None:
+        if wanted[0]:
+            ddy = conv_apply(ddx, weight, None, None, None, False, *conf)
+        _, d_weight = conv_grads(dy, ddx, weight, *conf, False, wanted[2])
+    if ddweight is not None:
+        if wanted[0]:
+            more = conv_apply(x, ddweight, None, None, None, False, *conf)
+            ddy = more if ddy is None else ddy + more
+        d_x, _ = conv_grads(dy, x, ddweight, *conf, wanted[1], False)
+    return ddy, d_x, d_weight, *(None,) * (len(args) - 3)
+
+
 register("grouped_conv_fwd", _fwd_fake, grouped_conv_fwd_ref, _fwd_formula)
 register("grouped_conv_fwd_stats", _fwd_stats_fake, grouped_conv_fwd_stats_ref, _fwd_stats_formula)
 register("grouped_conv_bwd_input", _bwd_input_fake, grouped_conv_bwd_input_ref, _bwd_input_formula)
 register("grouped_conv_bwd_weight", _bwd_weight_fake, grouped_conv_bwd_weight_ref, _bwd_weight_formula)
+register("grouped_conv_bwd", _bwd_fake, grouped_conv_bwd_ref, _bwd_formula)
 
 
 # -------------------------------------------------------------------------------------------- the function
@@ -481,6 +518,39 @@ def resolve(name: str, x, weight, bias, stride, padding, dilation, groups) -> tu
     return stride, padding, dilation, groups
 
 
+_planned: dict[tuple, tuple] = {}
+MOST_PLANNED = 4096
+
+
+def plan(name: str, x, weight, bias, stride, padding, dilation, groups, by_design: bool = False) -> tuple:
+    """(conf, decision): what `resolve` and `decide` say.
+
+    Between large kernels their Python is cold and takes 50 microseconds, so calls that run on the kernels are
+    remembered, by all that the answer depends on.
+    """
+    key, geometry = None, (stride, padding, dilation, groups)
+    if not torch.compiler.is_compiling() and x.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu):
+        like = None if bias is None else (bias.shape, bias.dtype)
+        key = (
+            name, x.shape, x.dtype, x.layout, weight.shape, weight.dtype, like, geometry, by_design,
+            *backend.settings(),
+        )  # fmt: skip
+        try:
+            found = _planned.get(key)
+        except TypeError:  # a list, or whatever else may be a pair of ints
+            found = key = None
+        # 1.0 equals 1 and is no int: only the very objects that were checked need no check.
+        if found is not None and all(map(operator.is_, found[0], geometry)):
+            return found[1:]
+    conf = resolve(name, x, weight, bias, stride, padding, dilation, groups)
+    decision = decide(name, x, weight, None, *conf, by_design)
+    if key is not None and decision.backend == "cpu":
+        if len(_planned) >= MOST_PLANNED:
+            _planned.clear()
+        _planned[key] = geometry, conf, decision
+    return conf, decision
+
+
 def autocast(*tensors):
     """The tensors in autocast's dtype where it is on, as torch casts a convolution's arguments."""
     if not autocast_enabled(tensors[0]):
@@ -537,8 +607,7 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     if x.dim() == 3:
         return grouped_conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
-    conf = resolve("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
-    decision = decide("grouped_conv", x, weight, None, *conf)
+    conf, decision = plan("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
     if decision.backend == "cpu":
         y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf)
     else:

@@ -143,10 +143,9 @@ void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
   if (p.mean) run.stage(grouped_conv_fwd_merge_cpu, p);
 }
 
-void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad,
-                    Pair dilation, int64_t groups, py::object dy, py::object weight, py::object y,
-                    py::object finish, py::object x, py::object act, py::object dx, py::object sums) {
-  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+GroupedConvBwdInputParams bwd_input_params(const Run& run, const GroupedConvShape& s, py::object dy,
+                                           py::object weight, py::object y, py::object finish, py::object x,
+                                           py::object act, py::object dx, py::object sums) {
   GroupedConvBwdInputParams p{};
   p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
   p.dy = run.activation("dy", dy, out_shape(s));
@@ -158,6 +157,29 @@ void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pai
   p.act = floats("act", act, 4 * s.c);
   p.dx = run.activation("dx", dx, in_shape(s));
   p.sums = floats("sums", sums, 2 * s.c);
+  return p;
+}
+
+GroupedConvBwdWeightParams bwd_weight_params(const Run& run, const GroupedConvShape& s, py::object dy,
+                                             py::object x, py::object y, py::object finish, py::object act,
+                                             py::object dweight) {
+  GroupedConvBwdWeightParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
+  p.dy = run.activation("dy", dy, out_shape(s));
+  p.y = run.activation("y", y, out_shape(s));
+  p.finish = floats("finish", finish, 6 * s.k);
+  p.x = run.activation("x", x, in_shape(s));
+  p.act = floats("act", act, 2 * s.c);
+  p.dweight = run.contiguous("dweight", dweight, weight_size(s));
+  p.layout = {9, 1};
+  return p;
+}
+
+void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad,
+                    Pair dilation, int64_t groups, py::object dy, py::object weight, py::object y,
+                    py::object finish, py::object x, py::object act, py::object dx, py::object sums) {
+  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+  GroupedConvBwdInputParams p = bwd_input_params(run, s, dy, weight, y, finish, x, act, dx, sums);
   const Workspace workspace(grouped_conv_bwd_input_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_bwd_input_pack_cpu, p);
@@ -169,19 +191,27 @@ void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pa
                      Pair dilation, int64_t groups, py::object dy, py::object x, py::object y,
                      py::object finish, py::object act, py::object dweight) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
-  GroupedConvBwdWeightParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
-  p.dy = run.activation("dy", dy, out_shape(s));
-  p.y = run.activation("y", y, out_shape(s));
-  p.finish = floats("finish", finish, 6 * s.k);
-  p.x = run.activation("x", x, in_shape(s));
-  p.act = floats("act", act, 2 * s.c);
-  p.dweight = run.contiguous("dweight", dweight, weight_size(s));
-  p.layout = {9, 1};
+  GroupedConvBwdWeightParams p = bwd_weight_params(run, s, dy, x, y, finish, act, dweight);
   const Workspace workspace(grouped_conv_bwd_weight_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_bwd_weight_cpu, p);
   run.stage(grouped_conv_bwd_weight_merge_cpu, p);
+}
+
+void conv_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad, Pair dilation,
+              int64_t groups, py::object dy, py::object x, py::object weight, py::object y, py::object finish,
+              py::object dx, py::object dweight) {
+  const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
+  const py::none none;
+  GroupedConvBwdParams p{bwd_input_params(run, s, dy, weight, y, finish, none, none, dx, none),
+                         bwd_weight_params(run, s, dy, x, y, finish, none, dweight)};
+  const Workspace input_workspace(grouped_conv_bwd_input_workspace(p.input));
+  const Workspace weight_workspace(grouped_conv_bwd_weight_workspace(p.weight));
+  p.input.workspace = input_workspace.data();
+  p.weight.workspace = weight_workspace.data();
+  run.stage(grouped_conv_bwd_input_pack_cpu, p.input);
+  run.stage(grouped_conv_bwd_cpu, p);
+  run.stage(grouped_conv_bwd_weight_merge_cpu, p.weight);
 }
 
 void norm_stats(const Run& run, std::array<int64_t, 4> s, py::object x, py::object mean, py::object var) {
@@ -284,6 +314,7 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);
+  m.def("grouped_conv_bwd", &conv_bwd);
   m.def("batch_norm_stats", &norm_stats);
   m.def("batch_norm_fold", &norm_fold);
   m.def("batch_norm_update_running", &norm_update_running);

@@ -20,12 +20,10 @@ from gconv import grouped_conv as conv_module
 from gconv.functional import batch_norm, conv_bn_relu, grouped_conv
 
 OPS = {
-    conv_module: ("fwd", "bwd_input", "bwd_weight"),
+    conv_module: ("fwd", "bwd_input", "bwd_weight", "bwd"),
     bn_module: ("_stats", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
-    fused_module: (
-        "fwd", "_fwd_stats", "bwd_input", "bwd_weight", "fold", "apply_affine", "bwd_reduce", "bwd_apply",
-    ),
-}  # fmt: skip
+    fused_module: ("fwd", "_fwd_stats", "bwd", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
+}
 
 
 def reference_of(name):
@@ -234,24 +232,31 @@ def test_bfloat16_gradients_have_their_parameters_dtypes_and_values(ops, trainin
 # -------------------------------------------------------------------------------- only what is asked for
 
 
-def refuse(*args):
-    raise AssertionError("an op ran that nobody needs")
-
-
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "staged"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("frozen", ["x", "weight", "everything but gamma"])
-def test_frozen_tensors_skip_their_work(ops, monkeypatch, training, frozen):
+def test_frozen_tensors_skip_their_work(ops, monkeypatch, joined, training, frozen):
+    """Both gradients come from one op, which is told what is wanted of it."""
+    monkeypatch.setattr(fused_module, "JOINED", joined)
+    asked = []
+
+    def spy(module, name, last):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: asked.append(args[last - 2 : last]) or run(*args))
+
+    spy(conv_module, "bwd", -1)
+    spy(fused_module, "bwd", -1)
+    spy(fused_module, "_bwd", -2)
     block = Block().train(training)
     x = values(*INPUT).requires_grad_(frozen == "weight")
     block.conv.weight.requires_grad_(frozen == "x")
     z = block(x)
-    forbidden = {"x": ["bwd_input"], "weight": ["bwd_weight"]}.get(frozen, ["bwd_input", "bwd_weight"])
-    if not training:  # the scale's gradient is <dweight, weight>
-        forbidden = [name for name in forbidden if name != "bwd_weight"]
-    for name in forbidden:
-        monkeypatch.setattr(fused_module, name, refuse)
-        monkeypatch.setattr(conv_module, name, refuse)
     z.sum().backward()
+    want_x, want_weight = (
+        frozen == "weight",
+        frozen == "x" or not training,
+    )  # the scale's is <dweight, weight>
+    assert asked and {(any(dx for dx, _ in asked), any(dw for _, dw in asked))} == {(want_x, want_weight)}
     assert (x.grad is not None) == (frozen == "weight")
     assert (block.conv.weight.grad is not None) == (frozen == "x")
     assert block.bn.weight.grad is not None and block.bn.bias.grad is not None
@@ -374,8 +379,13 @@ def test_the_comparison_would_notice(ops):
 
 
 def test_gradcheck_would_notice(reference_ops, monkeypatch):
-    right = conv_module.bwd_weight
-    monkeypatch.setattr(conv_module, "bwd_weight", lambda *args: right(*args) * 1.01)
+    right = conv_module.bwd
+
+    def wrong(*args):
+        dx, dweight = right(*args)
+        return dx, dweight * 1.01
+
+    monkeypatch.setattr(conv_module, "bwd", wrong)
     x, weight = doubles((1, 2, 3, 3), (2, 1, 3, 3))
     conf = ((1, 1), (1, 1), (1, 1), 2)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):

@@ -137,6 +137,37 @@ def test_dense_convolutions_go_to_torch_from_a_width_on(built, monkeypatch):
     assert backend.choose("grouped_conv", **dense).backend == "cpu"
 
 
+def test_a_remembered_call_is_still_checked_and_follows_the_settings(ops, monkeypatch):
+    """Calls on the kernels are remembered by shape: what equals a checked argument without being it is
+    checked again, and a setting changed in between counts."""
+    x, w = torch.randn(1, 8, 6, 6), torch.randn(8, 2, 3, 3)
+    conv = gconv.functional.grouped_conv
+    for _ in range(2):
+        assert conv(x, w, None, 1, 1, 1, 4).shape == x.shape
+        assert conv(x, w, None, [1, 1], 1, 1, 4).shape == x.shape
+    with pytest.raises(ValueError, match=r"stride: want an int or a pair of ints, got 1\.0"):
+        conv(x, w, None, 1.0, 1, 1, 4)
+    assert conv(x, w, None, 2, 1, 1, 4).shape == (1, 8, 3, 3)
+    with pytest.raises(ValueError, match="weight: want device cpu as of x, got meta"):
+        conv(x, w.to("meta"), None, 1, 1, 1, 4)
+    with gconv.use_backend("torch"), gconv.trace() as trace:
+        conv(x, w, None, 1, 1, 1, 4)
+    assert [row.kernel for row in trace.rows] == ["torch.conv2d"]
+    monkeypatch.setattr(backend, "_missing_extension", "not there")
+    with gconv.set_policy("silent"), gconv.trace() as trace:
+        conv(x, w, None, 1, 1, 1, 4)
+    assert [row.reason for row in trace.rows] == ["not there"]
+
+
+def test_the_memory_of_calls_is_bounded(ops, monkeypatch):
+    from gconv import grouped_conv as module
+
+    monkeypatch.setattr(module, "MOST_PLANNED", 4)
+    for size in range(5, 30):
+        gconv.functional.grouped_conv(torch.randn(1, 2, size, 5), torch.randn(2, 1, 3, 3), None, 1, 1, 1, 2)
+        assert len(module._planned) <= 4
+
+
 def test_a_missing_extension_is_a_reason(monkeypatch):
     monkeypatch.setattr(
         backend, "_missing_extension", "the extension gconv._C is not built: run `make develop`"

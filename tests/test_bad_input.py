@@ -316,6 +316,10 @@ OPS = {
     "grouped_conv_bwd_weight": {
         "dy": Y, "x": X, "weight_size": [12, 2, 3, 3], **GEOMETRY, "y": Y, "finish": FINISH, "act": ACT2,
     },
+    "grouped_conv_bwd": {
+        "dy": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "finish": FINISH, "want_dx": True,
+        "want_dweight": True, "channels_last": False,
+    },
     "batch_norm_stats": {"x": X},
     "batch_norm_fold": {
         "mean": torch.ones(8), "var": torch.ones(8), "gamma": torch.ones(8), "beta": torch.ones(8),
@@ -333,7 +337,8 @@ OPS = {
     },
     "conv_bn_relu_fwd_train": {
         "x": X, "weight": W, **GEOMETRY, "gamma": torch.ones(12), "beta": torch.ones(12), "eps": 1e-5,
-        "residual": Y, "relu": True,
+        "residual": Y, "relu": True, "running_mean": torch.ones(12), "running_var": torch.ones(12),
+        "num_batches_tracked": torch.tensor(3), "shift": torch.ones(12), "momentum": 0.1,
     },
     "conv_bn_relu_bwd": {
         "dz": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "mean": torch.ones(12), "rstd": torch.ones(12),

@@ -435,13 +435,46 @@ def test_joined_backward_returns_only_what_is_wanted(ops):
     x, r = (t.detach() for t in inputs(LAYERS[0], True, key="wanted"))
     weight = torch.randn(k, cin // options["groups"], 3, 3, generator=checks.generator("wanted"))
     conf = ((1, 1), (1, 1), (1, 1), options["groups"])
-    z, y, mean, _, rstd, affine = ops.conv_bn_relu_fwd_train(x, weight, *conf, None, None, r, 1e-5, True)
+    nothing = (None,) * 5
+    z, y, mean, rstd, affine = ops.conv_bn_relu_fwd_train(
+        x, weight, *conf, None, None, r, 1e-5, True, *nothing
+    )
     full = None
     for wanted in itertools.product([True, False], repeat=3):
         got = ops.conv_bn_relu_bwd(r, x, weight, *conf, y, mean, rstd, None, affine, z, *wanted, False)
         full = full or got
         for tensor, want, there in zip(got, full, (*wanted[:2], True, True, wanted[2]), strict=True):
             checks.assert_same_bits(tensor, want if there else want.new_empty(0))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["moving", "cumulative"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_joined_op_moves_the_running_statistics(ops, momentum, bias):
+    """Once per step, bit for bit as the op of their own, also without gradients; autograd sees the write, and
+    a refused call leaves them alone."""
+    x, _ = inputs(LAYERS[0], False, key="running")
+    (cin, k), options, _ = LAYERS[0]
+    layer = gconv.ConvBNReLU(cin, k, 3, momentum=momentum, bias=bias, **options)
+    randomize(layer.conv, layer.bn, "running")
+    conf = (layer.conv.stride, layer.conv.padding, layer.conv.dilation, layer.conv.groups)
+    expected = [t.clone() for t in layer.bn.buffers()]
+    versions = [t._version for t in (layer.bn.running_mean, layer.bn.running_var)]
+    for step in range(3):
+        with torch.set_grad_enabled(step != 1):
+            layer(x)
+        y, mean, var = ops.grouped_conv_fwd_stats(x.detach(), layer.conv.weight.detach(), *conf, None)
+        shift = layer.conv.bias.detach() if bias else None
+        count = y.numel() // k
+        ops.batch_norm_update_running(*expected, mean, var, shift, count, momentum)
+        for got, want in zip(layer.bn.buffers(), expected, strict=True):
+            checks.assert_same_bits(got, want)
+    assert [t._version for t in (layer.bn.running_mean, layer.bn.running_var)] == [v + 3 for v in versions]
+    with pytest.raises(RuntimeError, match="residual"):
+        running = (layer.bn.running_mean, layer.bn.running_var, layer.bn.num_batches_tracked, None, momentum)
+        weight = layer.conv.weight.detach()
+        ops.conv_bn_relu_fwd_train(x.detach(), weight, *conf, None, None, y[:1], 1e-5, True, *running)
+    for got, want in zip(layer.bn.buffers(), expected, strict=True):
+        checks.assert_same_bits(got, want)
 
 
 def test_zero_batch(ops):

@@ -87,12 +87,30 @@ def test_every_variant(isa, ops, case, dtype, name, variant, kind):
     VERIFY[name][0](getattr(ops, name), case, dtype, kind, variant)
 
 
+@each_isa
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_gradients_are_those_of_their_own_ops(isa, ops, case):
+    """Bit for bit, whatever the share of a thread; only what is wanted is computed."""
+    dtype = checks.rotate(DTYPES, str(case), "both")
+    args = all_args(case, dtype)
+    dy, x, w, geometry = args["dy"], args["x"], args["w"], args["geometry"]
+    channels_last = case.cin % 2 == 0
+    for gradient in ((None, None), (args["y"], args["finish"])):
+        dx, _ = ops.grouped_conv_bwd_input(dy, w, list(x.shape), *geometry, *gradient, None, None)
+        dw = ops.grouped_conv_bwd_weight(dy, x, list(w.shape), *geometry, *gradient, None, channels_last)
+        for wanted in ((True, True), (True, False), (False, True), (False, False)):
+            got = ops.grouped_conv_bwd(dy, x, w, *geometry, *gradient, *wanted, channels_last)
+            for tensor, want, there in zip(got, (dx, dw), wanted, strict=True):
+                assert_same_bits(tensor, want if there else want.new_empty(0))
+                assert tensor.stride() == (want.stride() if there else (1,))
+
+
 # ------------------------------------------------------------------------------------------------
 # memory layouts
 
 
 def all_ops(ops, args):
-    """Results of the four ops with everything switched on, as a dict of tensors."""
+    """Results of the five ops with everything switched on, as a dict of tensors."""
     a = args
     fwd = ops.grouped_conv_fwd(a["x"], a["w"], *a["geometry"], a["act"][:2], a["affine"], a["residual"], True)
     y, mean, var = ops.grouped_conv_fwd_stats(a["x"], a["w"], *a["geometry"], a["act"][:2])
@@ -109,9 +127,12 @@ def all_ops(ops, args):
     plain_dw = ops.grouped_conv_bwd_weight(
         a["dy"], a["x"], list(a["w"].shape), *a["geometry"], None, None, None
     )
+    both_dx, both_dw = ops.grouped_conv_bwd(
+        a["dy"], a["x"], a["w"], *a["geometry"], *gradient, True, True, False
+    )
     return {
         "fwd": fwd, "y": y, "mean": mean, "var": var, "dx": dx, "sums": sums, "dw": dw, "plain_dx": plain_dx,
-        "plain_dw": plain_dw,
+        "plain_dw": plain_dw, "both_dx": both_dx, "both_dw": both_dw,
     }  # fmt: skip
 
 

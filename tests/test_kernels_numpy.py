@@ -187,6 +187,22 @@ def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
     return both_ways(kernels, isa, dtype, call, case.winograd)
 
 
+def run_bwd(kernels, isa, dtype, case, finish):
+    def call(run, arrays):
+        dx, dweight = arrays.output(case.input), arrays.flat_output(case.weight_shape)
+        kernels.grouped_conv_bwd(
+            run, *case.geometry_arguments(),
+            arrays.activation(store(case.dy, dtype)), arrays.activation(store(case.x, dtype)),
+            arrays.flat(store(case.weight, dtype)),
+            None if finish is None else arrays.activation(store(case.y, dtype)),
+            None if finish is None else arrays.table(table(finish)),
+            dx, dweight,
+        )  # fmt: skip
+        return [dx, dweight]
+
+    return both_ways(kernels, isa, dtype, call, case.winograd)
+
+
 def name(width):
     return "{}-{}x{}".format(*width)
 
@@ -292,6 +308,16 @@ def test_conv_bwd_weight_exact(kernels, isa, dtype, width, winograd):
             x = act(case.x, case.act) if with_act else case.x
             want = conv_bwd_weight(dy, x, case.weight_shape, *case.geometry)
             assert_same(value(got, dtype), value(store(want, dtype), dtype), f"dweight at {geometry}")
+
+
+@each_algorithm
+def test_conv_bwd_is_both_gradients(kernels, isa, dtype, width, winograd):
+    for geometry, case in cases(width, winograd):
+        for finish in (None, case.finish):
+            dx, dweight = run_bwd(kernels, isa, dtype, case, finish)
+            assert_same(dx, run_bwd_input(kernels, isa, dtype, case, finish, None)[0], f"dx at {geometry}")
+            want = run_bwd_weight(kernels, isa, dtype, case, finish, None)[0]
+            assert_same(dweight, want, f"dweight at {geometry}")
 
 
 @pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 9), (5, 5, 3), (16, 16, 2), (24, 24, 2)], ids=name)

@@ -176,6 +176,12 @@ def samples(ops):
             (dy, x, list(WEIGHT), *conv, None, None, None, True),
             (dy, x, list(WEIGHT), *conv, y, finish, act, False),
         ],
+        "grouped_conv_bwd": [
+            (dy, x, weight, *conv, None, None, True, True, True),
+            (dy, x, weight, *conv, None, None, True, False, False),
+            (dy, x, weight, *conv, None, None, False, True, False),
+            (dy, x, weight, *conv, y, finish, True, True, False),
+        ],
         "batch_norm_stats": [(y,)],
         "batch_norm_fold": [(mean, var, gamma, beta, 1e-3), (mean, var, None, None, 1e-3)],
         "batch_norm_update_running": [
@@ -191,8 +197,8 @@ def samples(ops):
         ],
         "batch_norm_bwd_apply": [(dy, y, finish, None, False), (dy, y, finish, r, True)],
         "conv_bn_relu_fwd_train": [
-            (x, weight, *conv, None, None, None, 1e-3, False),
-            (x, weight, *conv, gamma, beta, r, 1e-3, True),
+            (x, weight, *conv, None, None, None, 1e-3, False, *(None,) * 5),
+            (x, weight, *conv, gamma, beta, r, 1e-3, True, *running, beta, 0.1),
         ],
         "conv_bn_relu_bwd": [
             (dy, x, weight, *conv, y, mean, rstd, gamma, affine, None, True, True, False, False),
@@ -209,11 +215,12 @@ def samples(ops):
 
 CASES = [(name, i) for name, i in (
     ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
-    ("grouped_conv_bwd_weight", 3), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
+    ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 4), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
     ("batch_norm_update_running", 3), ("batch_norm_apply", 2),
     ("batch_norm_bwd_reduce", 3), ("batch_norm_bwd_apply", 2),
     ("conv_bn_relu_fwd_train", 2), ("conv_bn_relu_bwd", 3),
 )]  # fmt: skip
+MUTABLE = ("batch_norm_update_running", "conv_bn_relu_fwd_train")
 ALL_CASES = [(name, i) for name, count in CASES for i in range(count)]
 
 
@@ -252,7 +259,7 @@ def test_opcheck(ops, name, i, memory_format):
     opcheck(op, tuple(leaves))
 
 
-@pytest.mark.parametrize("name,i", [case for case in ALL_CASES if case[0] != "batch_norm_update_running"])
+@pytest.mark.parametrize("name,i", [case for case in ALL_CASES if case[0] not in MUTABLE])
 def test_autograd_of_an_op_is_that_of_its_reference(ops, name, i):
     """Both orders, to every argument, through every output."""
     op, ref, args = sample(ops, name, i)

@@ -51,5 +51,8 @@ void grouped_conv_bwd_weight_cpu(const GroupedConvBwdWeightParams& p, int64_t it
 void grouped_conv_bwd_weight_merge_cpu(const GroupedConvBwdWeightParams& p, int64_t ith, int64_t nth) {
   table(p.isa).bwd_weight_merge(p, ith, nth);
 }
+void grouped_conv_bwd_cpu(const GroupedConvBwdParams& p, int64_t ith, int64_t nth) {
+  table(p.input.isa).bwd(p, ith, nth);
+}
 
 }  // namespace gconv

@@ -69,12 +69,21 @@ inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
   pack_vectors(p, share.begin, share.end, packed + share.begin * p.weight_floats());
 }
 
+// Up to part / parts of the tasks.
+inline void run_part(PassTasks& tasks, const GroupedConvShape& s, int64_t part, int64_t parts) {
+  is_narrow(s) ? tasks.run(part, parts, strip_task) : tasks.run(part, parts, wide_task);
+}
+inline void run_pass(const Pass& p, const GroupedConvShape& s, int64_t ith, int64_t nth) {
+  PassTasks tasks(p, ith, nth);
+  run_part(tasks, s, 1, 1);
+}
+
 int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   pack_share(plan_forward(q), q.workspace, ith, nth);
 }
 void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
-  is_narrow(q.shape) ? run_narrow(plan_forward(q), ith, nth) : run_pass(plan_forward(q), ith, nth);
+  run_pass(plan_forward(q), q.shape, ith, nth);
 }
 
 constexpr int64_t MERGED_CHANNELS = 64;  // merged together: partial results lie channels side by side
@@ -115,8 +124,7 @@ void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth
   pack_share(plan_input_gradient(q), q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
-  is_narrow(q.shape) ? run_narrow(plan_input_gradient(q), ith, nth)
-                     : run_pass(plan_input_gradient(q), ith, nth);
+  run_pass(plan_input_gradient(q), q.shape, ith, nth);
 }
 void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_input_gradient(q);
@@ -135,13 +143,29 @@ int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
   const WgradPass p = is_narrow(q.shape) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
   return p.splits * p.vectors() * p.vector_floats();
 }
-void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
+// after(part, parts) whenever so much of the share is done.
+template <typename After>
+void run_weight_gradient(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth, const After& after) {
   const WgradPass p = plan_wgrad(q);
-  is_narrow(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth) : run_wgrad(p, ith, nth);
+  is_narrow(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after) : run_wgrad(p, ith, nth, after);
+}
+void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
+  run_weight_gradient(q, ith, nth, [](int64_t, int64_t) {});
 }
 void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   const WgradPass p = plan_wgrad(q);
   is_narrow(q.shape) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
+}
+
+// Both gradients, walked through in step: both start at the first image, and what one has read of dy and y
+// the other finds in L2. The weight gradient first: dx leaves past the caches, and a read after it would
+// wait.
+void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
+  const GroupedConvShape& s = q.input.shape;
+  PassTasks input(plan_input_gradient(q.input), ith, nth);
+  run_weight_gradient(q.weight, ith, nth,
+                      [&](int64_t part, int64_t parts) { run_part(input, s, part, parts); });
+  run_part(input, s, 1, 1);  // all of it where the weight gradient had no share
 }
 
 }  // namespace GCONV_ISA_NS
@@ -159,6 +183,7 @@ const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS) = {GCONV_ISA_NS::fwd_works
                                                          GCONV_ISA_NS::bwd_input_merge,
                                                          GCONV_ISA_NS::bwd_weight_workspace,
                                                          GCONV_ISA_NS::bwd_weight,
-                                                         GCONV_ISA_NS::bwd_weight_merge};
+                                                         GCONV_ISA_NS::bwd_weight_merge,
+                                                         GCONV_ISA_NS::bwd};
 
 }  // namespace gconv

@@ -107,7 +107,7 @@ struct StripStep {
   int channels;  // of a group
   Index lanes;   // first channel of each lane's group
   FetchAhead ahead;
-  RowPrefetch* below;  // rows of the next task
+  LinePrefetch* below;  // rows of the next task
   // Complete rows of whole float32 vectors go from the registers to the tensor; null: to `out` as well.
   float* direct[3];
   int64_t direct_pixel;        // floats between its pixels
@@ -149,9 +149,10 @@ constexpr bool fetch_by_channel(Scale scale) { return scale == Scale::halve; }
 template <Scale SCALE, int ROWS, int PIXELS>
 void strip_step(const StripStep& a) {
   constexpr int COLUMNS = staged_columns(SCALE, PIXELS);
+  LinePrefetch below = *a.below;
   for (int64_t v = 0; v < a.vectors; ++v) {
     if constexpr (!fetch_by_channel(SCALE)) a.ahead.fetch(v);
-    a.below->step();
+    below.renew();
     Vec acc[ROWS][PIXELS];
     const float* weight[ROWS];
     GCONV_UNROLL
@@ -165,6 +166,7 @@ void strip_step(const StripStep& a) {
     Index lanes = a.lanes;
     for (int c = 0; c < a.channels; ++c, lanes = index_add(lanes, 1)) {
       if constexpr (fetch_by_channel(SCALE)) a.ahead.fetch(v, c);
+      below.step();
       Vec w[ROWS][3];
       GCONV_UNROLL
       for (int r = 0; r < ROWS; ++r) {
@@ -195,6 +197,7 @@ void strip_step(const StripStep& a) {
       for (int p = 0; p < PIXELS; ++p) store(out + p * LANES, acc[r][p]);
     }
   }
+  *a.below = below;
 }
 
 using StripFunction = void (*)(const StripStep&);
@@ -296,7 +299,7 @@ struct NarrowTile {
 // The rows of a strip, top to bottom.
 template <typename T>
 void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, const StripBuffers& buffers,
-                  StripMoments* moments, CompensatedSum (*sums)[2], RowPrefetch* below) {
+                  StripMoments* moments, CompensatedSum (*sums)[2], LinePrefetch* below) {
   const Scale scale = scale_of(p);
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
   const Share& rows = tile.rows;
@@ -364,29 +367,26 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   }
 }
 
+// Task `index`; meanwhile the next stripe of those before task `end` is fetched, if there is one.
 template <typename T>
-void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, int64_t next,
-                 Scratch& scratch) {
+void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
+  const auto [image, stripe, chunk] = p.task(index);
   const Scale scale = scale_of(p);
   const int64_t first_vector = chunk * p.chunk;
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
-  const NarrowTile tile{image, Share(p.output_h, stripe, p.stripes), first_vector, vectors};
+  const NarrowTile tile{image, p.stripe_rows(stripe), first_vector, vectors};
   const StripBuffers buffers(scale, vectors, scratch);
   StripMoments strip_moments[SourcePlan::MOST];
   TaskSums sums(vectors);
-  RowPrefetch below;
-  if (next >= 0 && p.chunks() > 1) {
+  LinePrefetch below;
+  const int64_t next = (index / p.chunks() + 1) * p.chunks();
+  if (next < end && p.chunks() > 1) {
     // Each chunk's pass fetches its share of the next stripe's rows in the order of the tensor, all channels.
-    const Share rows = p.stripe_rows(next % p.stripes);
-    const int64_t first = std::max<int64_t>(0, first_source_row(scale, rows.begin));
-    const int64_t end = std::min(p.source_h, last_source_row(scale, rows.end - 1) + 1);
-    const Share part(end - first, chunk, p.chunks());
-    const int64_t at = next / p.stripes;
-    below.add<T>(p.source, at, at + 1, first + part.begin, first + part.end, p.source_w, 0,
-                 p.source.channels);
-    const int64_t source_rows =
-        last_source_row(scale, tile.rows.end - 1) - first_source_row(scale, tile.rows.begin) + 1;
-    below.spread(source_rows * vectors * Strip::count(p, scale));
+    const PassTask after = p.task(next);
+    const Share rows = p.source_rows(after.stripe), part(rows.end - rows.begin, chunk, p.chunks());
+    below.add<T>(p.source, after.image, rows.begin + part.begin, rows.begin + part.end, p.source_w);
+    const Share source = p.source_rows(stripe);
+    below.spread((source.end - source.begin) * vectors * Strip::count(p, scale) * p.source_per_group);
   }
   for (int64_t s = 0; s < Strip::count(p, scale); ++s) {
     const Strip strip(p, scale, s);
@@ -397,12 +397,9 @@ void narrow_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, in
   sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
-inline void run_narrow(Pass p, int64_t ith, int64_t nth) {
-  run_tasks(p, ith, nth,
-            [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, int64_t next, Scratch& scratch) {
-              narrow_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, next, scratch);
-            });
-}
+constexpr auto strip_task = [](const Pass& p, auto* type, int64_t index, int64_t end, Scratch& scratch) {
+  narrow_task<std::remove_pointer_t<decltype(type)>>(p, index, end, scratch);
+};
 
 }  // namespace GCONV_ISA_NS
 }  // namespace gconv

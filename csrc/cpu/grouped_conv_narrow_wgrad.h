@@ -1,14 +1,16 @@
 // The weight gradient of grouped_conv for narrow groups, compiled once per instruction set.
 //
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset.
-// Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels).
+// Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels). All
+// chunks
+//   pass over a block of rows before the next one.
 // Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector. Each vector of dy is spread over its
 //   groups' lanes once per channel and meets the nine vectors of x around it as they lie: the lanes of dw are
 //   the input channels.
-// Bytes moved: x and dy once, and two columns of x twice per strip (from L2); dw of a chunk and three rows of
-//   x of a strip stay in L1. The next row is fetched while a row is computed, a few lines per pair of
-//   channels.
-// Accumulation: float32, pixels in a fixed order, in three levels (strip, images of a split, splits).
+// Bytes moved: x and dy once, and two columns of x twice per strip (from L2, where a block of rows stays); dw
+//   of a chunk and three rows of x of a strip stay in L1. The next row is fetched while a row is computed, a
+//   few lines per pair of channels.
+// Accumulation: float32, pixels in a fixed order, in three levels (block of rows, split, splits).
 #pragma once
 #include "grouped_conv_narrow.h"
 #include "grouped_conv_wgrad.h"
@@ -17,7 +19,8 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 
 constexpr int64_t NARROW_DW_FLOATS = 5 * 1024;  // dw of a chunk: under half of L1
-constexpr int OUTER_COLUMNS = 7;                // of dy in a strip: wider ones crowd the sets of L1
+constexpr int64_t NARROW_WGRAD_TASKS = 32;
+constexpr int OUTER_COLUMNS = 7;  // of dy in a strip: wider ones crowd the sets of L1
 
 // One staged row of dy of every vector of a chunk, and the staged rows of x around it. Distances in floats.
 struct OuterStep {
@@ -92,13 +95,19 @@ void outer_step(const OuterStep& a) {
 // By shape alone. Stripes of rows are splits too: each leaves its own partial result.
 struct NarrowWgrad : WgradPass {
   int64_t images, stripes;  // splits = images * stripes
+  int64_t blocks;           // of rows of a stripe, which stay in L2 for all chunks
 
   explicit NarrowWgrad(const WgradPass& pass) : WgradPass(pass) {
     const int64_t fitting = std::min(NARROW_DW_FLOATS / vector_floats(), SourcePlan::MOST);
     chunk = even_piece(vectors(), std::max<int64_t>(2, fitting));
-    images = std::min(shape.n, most_splits());
-    stripes = std::max<int64_t>(1, std::min(most_splits() / std::max<int64_t>(images, 1), shape.oh / 8));
+    images = std::min(shape.n, most_splits(NARROW_WGRAD_TASKS));
+    stripes = std::max<int64_t>(
+        1, std::min(most_splits(NARROW_WGRAD_TASKS) / std::max<int64_t>(images, 1), shape.oh / 8));
     splits = images * stripes;
+    const int64_t dy_row = shape.ow * shape.k * (dy.prologue == Prologue::finish ? 2 : 1);
+    const int64_t rows = shape.oh / stripes, element = dtype == DType::f32 ? 4 : 2;
+    const int64_t bytes = rows * (shape.stride_h * shape.w * shape.c + dy_row) * element;
+    blocks = std::max<int64_t>(1, std::min((bytes + STRIPE_BYTES - 1) / STRIPE_BYTES, rows / 4));
   }
   Scale input_scale() const { return shape.stride_h == 2 ? Scale::halve : Scale::same; }
 };
@@ -167,32 +176,51 @@ void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const S
   }
 }
 
-template <typename T>
-void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, Scratch& scratch) {
-  const int64_t first_vector = chunk * p.chunk;
-  const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
-  const OuterBuffers buffers(p, vectors, scratch);
-  float* total = p.partials + (split * p.vectors() + first_vector) * p.vector_floats();
-  std::fill(total, total + buffers.dw_floats, 0.f);
-  const Share images(p.shape.n, split / p.stripes, p.images), rows(p.shape.oh, split % p.stripes, p.stripes);
-  const int64_t strips = (p.shape.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS;
+// The chunks [chunk, chunk_end) of a split, block of rows by block of rows; done() after each.
+template <typename T, typename Done>
+void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chunk_end, Scratch& scratch,
+                const Done& done) {
+  const GroupedConvShape& s = p.shape;
+  const OuterBuffers buffers(p, p.chunk, scratch);
+  const int64_t begin = chunk * p.chunk, end = std::min(p.vectors(), chunk_end * p.chunk);
+  float* totals = p.partials + split * p.vectors() * p.vector_floats();
+  std::fill(totals + begin * p.vector_floats(), totals + end * p.vector_floats(), 0.f);
+  const Share images(s.n, split / p.stripes, p.images), stripe(s.oh, split % p.stripes, p.stripes);
+  const int64_t strips = (s.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS;
   for (int64_t image = images.begin; image < images.end; ++image)
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      std::fill(buffers.dw, buffers.dw + buffers.dw_floats, 0.f);
-      outer_strip<T>(p, image, rows, Share(p.shape.ow, strip, strips), first_vector, vectors, buffers);
-      for (int64_t i = 0; i < buffers.dw_floats; i += LANES)
-        store(total + i, add(load(total + i), load(buffers.dw + i)));
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      Share rows(stripe.end - stripe.begin, block, p.blocks);
+      rows.begin += stripe.begin, rows.end += stripe.begin;
+      for (int64_t first = begin; first < end; first += p.chunk) {
+        const int64_t vectors = std::min(end - first, p.chunk), floats = vectors * p.vector_floats();
+        float* total = totals + first * p.vector_floats();
+        std::fill(buffers.dw, buffers.dw + floats, 0.f);
+        for (int64_t strip = 0; strip < strips; ++strip)
+          outer_strip<T>(p, image, rows, Share(s.ow, strip, strips), first, vectors, buffers);
+        for (int64_t i = 0; i < floats; i += LANES)
+          store(total + i, add(load(total + i), load(buffers.dw + i)));
+      }
+      done();
     }
 }
 
-inline void run_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth) {
+// A share of the tasks; after(part, parts) whenever so much of it is done.
+template <typename After>
+void run_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth, const After& after) {
   static thread_local Scratch scratch;
   const int64_t chunks = p.chunks();
   const Share share(p.splits * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t task = share.begin; task < share.end; ++task)
-      outer_task<T>(p, task / chunks, task % chunks, scratch);
+    for (int64_t task = share.begin; task < share.end;) {
+      const int64_t chunk = task % chunks, count = std::min(chunks - chunk, share.end - task);
+      const Share images(p.shape.n, task / chunks / p.stripes, p.images);
+      const int64_t blocks = (images.end - images.begin) * p.blocks;
+      int64_t done = (task - share.begin) * blocks;  // in parts of a task
+      outer_task<T>(p, task / chunks, chunk, chunk + count, scratch,
+                    [&] { after(done += count, (share.end - share.begin) * blocks); });
+      task += count;
+    }
   });
 }
 

@@ -340,7 +340,8 @@ struct TaskSums {
 };
 
 template <typename T>
-void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scratch& scratch) {
+void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
+  const auto [image, stripe, chunk] = p.task(index);
   const int64_t first_vector = chunk * p.chunk;
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const int64_t channels = p.output_channels();
@@ -433,42 +434,45 @@ void pass_task(const Pass& p, int64_t image, int64_t stripe, int64_t chunk, Scra
   sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
-// Runs task(T*, image, stripe, chunk, next, scratch) over this share of the grid; `next` is the stripe, among
-// those of all images, that this share goes on with, or -1.
-template <typename Task>
-void run_tasks(Pass& p, int64_t ith, int64_t nth, const Task& task) {
-  static thread_local Scratch scratch, weights;
-  const int64_t chunks = p.chunks(), stripes = p.partial_rows();
-  // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
-  const bool by_chunk = p.packs_chunks();
-  int64_t packed = -1;  // chunk in `weights`
-  const Share share(stripes * chunks, ith, nth);
-  with_dtype(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    p.stream = streams<T>(p.output, p.n * p.output_h * p.output_w, p.output_channels());
-    for (int64_t i = share.begin; i < share.end; ++i) {
-      const int64_t at = by_chunk ? i % stripes : i / chunks;
-      const int64_t chunk = by_chunk ? i / stripes : i % chunks;
-      if (by_chunk && packed != chunk) {
-        packed = chunk;
-        p.first_packed = chunk * p.chunk;
-        float* memory = weights.floats(p.chunk * p.weight_floats());
-        pack_vectors(p, p.first_packed, std::min(p.vectors(), p.first_packed + p.chunk), memory);
-        p.weight = memory;
-      }
-      const bool last = by_chunk || at == (share.end - 1) / chunks;
-      task(type, at / p.stripes, at % p.stripes, chunk, last ? -1 : at + 1, scratch);
-    }
-    if (p.stream) stream_end();
-  });
-}
+// A share of a pass's tasks, a part at a time: task(p, T*, index, end, scratch), where the share ends at
+// `end`.
+class PassTasks {
+ public:
+  PassTasks(const Pass& pass, int64_t ith, int64_t nth)
+      : p_(pass), share_(pass.tasks(), ith, nth), done_(share_.begin) {}
 
-inline void run_pass(Pass p, int64_t ith, int64_t nth) {
-  run_tasks(p, ith, nth,
-            [&](auto* type, int64_t image, int64_t stripe, int64_t chunk, int64_t, Scratch& scratch) {
-              pass_task<std::remove_pointer_t<decltype(type)>>(p, image, stripe, chunk, scratch);
-            });
-}
+  // Up to part / parts of the share.
+  template <typename Task>
+  void run(int64_t part, int64_t parts, const Task& task) {
+    static thread_local Scratch scratch, weights;
+    const int64_t end = share_.begin + (share_.end - share_.begin) * part / parts;
+    with_dtype(p_.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      p_.stream = streams<T>(p_.output, p_.n * p_.output_h * p_.output_w, p_.output_channels());
+      for (; done_ < end; ++done_) {
+        const int64_t chunk = p_.task(done_).chunk;
+        if (p_.packs_chunks() && packed_ != chunk) {
+          packed_ = chunk;
+          p_.first_packed = chunk * p_.chunk;
+          float* memory = weights.floats(p_.chunk * p_.weight_floats());
+          pack_vectors(p_, p_.first_packed, std::min(p_.vectors(), p_.first_packed + p_.chunk), memory);
+          p_.weight = memory;
+        }
+        task(p_, type, done_, share_.end, scratch);
+      }
+      if (p_.stream && done_ == share_.end) stream_end();
+    });
+  }
+
+ private:
+  Pass p_;
+  Share share_;
+  int64_t done_, packed_ = -1;  // chunk in `weights`
+};
+
+constexpr auto wide_task = [](const Pass& p, auto* type, int64_t index, int64_t, Scratch& scratch) {
+  pass_task<std::remove_pointer_t<decltype(type)>>(p, index, scratch);
+};
 
 }  // namespace GCONV_ISA_NS
 }  // namespace gconv

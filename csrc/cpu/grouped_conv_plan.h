@@ -9,6 +9,14 @@ namespace GCONV_ISA_NS {
 
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside rows
 
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// What is computed in one go: rows of an image and channels.
+struct PassTask {
+  int64_t image, stripe, chunk;
+};
+
 // One residue class of output columns and the taps that reach it.
 struct ColumnClass {
   int64_t first, step, count;  // output columns first + q * step, q < count
@@ -67,6 +75,25 @@ struct Pass {
     if (!winograd) return Share(output_h, stripe, stripes);
     Share rows((output_h + 1) / 2, stripe, stripes);
     rows.begin *= 2, rows.end = std::min(output_h, 2 * rows.end);
+    return rows;
+  }
+
+  // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
+  int64_t tasks() const { return partial_rows() * chunks(); }
+  PassTask task(int64_t index) const {
+    const bool by_chunk = packs_chunks();
+    const int64_t at = by_chunk ? index % partial_rows() : index / chunks();
+    return {at / stripes, at % stripes, by_chunk ? index / partial_rows() : index % chunks()};
+  }
+
+  // Source rows that the taps of a stripe's output rows reach.
+  Share source_rows(int64_t stripe) const {
+    Share rows = stripe_rows(stripe);
+    const int64_t first = rows.begin, last = rows.end - 1;
+    rows.begin = transposed ? ceil_div(first + pad_h - 2 * dil_h, stride_h) : first * stride_h - pad_h;
+    rows.end = (transposed ? floor_div(last + pad_h, stride_h) : last * stride_h + 2 * dil_h - pad_h) + 1;
+    rows.begin = std::max<int64_t>(0, rows.begin);
+    rows.end = std::min(source_h, rows.end);
     return rows;
   }
 

@@ -291,6 +291,50 @@ class RowPrefetch {
   int64_t at_ = 0, image_ = 0, row_ = 0, column_ = 0;
 };
 
+// Whole rows that are read next, fetched into L2 while the present ones are computed: line by line in the
+// order of memory, a few in each of `steps` steps. A core has few line buffers; bursts hold up the loads of
+// the computation.
+class LinePrefetch {
+ public:
+  // Rows [row, row_end) of an image, all channels.
+  template <typename T>
+  void add(const RowSource& s, int64_t image, int64_t row, int64_t row_end, int64_t width) {
+    add<T>(s.x, image, row, row_end, width * s.channels);
+    if (s.prologue == Prologue::finish) add<T>(s.y, image, row, row_end, width * s.channels);
+  }
+  void spread(int64_t steps) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < count_; ++i) lines += (ranges_[i].end - ranges_[i].at + LINE - 1) / LINE;
+    lines_ = static_cast<int>((lines + steps - 1) / std::max<int64_t>(1, steps));
+  }
+  // Every few steps: the next range where one is through.
+  GCONV_INLINE void renew() {
+    if (now_.at < now_.end) return;
+    if (next_ < count_)
+      now_ = ranges_[next_++];
+    else
+      lines_ = 0;
+  }
+  GCONV_INLINE void step() {
+    for (int i = 0; i < lines_; ++i, now_.at += LINE) __builtin_prefetch(now_.at, 0, 2);
+  }
+
+  static constexpr int64_t LINE = 64;
+  struct Range {
+    const char *at, *end;
+  };
+  // Rows with gaps between them are left alone.
+  template <typename T>
+  void add(const Nhwc& t, int64_t image, int64_t row, int64_t row_end, int64_t row_elements) {
+    if (row >= row_end || t.stride_h != row_elements) return;
+    const char* first = reinterpret_cast<const char*>(row_pointer<T>(t, image, row, 0));
+    ranges_[count_++] = {first, first + (row_end - row) * row_elements * static_cast<int64_t>(sizeof(T))};
+  }
+  Range ranges_[4], now_{};
+  int64_t count_ = 0, next_ = 0;
+  int lines_ = 0;
+};
+
 // Columns [begin, end) of a packed row of `columns` columns, expanded to [block][end - begin][LANES].
 // span_buffer holds one pixel's channels where they do not fit a vector.
 inline void expand_row(const PackedSource& source, const float* packed, int64_t columns, int64_t begin,

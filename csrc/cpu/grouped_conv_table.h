@@ -16,6 +16,7 @@ struct GroupedConvTable {
   Stage<GroupedConvBwdInputParams> bwd_input_pack, bwd_input, bwd_input_merge;
   Workspace<GroupedConvBwdWeightParams> bwd_weight_workspace;
   Stage<GroupedConvBwdWeightParams> bwd_weight, bwd_weight_merge;
+  Stage<GroupedConvBwdParams> bwd;
 };
 
 extern const GroupedConvTable grouped_conv_portable;

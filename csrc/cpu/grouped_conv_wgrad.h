@@ -9,8 +9,7 @@
 // Bytes moved: x and dy once per chunk; dw of a chunk stays in L1/L2.
 // Accumulation: float32 in three levels (stripe or row, image, split), each in a fixed order.
 #pragma once
-#include "grouped_conv_rows.h"
-#include "grouped_conv_winograd.h"
+#include "grouped_conv_plan.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -18,6 +17,7 @@ namespace GCONV_ISA_NS {
 constexpr int WGRAD_ROWS = LANES == 16 ? 3 : 1;
 constexpr int64_t BLOCK_FLOATS = 80 * 1024;  // packed rows of one block: a third of a megabyte
 constexpr int64_t BLOCKS_PER_SUM = 32;
+constexpr int64_t WGRAD_TASKS = 16;  // more of them leave more partial results to merge
 
 // How a row is walked. In step with the taps, every column of x is fetched once and meets the neighbouring
 // columns of dy that it reaches; a column whose outer taps all fall into the padding leaves them out.
@@ -44,9 +44,9 @@ struct WgradPass {
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   int64_t vector_floats() const { return source_per_group * (winograd ? POSITIONS : 9) * LANES; }
   // More splits than the pixels are worth would move more partial results than input.
-  int64_t most_splits() const {
+  int64_t most_splits(int64_t tasks) const {
     const int64_t inputs = shape.n * (shape.h * shape.w * shape.c + shape.oh * shape.ow * shape.k);
-    return std::max<int64_t>(1, std::min(32 / chunks(), inputs / (2 * vectors() * vector_floats())));
+    return std::max<int64_t>(1, std::min(tasks / chunks(), inputs / (2 * vectors() * vector_floats())));
   }
   Walk walk() const {
     return shape.dil_w != 1 ? Walk::taps : shape.stride_w == 1 ? Walk::step1 : Walk::step2;
@@ -246,9 +246,6 @@ inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, Wal
   }
   return two ? pairs_function<1, 2>(fetch, walk) : pairs_function<1, 1>(fetch, walk);
 }
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 // The work of a task whose lanes do not span groups, cut into blocks of rows: a stripe of an image or, where
 // they are small, several images.
@@ -506,21 +503,25 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.layout = q.layout;
   p.partials = q.workspace;
   p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
-  p.splits = std::max<int64_t>(1, std::min(s.n, p.most_splits()));
+  p.splits = std::max<int64_t>(1, std::min(s.n, p.most_splits(WGRAD_TASKS)));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
   if (p.winograd) p.columns = std::max(p.columns, (s.ow + 1) / 2 * 2 + 2);
   return p;
 }
 
-inline void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
+// A share of the tasks; after(part, parts) whenever so much of it is done.
+template <typename After>
+void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth, const After& after) {
   static thread_local Scratch rows, image_dw;
   const int64_t chunks = p.chunks();
   const Share share(p.splits * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t task = share.begin; task < share.end; ++task)
+    for (int64_t task = share.begin; task < share.end; ++task) {
       wgrad_task<T>(p, task / chunks, task % chunks, task + 1 == share.end, rows, image_dw);
+      after(task + 1 - share.begin, share.end - share.begin);
+    }
   });
 }
 
