@@ -26,7 +26,9 @@ void plan(Pass& p, const Params& q) {
   p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
   p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
-  is_narrow(s) ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
+  // The backward of a stride leaves too few columns per scalar of a wider group.
+  p.narrow = !p.winograd && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
+  p.narrow ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
   p.raw_weight = q.weight, p.layout = q.layout;
   p.weight = q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
@@ -71,7 +73,7 @@ inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
 
 // Up to part / parts of the tasks.
 inline void run_part(PassTasks& tasks, const GroupedConvShape& s, int64_t part, int64_t parts) {
-  is_narrow(s) ? tasks.run(part, parts, strip_task) : tasks.run(part, parts, wide_task);
+  tasks.narrow() ? tasks.run(part, parts, strip_task) : tasks.run(part, parts, wide_task);
 }
 inline void run_pass(const Pass& p, const GroupedConvShape& s, int64_t ith, int64_t nth) {
   PassTasks tasks(p, ith, nth);
@@ -140,21 +142,22 @@ void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nt
 }
 
 int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
-  const WgradPass p = is_narrow(q.shape) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
+  const WgradPass p = is_narrow(q.shape, LANES - 1) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
   return p.splits * p.vectors() * p.vector_floats();
 }
 // after(part, parts) whenever so much of the share is done.
 template <typename After>
 void run_weight_gradient(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth, const After& after) {
   const WgradPass p = plan_wgrad(q);
-  is_narrow(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after) : run_wgrad(p, ith, nth, after);
+  is_narrow(q.shape, LANES - 1) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after)
+                                : run_wgrad(p, ith, nth, after);
 }
 void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   run_weight_gradient(q, ith, nth, [](int64_t, int64_t) {});
 }
 void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   const WgradPass p = plan_wgrad(q);
-  is_narrow(q.shape) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
+  is_narrow(q.shape, LANES - 1) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
 }
 
 // Both gradients, walked through in step: both start at the first image, and what one has read of dy and y

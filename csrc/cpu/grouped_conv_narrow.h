@@ -1,14 +1,14 @@
-// The gathering pass of grouped_conv for narrow groups, compiled once per instruction set: several whole
-// groups fill a vector, so that output vector v reads source vector v and nothing else. Forward and input
-// gradient.
+// The gathering pass of grouped_conv for narrow groups, compiled once per instruction set: one or several
+// whole groups fill a vector, so that output vector v reads source vector v and nothing else. Forward and
+// input gradient.
 //
 // Computes: what grouped_conv_pass.h does, as the scattering of source pixels: pixel (r, j) goes through nine
 //   taps to three output rows (two or one where the source is the finer grid).
 // Grid: image x stripe of output rows x chunk of consecutive vectors (LANES channels).
 // Tile: a strip of up to strip_pixels() output columns, walked down row by row. A source row is staged in L1
 //   (prologue, storage type and borders are dealt with there); each of its vectors is spread over its groups'
-//   lanes once per channel, one shuffle for nine multiplications. The output rows in flight are the
-//   accumulators; between rows they rest in L1. A complete row leaves from the registers.
+//   lanes once per channel, one shuffle or broadcast for nine multiplications. The output rows in flight are
+//   the accumulators; between rows they rest in L1. A complete row leaves from the registers.
 // Bytes moved: source and output once, two columns of each strip twice (from L2); weights and rows in flight
 //   stay in L1. The next row is fetched while a row is computed, the next stripe while all chunks pass over
 //   one.
@@ -26,16 +26,19 @@ inline Scale scale_of(const Pass& p) {
   return p.stride_h == 1 ? Scale::same : p.transposed ? Scale::twice : Scale::halve;
 }
 
-// Whole groups fill a vector on both sides, and taps are the neighbours of a pixel.
-inline bool is_narrow(const GroupedConvShape& s) {
+// Whole groups of at most `widest` channels fill a vector on both sides, and taps are a pixel's neighbours.
+inline bool is_narrow(const GroupedConvShape& s, int64_t widest) {
   const int64_t group = s.c / s.groups;
-  return STRIPS && group == s.k / s.groups && group < LANES && LANES % group == 0 && s.dil_h == 1 &&
+  return STRIPS && group == s.k / s.groups && group <= widest && LANES % group == 0 && s.dil_h == 1 &&
          s.dil_w == 1 && s.pad_h == 1 && s.pad_w == 1 && s.stride_h == s.stride_w;
 }
 
+// One group fills a vector: a scalar feeds all lanes, no shuffle, and no register for its index.
+inline bool broadcasts(const Pass& p) { return p.source_per_group == LANES; }
+
 // Output columns of a strip: three rows of them in registers, two where the stride leaves only two.
-constexpr int strip_pixels(Scale scale) {
-  return scale == Scale::same    ? STRIP_PIXELS
+constexpr int strip_pixels(Scale scale, bool broadcast) {
+  return scale == Scale::same    ? STRIP_PIXELS + (broadcast ? 1 : 0)
          : scale == Scale::halve ? STRIP_PIXELS_HALVE
                                  : STRIP_PIXELS / 2 * 2;
 }
@@ -146,7 +149,7 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
 // line buffers. Otherwise all before the first channel.
 constexpr bool fetch_by_channel(Scale scale) { return scale == Scale::halve; }
 
-template <Scale SCALE, int ROWS, int PIXELS>
+template <Scale SCALE, int ROWS, int PIXELS, bool BROADCAST>
 void strip_step(const StripStep& a) {
   constexpr int COLUMNS = staged_columns(SCALE, PIXELS);
   LinePrefetch below = *a.below;
@@ -176,7 +179,7 @@ void strip_step(const StripStep& a) {
       }
       GCONV_UNROLL
       for (int j = 0; j < COLUMNS; ++j) {
-        const Vec x = permute(load(source + j * LANES), lanes);
+        const Vec x = BROADCAST ? set1(source[j * LANES + c]) : permute(load(source + j * LANES), lanes);
         GCONV_UNROLL
         for (int t = 0; t < 3; ++t) {
           const int p = fed_pixel(SCALE, j, t);
@@ -202,27 +205,28 @@ void strip_step(const StripStep& a) {
 
 using StripFunction = void (*)(const StripStep&);
 
-template <Scale SCALE, int ROWS, int PIXELS>
+template <Scale SCALE, bool BROADCAST, int ROWS = strip_rows(SCALE),
+          int PIXELS = strip_pixels(SCALE, BROADCAST)>
 StripFunction strip_function(int rows, int pixels) {
   if (rows < ROWS) {
-    if constexpr (ROWS > 1) return strip_function<SCALE, ROWS - 1, PIXELS>(rows, pixels);
+    if constexpr (ROWS > 1) return strip_function<SCALE, BROADCAST, ROWS - 1, PIXELS>(rows, pixels);
   }
   constexpr int STEP = SCALE == Scale::twice ? 2 : 1;
   if (pixels < PIXELS) {
-    if constexpr (PIXELS > STEP) return strip_function<SCALE, ROWS, PIXELS - STEP>(rows, pixels);
+    if constexpr (PIXELS > STEP) return strip_function<SCALE, BROADCAST, ROWS, PIXELS - STEP>(rows, pixels);
   }
-  return strip_step<SCALE, ROWS, PIXELS>;
+  return strip_step<SCALE, ROWS, PIXELS, BROADCAST>;
 }
 
-inline StripFunction strip_function(Scale scale, int rows, int pixels) {
-  constexpr Scale SAME = Scale::same, HALVE = Scale::halve, TWICE = Scale::twice;
+template <bool BROADCAST>
+StripFunction strip_function(Scale scale, int rows, int pixels) {
   switch (scale) {
-    case SAME:
-      return strip_function<SAME, strip_rows(SAME), strip_pixels(SAME)>(rows, pixels);
-    case HALVE:
-      return strip_function<HALVE, strip_rows(HALVE), strip_pixels(HALVE)>(rows, pixels);
+    case Scale::same:
+      return strip_function<Scale::same, BROADCAST>(rows, pixels);
+    case Scale::halve:
+      return strip_function<Scale::halve, BROADCAST>(rows, pixels);
     default:
-      return strip_function<TWICE, strip_rows(TWICE), strip_pixels(TWICE)>(rows, pixels);
+      return strip_function<Scale::twice, BROADCAST>(rows, pixels);
   }
 }
 
@@ -244,9 +248,9 @@ struct StripBuffers {
   int64_t row_floats, staged_floats;
   float *rows, *staged, *nothing;
 
-  StripBuffers(Scale scale, int64_t vectors, Scratch& scratch)
-      : row_floats(strip_pixels(scale) * LANES),
-        staged_floats(staged_columns(scale, strip_pixels(scale)) * LANES) {
+  StripBuffers(const Pass& p, int64_t vectors, Scratch& scratch) {
+    const int pixels = strip_pixels(scale_of(p), broadcasts(p));
+    row_floats = pixels * LANES, staged_floats = staged_columns(scale_of(p), pixels) * LANES;
     Carve carve(scratch);
     carve.reserve({vectors * RING * row_floats, vectors * staged_floats, row_floats});
     rows = carve.take(vectors * RING * row_floats);
@@ -266,7 +270,8 @@ struct Strip {
 
   static int64_t units(const Pass& p, Scale scale) { return scale == Scale::twice ? p.source_w : p.output_w; }
   static int64_t count(const Pass& p, Scale scale) {
-    const int64_t most = scale == Scale::twice ? strip_pixels(scale) / 2 : strip_pixels(scale);
+    const int64_t pixels = strip_pixels(scale, broadcasts(p)),
+                  most = scale == Scale::twice ? pixels / 2 : pixels;
     return (units(p, scale) + most - 1) / most;
   }
   Strip(const Pass& p, Scale scale, int64_t index) {
@@ -304,8 +309,9 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
   const Share& rows = tile.rows;
   const int pixels = static_cast<int>(strip.pixels);
-  const StripFunction functions[3] = {strip_function(scale, 1, pixels), strip_function(scale, 2, pixels),
-                                      strip_function(scale, 3, pixels)};
+  const auto function = broadcasts(p) ? strip_function<true> : strip_function<false>;
+  const StripFunction functions[3] = {function(scale, 1, pixels), function(scale, 2, pixels),
+                                      function(scale, 3, pixels)};
   StripStep step;
   step.source = buffers.staged, step.source_step = buffers.staged_floats;
   step.out_step = StripBuffers::RING * buffers.row_floats;
@@ -375,7 +381,7 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
   const int64_t first_vector = chunk * p.chunk;
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const NarrowTile tile{image, p.stripe_rows(stripe), first_vector, vectors};
-  const StripBuffers buffers(scale, vectors, scratch);
+  const StripBuffers buffers(p, vectors, scratch);
   StripMoments strip_moments[SourcePlan::MOST];
   TaskSums sums(vectors);
   LinePrefetch below;

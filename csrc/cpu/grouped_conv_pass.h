@@ -441,6 +441,8 @@ class PassTasks {
   PassTasks(const Pass& pass, int64_t ith, int64_t nth)
       : p_(pass), share_(pass.tasks(), ith, nth), done_(share_.begin) {}
 
+  bool narrow() const { return p_.narrow; }
+
   // Up to part / parts of the share.
   template <typename Task>
   void run(int64_t part, int64_t parts, const Task& task) {

@@ -34,6 +34,7 @@ struct Pass {
   int64_t groups, source_per_group, output_per_group;
   bool transposed;
   bool winograd;  // tiles of 2x2 output pixels
+  bool narrow;    // strips of columns
   int64_t stride_h, pad_h, dil_h;
   RowSource source;
   const void* raw_weight;  // as torch keeps it
