@@ -230,12 +230,14 @@ StripFunction strip_function(Scale scale, int rows, int pixels) {
   }
 }
 
-constexpr int64_t NARROW_WEIGHT_FLOATS = 5 * 1024;  // packed weights of a chunk: under half of L1
-constexpr int64_t STRIPE_BYTES = 700 * 1024;        // of the source: it and the next one stay in L2
+// Packed weights of a chunk: under half of L1. One group per vector has so many weights that they are read
+// from L2 instead: longer runs of each pixel are worth more.
+constexpr int64_t NARROW_WEIGHT_FLOATS = 5 * 1024, BROADCAST_WEIGHT_FLOATS = 20 * 1024;
+constexpr int64_t STRIPE_BYTES = 700 * 1024;  // of the source: it and the next one stay in L2
 
 // Where several chunks pass over a stripe one after the other, its rows stay in L2 for all of them.
 inline void plan_narrow(Pass& p) {
-  plan_grid(p, NARROW_WEIGHT_FLOATS, 2);
+  plan_grid(p, broadcasts(p) ? BROADCAST_WEIGHT_FLOATS : NARROW_WEIGHT_FLOATS, 2);
   if (p.chunks() == 1) return;
   const int64_t row_bytes = p.source_w * p.source.channels * (p.dtype == DType::f32 ? 4 : 2);
   const int64_t wanted = (p.source_h * row_bytes + STRIPE_BYTES - 1) / STRIPE_BYTES;
