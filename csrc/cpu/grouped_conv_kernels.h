@@ -72,21 +72,19 @@ inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
 }
 
 // Up to part / parts of the tasks.
-inline void run_part(PassTasks& tasks, const GroupedConvShape& s, int64_t part, int64_t parts) {
+inline void run_part(PassTasks& tasks, int64_t part, int64_t parts) {
   tasks.narrow() ? tasks.run(part, parts, strip_task) : tasks.run(part, parts, wide_task);
 }
-inline void run_pass(const Pass& p, const GroupedConvShape& s, int64_t ith, int64_t nth) {
+inline void run_pass(const Pass& p, int64_t ith, int64_t nth) {
   PassTasks tasks(p, ith, nth);
-  run_part(tasks, s, 1, 1);
+  run_part(tasks, 1, 1);
 }
 
 int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   pack_share(plan_forward(q), q.workspace, ith, nth);
 }
-void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
-  run_pass(plan_forward(q), q.shape, ith, nth);
-}
+void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
 
 constexpr int64_t MERGED_CHANNELS = 64;  // merged together: partial results lie channels side by side
 
@@ -126,7 +124,7 @@ void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth
   pack_share(plan_input_gradient(q), q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
-  run_pass(plan_input_gradient(q), q.shape, ith, nth);
+  run_pass(plan_input_gradient(q), ith, nth);
 }
 void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_input_gradient(q);
@@ -160,15 +158,16 @@ void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t 
   is_narrow(q.shape, LANES - 1) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
 }
 
-// Both gradients, walked through in step: both start at the first image, and what one has read of dy and y
-// the other finds in L2. The weight gradient first: dx leaves past the caches, and a read after it would
-// wait.
+// Both gradients, image by image in step: what one has read of dy and y the other finds in L2. Not so where
+// weights are packed chunk by chunk: there the input gradient goes by chunk, and its weights crowd L2. The
+// weight gradient first: dx leaves past the caches, and reading after that would wait.
 void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
-  const GroupedConvShape& s = q.input.shape;
-  PassTasks input(plan_input_gradient(q.input), ith, nth);
-  run_weight_gradient(q.weight, ith, nth,
-                      [&](int64_t part, int64_t parts) { run_part(input, s, part, parts); });
-  run_part(input, s, 1, 1);  // all of it where the weight gradient had no share
+  const Pass p = plan_input_gradient(q.input);
+  PassTasks input(p, ith, nth);
+  run_weight_gradient(q.weight, ith, nth, [&](int64_t part, int64_t parts) {
+    if (!p.packs_chunks()) run_part(input, part, parts);
+  });
+  run_part(input, 1, 1);
 }
 
 }  // namespace GCONV_ISA_NS
