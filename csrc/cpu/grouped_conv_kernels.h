@@ -158,14 +158,14 @@ void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t 
   is_narrow(q.shape, LANES - 1) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
 }
 
-// Both gradients, image by image in step: what one has read of dy and y the other finds in L2. Not so where
-// weights are packed chunk by chunk: there the input gradient goes by chunk, and its weights crowd L2. The
-// weight gradient first: dx leaves past the caches, and reading after that would wait.
+// Both gradients. The weight gradient first: dx leaves past the caches, and reading after that would wait.
+// Narrow groups go in step, image by image: what one has read of dy and y the other finds in L2. Wide ones do
+// not: their packed rows and weights crowd L2.
 void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
-  const Pass p = plan_input_gradient(q.input);
-  PassTasks input(p, ith, nth);
+  const bool in_step = is_narrow(q.input.shape, LANES - 1);
+  PassTasks input(plan_input_gradient(q.input), ith, nth);
   run_weight_gradient(q.weight, ith, nth, [&](int64_t part, int64_t parts) {
-    if (!p.packs_chunks()) run_part(input, part, parts);
+    if (in_step) run_part(input, part, parts);
   });
   run_part(input, 1, 1);
 }
