@@ -158,11 +158,20 @@ Ints sizes_of(const char* op, const char* name, const Tensor& t) {
   return {t.size(0), t.size(1), t.size(2), t.size(3)};
 }
 
-// finish and y come together.
-const float* finish_floats(const char* op, const OptionalTensor& finish, const OptionalTensor& y, int64_t k) {
-  check(finish.has_value() == y.has_value(), op, ": ", y.has_value() ? "finish" : "y",
-        ": want finish and y together, got only ", y.has_value() ? "y" : "finish");
-  return channel_floats(op, "finish", finish, {6, k});
+// dy, and y and finish, which come together.
+template <typename Params>
+void take_gradient(const char* op, Params& p, Tensor& dy, Tensor& y, const OptionalTensor& raw_output,
+                   const OptionalTensor& finish, ScalarType type) {
+  const GroupedConvShape& s = p.shape;
+  const Shape output{s.n, s.k, s.oh, s.ow};
+  dy = activation(op, "dy", dy, type, output);
+  p.dy = view_of(dy);
+  check(finish.has_value() == raw_output.has_value(), op, ": ", raw_output.has_value() ? "finish" : "y",
+        ": want finish and y together, got only ", raw_output.has_value() ? "y" : "finish");
+  p.finish = channel_floats(op, "finish", finish, {6, s.k});
+  if (!raw_output.has_value()) return;
+  y = activation(op, "y", *raw_output, type, output);
+  p.y = view_of(y);
 }
 
 struct InputGradient {
@@ -182,18 +191,11 @@ struct InputGradient {
           input);
     p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
     const GroupedConvShape& s = p.shape;
-    const Shape output{s.n, s.k, s.oh, s.ow};
     check_tensor(op, "weight", weight, type, shape_of(weight));
-    dy = activation(op, "dy", dy, type, output);
+    take_gradient(op, p, dy, y, raw_output, finish, type);
     weight = dense_weight(weight);
-    p.dy = view_of(dy);
     p.weight = weight.const_data_ptr();
     p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
-    p.finish = finish_floats(op, finish, raw_output, s.k);
-    if (raw_output.has_value()) {
-      y = activation(op, "y", *raw_output, type, output);
-      p.y = view_of(y);
-    }
     check(act.has_value() == raw_input.has_value(), op, ": ", raw_input.has_value() ? "act" : "x",
           ": want act and x together, got only ", raw_input.has_value() ? "x" : "act");
     sums = act.has_value() ? empty_floats({2, s.c}, dy) : empty_floats({0}, dy);
@@ -233,16 +235,9 @@ struct WeightGradient {
     const Shape size = shape_of(op, "weight_size", weight_size);
     p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), size);
     const GroupedConvShape& s = p.shape;
-    const Shape output{s.n, s.k, s.oh, s.ow};
-    dy = activation(op, "dy", dy, type, output);
+    take_gradient(op, p, dy, y, raw_output, finish, type);
     x = channels_adjacent(x);
-    p.dy = view_of(dy);
     p.x = view_of(x);
-    p.finish = finish_floats(op, finish, raw_output, s.k);
-    if (raw_output.has_value()) {
-      y = activation(op, "y", *raw_output, type, output);
-      p.y = view_of(y);
-    }
     p.act = channel_floats(op, "act", act, {2, s.c});
     dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
                                    channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
