@@ -2,8 +2,7 @@
 //
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset.
 // Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels). All
-// chunks
-//   pass over a block of rows before the next one.
+//   chunks pass over a block of rows before the next one.
 // Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector. Each vector of dy is spread over its
 //   groups' lanes once per channel and meets the nine vectors of x around it as they lie: the lanes of dw are
 //   the input channels.

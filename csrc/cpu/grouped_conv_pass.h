@@ -434,8 +434,7 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
   sums.store_partials(p, image, stripe, first_vector, vectors);
 }
 
-// A share of a pass's tasks, a part at a time: task(p, T*, index, end, scratch), where the share ends at
-// `end`.
+// A share of a pass's tasks, a part at a time, as task(p, T*, index, end of the share, scratch).
 class PassTasks {
  public:
   PassTasks(const Pass& pass, int64_t ith, int64_t nth)
