@@ -84,6 +84,14 @@ int64_t work_of(const GroupedConvShape& s) {
 }
 int64_t weight_work(const GroupedConvShape& s) { return s.k * (s.c / s.groups) * 9; }
 
+// The kernels that run an op on `t`.
+template <typename Params>
+void choose_kernels(const char* op, const char* name, const Tensor& t, Params& p) {
+  p.dtype = activation_dtype(op, name, t);
+  p.isa = isa_current();
+  p.winograd = winograd_current();
+}
+
 // Tensors the params point into; they must outlive the stages.
 struct Forward {
   GroupedConvFwdParams p{};
@@ -92,9 +100,7 @@ struct Forward {
   Forward(const char* op, const Tensor& input, const Tensor& filters, const Geometry& geometry,
           const OptionalTensor& act)
       : x(input), weight(filters) {
-    p.dtype = activation_dtype(op, "x", x);
-    p.isa = isa_current();
-    p.winograd = winograd_current();
+    choose_kernels(op, "x", x, p);
     p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(weight));
     const GroupedConvShape& s = p.shape;
     check_tensor(op, "weight", weight, x.scalar_type(), shape_of(weight));
@@ -158,41 +164,46 @@ Ints sizes_of(const char* op, const char* name, const Tensor& t) {
   return {t.size(0), t.size(1), t.size(2), t.size(3)};
 }
 
-// dy, and y and finish, which come together.
+// What a gradient starts from; y and finish come together.
+struct OutputGradient {
+  const Tensor& dy;
+  const OptionalTensor &y, &finish;
+};
+
 template <typename Params>
-void take_gradient(const char* op, Params& p, Tensor& dy, Tensor& y, const OptionalTensor& raw_output,
-                   const OptionalTensor& finish, ScalarType type) {
-  const GroupedConvShape& s = p.shape;
-  const Shape output{s.n, s.k, s.oh, s.ow};
-  dy = activation(op, "dy", dy, type, output);
-  p.dy = view_of(dy);
-  check(finish.has_value() == raw_output.has_value(), op, ": ", raw_output.has_value() ? "finish" : "y",
-        ": want finish and y together, got only ", raw_output.has_value() ? "y" : "finish");
-  p.finish = channel_floats(op, "finish", finish, {6, s.k});
-  if (!raw_output.has_value()) return;
-  y = activation(op, "y", *raw_output, type, output);
-  p.y = view_of(y);
-}
+struct Gradient {
+  Params p{};
+  Tensor dy, y, workspace;
 
-struct InputGradient {
-  GroupedConvBwdInputParams p{};
-  Tensor dy, weight, y, x, sums, dx, workspace;
+  void take(const char* op, const OutputGradient& from, ScalarType type) {
+    const GroupedConvShape& s = p.shape;
+    const Shape output{s.n, s.k, s.oh, s.ow};
+    dy = activation(op, "dy", from.dy, type, output);
+    p.dy = view_of(dy);
+    check(from.finish.has_value() == from.y.has_value(), op, ": ", from.y.has_value() ? "finish" : "y",
+          ": want finish and y together, got only ", from.y.has_value() ? "y" : "finish");
+    p.finish = channel_floats(op, "finish", from.finish, {6, s.k});
+    if (!from.y.has_value()) return;
+    y = activation(op, "y", *from.y, type, output);
+    p.y = view_of(y);
+  }
+};
 
-  InputGradient(const char* op, const Tensor& gradient, const Tensor& filters, const Ints& input_size,
-                const Geometry& geometry, const OptionalTensor& raw_output, const OptionalTensor& finish,
-                const OptionalTensor& raw_input, const OptionalTensor& act)
-      : dy(gradient), weight(filters) {
-    p.dtype = activation_dtype(op, "dy", dy);
-    p.isa = isa_current();
-    p.winograd = winograd_current();
-    const ScalarType type = dy.scalar_type();
+struct InputGradient : Gradient<GroupedConvBwdInputParams> {
+  Tensor weight, x, sums, dx;
+
+  InputGradient(const char* op, const OutputGradient& from, const Tensor& filters, const Ints& input_size,
+                const Geometry& geometry, const OptionalTensor& raw_input, const OptionalTensor& act)
+      : weight(filters) {
+    choose_kernels(op, "dy", from.dy, p);
+    const ScalarType type = from.dy.scalar_type();
     const Shape input = shape_of(op, "input_size", input_size);
     check(input.size[0] >= 0 && input.size[1] >= 0, op, ": input_size: want sizes of at least 0, got ",
           input);
     p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
     const GroupedConvShape& s = p.shape;
     check_tensor(op, "weight", weight, type, shape_of(weight));
-    take_gradient(op, p, dy, y, raw_output, finish, type);
+    take(op, from, type);
     weight = dense_weight(weight);
     p.weight = weight.const_data_ptr();
     p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
@@ -220,22 +231,18 @@ struct InputGradient {
   }
 };
 
-struct WeightGradient {
-  GroupedConvBwdWeightParams p{};
-  Tensor dy, x, y, dweight, workspace;
+struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
+  Tensor x, dweight;
 
-  WeightGradient(const char* op, const Tensor& gradient, const Tensor& input, const Ints& weight_size,
-                 const Geometry& geometry, const OptionalTensor& raw_output, const OptionalTensor& finish,
-                 const OptionalTensor& act, bool channels_last)
-      : dy(gradient), x(input) {
-    p.dtype = activation_dtype(op, "x", x);
-    p.isa = isa_current();
-    p.winograd = winograd_current();
+  WeightGradient(const char* op, const OutputGradient& from, const Tensor& input, const Ints& weight_size,
+                 const Geometry& geometry, const OptionalTensor& act, bool channels_last)
+      : x(input) {
+    choose_kernels(op, "x", x, p);
     const ScalarType type = x.scalar_type();
     const Shape size = shape_of(op, "weight_size", weight_size);
     p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), size);
     const GroupedConvShape& s = p.shape;
-    take_gradient(op, p, dy, y, raw_output, finish, type);
+    take(op, from, type);
     x = channels_adjacent(x);
     p.x = view_of(x);
     p.act = channel_floats(op, "act", act, {2, s.c});
@@ -257,7 +264,7 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd_input(const Tensor& dy, const Tensor
                                                   const OptionalTensor& x, const OptionalTensor& act) {
   const char* op = "grouped_conv_bwd_input";
   const Geometry geometry{op, stride, padding, dilation, groups};
-  InputGradient input(op, dy, weight, input_size, geometry, y, finish, x, act);
+  InputGradient input(op, {dy, y, finish}, weight, input_size, geometry, x, act);
   input.pack();
   run_stage(grouped_conv_bwd_input_cpu, input.p, work_of(input.p.shape));
   input.merge();
@@ -270,7 +277,7 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& we
                                const OptionalTensor& act, bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
   const Geometry geometry{op, stride, padding, dilation, groups};
-  const WeightGradient weight(op, dy, x, weight_size, geometry, y, finish, act, channels_last);
+  const WeightGradient weight(op, {dy, y, finish}, x, weight_size, geometry, act, channels_last);
   run_stage(grouped_conv_bwd_weight_cpu, weight.p, work_of(weight.p.shape));
   weight.merge();
   return weight.dweight;
@@ -285,13 +292,12 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, c
                                             bool channels_last) {
   const char* op = "grouped_conv_bwd";
   const Geometry geometry{op, stride, padding, dilation, groups};
+  const OutputGradient from{dy, y, finish};
   std::optional<InputGradient> input;
   std::optional<WeightGradient> filters;
-  if (want_dx)
-    input.emplace(op, dy, weight, sizes_of(op, "x", x), geometry, y, finish, std::nullopt, std::nullopt);
+  if (want_dx) input.emplace(op, from, weight, sizes_of(op, "x", x), geometry, std::nullopt, std::nullopt);
   if (want_dweight)
-    filters.emplace(op, dy, x, sizes_of(op, "weight", weight), geometry, y, finish, std::nullopt,
-                    channels_last);
+    filters.emplace(op, from, x, sizes_of(op, "weight", weight), geometry, std::nullopt, channels_last);
   if (input) input->pack();
   if (input && filters)
     run_stage(grouped_conv_bwd_cpu, GroupedConvBwdParams{input->p, filters->p}, 2 * work_of(input->p.shape));
