@@ -140,29 +140,29 @@ void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nt
 }
 
 int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
-  const WgradPass p = is_narrow(q.shape, LANES - 1) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
+  const WgradPass p = is_narrow_wgrad(q.shape) ? NarrowWgrad(plan_wgrad(q)) : plan_wgrad(q);
   return p.splits * p.vectors() * p.vector_floats();
 }
 // after(part, parts) whenever so much of the share is done.
 template <typename After>
 void run_weight_gradient(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth, const After& after) {
   const WgradPass p = plan_wgrad(q);
-  is_narrow(q.shape, LANES - 1) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after)
-                                : run_wgrad(p, ith, nth, after);
+  is_narrow_wgrad(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after)
+                           : run_wgrad(p, ith, nth, after);
 }
 void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   run_weight_gradient(q, ith, nth, [](int64_t, int64_t) {});
 }
 void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   const WgradPass p = plan_wgrad(q);
-  is_narrow(q.shape, LANES - 1) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
+  is_narrow_wgrad(q.shape) ? merge_narrow_wgrad(NarrowWgrad(p), ith, nth) : merge_wgrad(p, ith, nth);
 }
 
 // Both gradients. The weight gradient first: dx leaves past the caches, and reading after that would wait.
 // Narrow groups go in step, image by image: what one has read of dy and y the other finds in L2. Wide ones do
 // not: their packed rows and weights crowd L2.
 void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
-  const bool in_step = is_narrow(q.input.shape, LANES - 1);
+  const bool in_step = is_narrow_wgrad(q.input.shape);
   PassTasks input(plan_input_gradient(q.input), ith, nth);
   run_weight_gradient(q.weight, ith, nth, [&](int64_t part, int64_t parts) {
     if (in_step) run_part(input, part, parts);

@@ -91,6 +91,9 @@ void outer_step(const OuterStep& a) {
   }
 }
 
+// A group as wide as a vector gains nothing from it.
+inline bool is_narrow_wgrad(const GroupedConvShape& s) { return is_narrow(s, LANES - 1); }
+
 // By shape alone. Stripes of rows are splits too: each leaves its own partial result.
 struct NarrowWgrad : WgradPass {
   int64_t images, stripes;  // splits = images * stripes

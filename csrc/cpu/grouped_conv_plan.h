@@ -79,8 +79,8 @@ struct Pass {
     return rows;
   }
 
-  // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
   int64_t tasks() const { return partial_rows() * chunks(); }
+  // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
   PassTask task(int64_t index) const {
     const bool by_chunk = packs_chunks();
     const int64_t at = by_chunk ? index % partial_rows() : index / chunks();

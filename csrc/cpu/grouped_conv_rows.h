@@ -304,8 +304,9 @@ class LinePrefetch {
   }
   void spread(int64_t steps) {
     int64_t lines = 0;
+    steps = std::max<int64_t>(1, steps);
     for (int64_t i = 0; i < count_; ++i) lines += (ranges_[i].end - ranges_[i].at + LINE - 1) / LINE;
-    lines_ = static_cast<int>((lines + steps - 1) / std::max<int64_t>(1, steps));
+    lines_ = static_cast<int>((lines + steps - 1) / steps);
   }
   // Every few steps: the next range where one is through.
   GCONV_INLINE void renew() {
@@ -319,6 +320,7 @@ class LinePrefetch {
     for (int i = 0; i < lines_; ++i, now_.at += LINE) __builtin_prefetch(now_.at, 0, 2);
   }
 
+ private:
   static constexpr int64_t LINE = 64;
   struct Range {
     const char *at, *end;
