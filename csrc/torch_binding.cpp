@@ -14,7 +14,7 @@ std::string cpu_isa() { return isa_name(isa_current()); }
 
 void set_cpu_isa(std::string name) {
   Isa isa;
-  check(isa_from_name(name.c_str(), &isa), "set_cpu_isa: isa: want portable, avx2 or avx512, got ", name);
+  check(isa_from_name(name.c_str(), &isa), "set_cpu_isa: isa: want ", ISA_NAMES, ", got ", name);
   isa_set(isa);
 }
 

@@ -270,7 +270,7 @@ int main() {
   constexpr int64_t CHANNELS[] = {1, 3, 4, 5, 16, 33, 600};
   const char* dtype_names[] = {"float32", "bfloat16", "float16"};
   char where[96];
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : ISAS) {
     if (!isa_supported(isa)) continue;
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       const char* type_name = dtype_names[static_cast<int>(dtype)];

@@ -300,7 +300,7 @@ void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py:
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+  for (Isa isa : ISAS)
     if (isa_supported(isa)) names.push_back(isa_name(isa));
   return names;
 }

@@ -29,7 +29,7 @@ from numpy_oracle import (
     value,
 )
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 # (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
 WIDTHS = [
     (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (5, 5, 3), (8, 8, 4), (16, 16, 2), (24, 24, 2),

@@ -13,7 +13,7 @@ namespace {
 
 const BatchNormTable& table(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return batch_norm_avx512;
+  if (isa == Isa::avx512 || isa == Isa::avx512_bf16) return batch_norm_avx512;
   if (isa == Isa::avx2) return batch_norm_avx2;
 #endif
   (void)isa;

@@ -9,50 +9,67 @@ namespace {
 
 const GroupedConvTable& table(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return grouped_conv_avx512;
+  if (isa == Isa::avx512 || isa == Isa::avx512_bf16) return grouped_conv_avx512;
   if (isa == Isa::avx2) return grouped_conv_avx2;
 #endif
   (void)isa;
   return grouped_conv_portable;
 }
 
+// Pairs of bfloat16 need an even number of channels per group on the side that is summed over.
+template <typename Params>
+const GroupedConvTable& table(const Params& p, int64_t summed) {
+#if defined(__x86_64__)
+  if (p.isa == Isa::avx512_bf16 && p.dtype == DType::bf16 && summed / p.shape.groups % 2 == 0)
+    return grouped_conv_avx512_bf16;
+#endif
+  return table(p.isa);
+}
+const GroupedConvTable& table(const GroupedConvFwdParams& p) { return table(p, p.shape.c); }
+const GroupedConvTable& table(const GroupedConvBwdInputParams& p) { return table(p, p.shape.k); }
+// Here it is pixels of two images that make a pair.
+const GroupedConvTable& table(const GroupedConvBwdWeightParams& p) { return table(p, 0); }
+
 }  // namespace
 
-int64_t grouped_conv_fwd_workspace(const GroupedConvFwdParams& p) { return table(p.isa).fwd_workspace(p); }
+int64_t grouped_conv_fwd_workspace(const GroupedConvFwdParams& p) { return table(p).fwd_workspace(p); }
 void grouped_conv_fwd_pack_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd_pack(p, ith, nth);
+  table(p).fwd_pack(p, ith, nth);
 }
 void grouped_conv_fwd_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd(p, ith, nth);
+  table(p).fwd(p, ith, nth);
 }
 void grouped_conv_fwd_merge_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd_merge(p, ith, nth);
+  table(p).fwd_merge(p, ith, nth);
 }
 
 int64_t grouped_conv_bwd_input_workspace(const GroupedConvBwdInputParams& p) {
-  return table(p.isa).bwd_input_workspace(p);
+  return table(p).bwd_input_workspace(p);
 }
 void grouped_conv_bwd_input_pack_cpu(const GroupedConvBwdInputParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_input_pack(p, ith, nth);
+  table(p).bwd_input_pack(p, ith, nth);
 }
 void grouped_conv_bwd_input_cpu(const GroupedConvBwdInputParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_input(p, ith, nth);
+  table(p).bwd_input(p, ith, nth);
 }
 void grouped_conv_bwd_input_merge_cpu(const GroupedConvBwdInputParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_input_merge(p, ith, nth);
+  table(p).bwd_input_merge(p, ith, nth);
 }
 
 int64_t grouped_conv_bwd_weight_workspace(const GroupedConvBwdWeightParams& p) {
-  return table(p.isa).bwd_weight_workspace(p);
+  return table(p).bwd_weight_workspace(p);
 }
 void grouped_conv_bwd_weight_cpu(const GroupedConvBwdWeightParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_weight(p, ith, nth);
+  table(p).bwd_weight(p, ith, nth);
 }
 void grouped_conv_bwd_weight_merge_cpu(const GroupedConvBwdWeightParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_weight_merge(p, ith, nth);
+  table(p).bwd_weight_merge(p, ith, nth);
 }
 void grouped_conv_bwd_cpu(const GroupedConvBwdParams& p, int64_t ith, int64_t nth) {
-  table(p.input.isa).bwd(p, ith, nth);
+  const GroupedConvTable &input = table(p.input), &weight = table(p.weight);
+  if (&input == &weight) return input.bwd(p, ith, nth);
+  weight.bwd_weight(p.weight, ith, nth);
+  input.bwd_input(p.input, ith, nth);
 }
 
 }  // namespace gconv

@@ -38,7 +38,7 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   const GroupedConvShape& s = q.shape;
   Pass p{};
   p.source_h = s.h, p.source_w = s.w, p.output_h = s.oh, p.output_w = s.ow;
-  p.source_per_group = s.c / s.groups, p.output_per_group = s.k / s.groups;
+  p.source_per_group = s.c / s.groups / PER_SLOT, p.output_per_group = s.k / s.groups;
   p.transposed = false;
   p.source = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.affine = q.affine;
@@ -54,7 +54,7 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   const GroupedConvShape& s = q.shape;
   Pass p{};
   p.source_h = s.oh, p.source_w = s.ow, p.output_h = s.h, p.output_w = s.w;
-  p.source_per_group = s.k / s.groups, p.output_per_group = s.c / s.groups;
+  p.source_per_group = s.k / s.groups / PER_SLOT, p.output_per_group = s.c / s.groups;
   p.transposed = true;
   p.source = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.mask_x = q.x;

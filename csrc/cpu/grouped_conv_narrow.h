@@ -34,7 +34,7 @@ inline bool is_narrow(const GroupedConvShape& s, int64_t widest) {
 }
 
 // One group fills a vector: a scalar feeds all lanes, no shuffle, and no register for its index.
-inline bool broadcasts(const Pass& p) { return p.source_per_group == LANES; }
+inline bool broadcasts(const Pass& p) { return p.output_per_group == LANES; }
 
 // Output columns of a strip: three rows of them in registers, two where the stride leaves only two.
 constexpr int strip_pixels(Scale scale, bool broadcast) {
@@ -98,7 +98,7 @@ struct StripMoments {
 
 // One staged source row of every vector of a chunk; the steps lead from one vector to the next.
 struct StripStep {
-  const float* source;  // staged, [column][LANES]
+  const float* source;  // staged, [column][SOURCE_LANES]
   int64_t source_step;
   const float* in[3];  // sums so far of each output row fed, [pixel][LANES]
   int64_t in_step[3];
@@ -107,13 +107,13 @@ struct StripStep {
   const float* weight[3];  // packed weights of each row's vertical tap, first channel
   int64_t weight_step;
   int vectors;
-  int channels;  // of a group
-  Index lanes;   // first channel of each lane's group
+  int channels;  // of a group, in slots
+  Index lanes;   // first slot of each lane's group
   FetchAhead ahead;
   LinePrefetch* below;  // rows of the next task
-  // Complete rows of whole float32 vectors go from the registers to the tensor; null: to `out` as well.
-  float* direct[3];
-  int64_t direct_pixel;        // floats between its pixels
+  // Complete rows of whole vectors go from the registers to the tensor; null: to `out` as well.
+  Value* direct[3];
+  int64_t direct_pixel;        // elements between its pixels
   const float *scale, *shift;  // of the first vector; null: none
   bool relu, stream;
   StripMoments* moments;  // null: not wanted
@@ -132,17 +132,17 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) acc[p] = relu(acc[p]);
   }
-  float* out = a.direct[r] + v * LANES;
+  Value* out = a.direct[r] + v * LANES;
   if (a.stream) {
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) stream_as(out + p * a.direct_pixel, acc[p]);
   } else {
     GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) store(out + p * a.direct_pixel, acc[p]);
+    for (int p = 0; p < PIXELS; ++p) store_as(out + p * a.direct_pixel, acc[p]);
   }
   if (a.moments == nullptr) return;
   a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first[r],
-                       [&](int64_t p) GCONV_LAMBDA { return acc[p]; });
+                       [&](int64_t p) GCONV_LAMBDA { return rounded_to(out, acc[p]); });
 }
 
 // Whether the next row's lines are fetched a few per channel: where a vector's are more than the core has
@@ -179,13 +179,14 @@ void strip_step(const StripStep& a) {
       }
       GCONV_UNROLL
       for (int j = 0; j < COLUMNS; ++j) {
-        const Vec x = BROADCAST ? set1(source[j * LANES + c]) : permute(load(source + j * LANES), lanes);
+        const float* column = source + j * SOURCE_LANES;
+        const Vec x = BROADCAST ? set1(column[c]) : permute(load_half(column), lanes);
         GCONV_UNROLL
         for (int t = 0; t < 3; ++t) {
           const int p = fed_pixel(SCALE, j, t);
           if (p < 0 || p >= PIXELS) continue;
           GCONV_UNROLL
-          for (int r = 0; r < ROWS; ++r) acc[r][p] = fma(x, w[r][t], acc[r][p]);
+          for (int r = 0; r < ROWS; ++r) acc[r][p] = multiply_add(x, w[r][t], acc[r][p]);
         }
       }
     }
@@ -252,7 +253,7 @@ struct StripBuffers {
 
   StripBuffers(const Pass& p, int64_t vectors, Scratch& scratch) {
     const int pixels = strip_pixels(scale_of(p), broadcasts(p));
-    row_floats = pixels * LANES, staged_floats = staged_columns(scale_of(p), pixels) * LANES;
+    row_floats = pixels * LANES, staged_floats = staged_columns(scale_of(p), pixels) * SOURCE_LANES;
     Carve carve(scratch);
     carve.reserve({vectors * RING * row_floats, vectors * staged_floats, row_floats});
     rows = carve.take(vectors * RING * row_floats);
@@ -289,10 +290,10 @@ struct Strip {
   }
 };
 
-// The first channel of each lane's group.
-inline Index group_lanes(int64_t per_group) {
+// The first slot of each lane's group.
+inline Index group_lanes(int64_t lanes_per_group, int64_t slots_per_group) {
   int32_t first[LANES];
-  for (int64_t l = 0; l < LANES; ++l) first[l] = static_cast<int32_t>(l / per_group * per_group);
+  for (int64_t l = 0; l < LANES; ++l) first[l] = static_cast<int32_t>(l / lanes_per_group * slots_per_group);
   return index_load(first);
 }
 
@@ -319,20 +320,21 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   step.out_step = StripBuffers::RING * buffers.row_floats;
   step.weight_step = p.source_per_group * WEIGHTS_PER_CHANNEL;
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
-  step.lanes = group_lanes(p.source_per_group);
+  step.lanes = group_lanes(p.output_per_group, p.source_per_group);
   step.direct_pixel = p.output.stride_w;
   step.scale = p.affine == nullptr ? nullptr : p.affine + channel;
   step.shift = p.affine == nullptr ? nullptr : p.affine + p.output_channels() + channel;
   step.relu = p.relu, step.stream = p.stream;
   step.moments = p.moments ? moments : nullptr;
   step.below = below;
-  const bool direct = std::is_same_v<T, float> && p.residual.data == nullptr && p.mask_act == nullptr &&
+  const bool direct = std::is_same_v<T, Value> && p.residual.data == nullptr && p.mask_act == nullptr &&
                       strip.width == strip.pixels && channel + vectors * LANES <= p.output_channels();
   int64_t next = rows.begin;  // output row to be written next, where they do not leave directly
   const int64_t last = last_source_row(scale, rows.end - 1);
   for (int64_t r = first_source_row(scale, rows.begin); r <= last; ++r) {
     if (r >= 0 && r < p.source_h) {
-      stage_row<T>(p.source, image, r, channel, vectors, strip.source, buffers.staged, buffers.staged_floats);
+      stage_row<T, Slots::channels>(p.source, {image, false}, r, channel, vectors, strip.source,
+                                    buffers.staged, buffers.staged_floats);
       int fed = 0;
       for (int i = 0; i < 3; ++i) {
         const int64_t o = fed_row(scale, r, i);
@@ -343,7 +345,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
         step.in[fed] = fresh ? buffers.nothing : step.out[fed];
         step.in_step[fed] = fresh ? 0 : step.out_step;
         step.direct[fed] = direct && complete
-                               ? static_cast<float*>(p.output.data) + image * p.output.stride_n +
+                               ? static_cast<Value*>(p.output.data) + image * p.output.stride_n +
                                      o * p.output.stride_h + strip.first * p.output.stride_w + channel
                                : nullptr;
         step.first[fed] = o == rows.begin;
@@ -351,9 +353,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
       }
       step.ahead = FetchAhead();
       if (r + 1 < p.source_h) {
-        step.ahead.add<T>(p.source.x, image, r + 1, channel, strip.source);
-        if (p.source.prologue == Prologue::finish)
-          step.ahead.add<T>(p.source.y, image, r + 1, channel, strip.source);
+        step.ahead.add<T>(p.source, {image, false}, r + 1, channel, strip.source);
         if (fetch_by_channel(scale)) step.ahead.split(step.channels);
       }
       if (fed > 0) functions[fed - 1](step);

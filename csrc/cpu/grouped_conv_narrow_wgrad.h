@@ -58,7 +58,7 @@ GCONV_INLINE void outer_columns(const OuterStep& a, int64_t v, Index lanes, floa
     for (int t = 0; t < 9; ++t) {
       const Vec x = load((t < 3 ? x0 : t < 6 ? x1 : x2) + t % 3 * LANES);
       GCONV_UNROLL
-      for (int k = 0; k < CHANNELS; ++k) acc[k][t] = fma(x, spread[k], acc[k][t]);
+      for (int k = 0; k < CHANNELS; ++k) acc[k][t] = multiply_add(x, spread[k], acc[k][t]);
     }
     dy += LANES;
     x0 += STRIDE * LANES;
@@ -96,13 +96,13 @@ inline bool is_narrow_wgrad(const GroupedConvShape& s) { return is_narrow(s, LAN
 
 // By shape alone. Stripes of rows are splits too: each leaves its own partial result.
 struct NarrowWgrad : WgradPass {
-  int64_t images, stripes;  // splits = images * stripes
+  int64_t images, stripes;  // splits = parts of the images * stripes
   int64_t blocks;           // of rows of a stripe, which stay in L2 for all chunks
 
   explicit NarrowWgrad(const WgradPass& pass) : WgradPass(pass) {
     const int64_t fitting = std::min(NARROW_DW_FLOATS / vector_floats(), SourcePlan::MOST);
     chunk = even_piece(vectors(), std::max<int64_t>(2, fitting));
-    images = std::min(shape.n, most_splits(NARROW_WGRAD_TASKS));
+    images = std::min(image_units(shape.n), most_splits(NARROW_WGRAD_TASKS));
     stripes = std::max<int64_t>(
         1, std::min(most_splits(NARROW_WGRAD_TASKS) / std::max<int64_t>(images, 1), shape.oh / 8));
     splits = images * stripes;
@@ -136,7 +136,7 @@ struct OuterBuffers {
 
 // dw of some columns of dy, rows of one image, into buffers.dw.
 template <typename T>
-void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const Share& columns,
+void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& rows, const Share& columns,
                  int64_t first_vector, int64_t vectors, const OuterBuffers& buffers) {
   const GroupedConvShape& s = p.shape;
   const int64_t stride = s.stride_h, channel = first_vector * LANES, count = columns.end - columns.begin;
@@ -149,18 +149,17 @@ void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const S
   step.dw = buffers.dw, step.dw_step = p.vector_floats();
   step.columns = count;
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
-  step.lanes = group_lanes(p.source_per_group);
+  step.lanes = group_lanes(p.source_per_group, p.source_per_group);
   int64_t tags[OuterBuffers::RING];
   std::fill(tags, tags + OuterBuffers::RING, -1);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    stage_row<T>(p.dy, image, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
+    stage_row<T, Slots::images>(p.dy, images, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
     step.ahead = FetchAhead();
     if (r + 1 < s.oh) {
-      step.ahead.add<T>(p.dy.x, image, r + 1, channel, dy_columns);
-      if (p.dy.prologue == Prologue::finish) step.ahead.add<T>(p.dy.y, image, r + 1, channel, dy_columns);
+      step.ahead.add<T>(p.dy, images, r + 1, channel, dy_columns);
       for (int64_t i = 0; i < stride; ++i) {
         const int64_t at = (r + 1) * stride + 1 - i;
-        if (at < s.h) step.ahead.add<T>(p.x.x, image, at, channel, x_columns);
+        if (at < s.h) step.ahead.add<T>(p.x, images, at, channel, x_columns);
       }
       step.ahead.split(std::max(1, step.channels / OUTER_CHANNELS));
     }
@@ -172,7 +171,7 @@ void outer_strip(const NarrowWgrad& p, int64_t image, const Share& rows, const S
       step.x_step[i] = inside ? staged_step : 0;
       if (!inside || tags[slot] == at) continue;
       tags[slot] = at;
-      stage_row<T>(p.x, image, at, channel, vectors, x_columns, x, staged_step);
+      stage_row<T, Slots::images>(p.x, images, at, channel, vectors, x_columns, x, staged_step);
     }
     stride == 1 ? outer_step<1>(step) : outer_step<2>(step);
   }
@@ -187,9 +186,10 @@ void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chun
   const int64_t begin = chunk * p.chunk, end = std::min(p.vectors(), chunk_end * p.chunk);
   float* totals = p.partials + split * p.vectors() * p.vector_floats();
   std::fill(totals + begin * p.vector_floats(), totals + end * p.vector_floats(), 0.f);
-  const Share images(s.n, split / p.stripes, p.images), stripe(s.oh, split % p.stripes, p.stripes);
+  const Share units(image_units(s.n), split / p.stripes, p.images);
+  const Share stripe(s.oh, split % p.stripes, p.stripes);
   const int64_t strips = (s.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS;
-  for (int64_t image = images.begin; image < images.end; ++image)
+  for (int64_t unit = units.begin; unit < units.end; ++unit)
     for (int64_t block = 0; block < p.blocks; ++block) {
       Share rows(stripe.end - stripe.begin, block, p.blocks);
       rows.begin += stripe.begin, rows.end += stripe.begin;
@@ -198,7 +198,7 @@ void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chun
         float* total = totals + first * p.vector_floats();
         std::fill(buffers.dw, buffers.dw + floats, 0.f);
         for (int64_t strip = 0; strip < strips; ++strip)
-          outer_strip<T>(p, image, rows, Share(s.ow, strip, strips), first, vectors, buffers);
+          outer_strip<T>(p, images_of(unit, s.n), rows, Share(s.ow, strip, strips), first, vectors, buffers);
         for (int64_t i = 0; i < floats; i += LANES)
           store(total + i, add(load(total + i), load(buffers.dw + i)));
       }
@@ -216,8 +216,8 @@ void run_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth, const Afte
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t task = share.begin; task < share.end;) {
       const int64_t chunk = task % chunks, count = std::min(chunks - chunk, share.end - task);
-      const Share images(p.shape.n, task / chunks / p.stripes, p.images);
-      const int64_t blocks = (images.end - images.begin) * p.blocks;
+      const Share units(image_units(p.shape.n), task / chunks / p.stripes, p.images);
+      const int64_t blocks = (units.end - units.begin) * p.blocks;
       int64_t done = (task - share.begin) * blocks;  // in parts of a task
       outer_task<T>(p, task / chunks, chunk, chunk + count, scratch,
                     [&] { after(done += count, (share.end - share.begin) * blocks); });

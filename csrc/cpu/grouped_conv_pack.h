@@ -27,37 +27,44 @@ template <typename T>
 void pack_vector(const Pass& p, int64_t v, float* out) {
   const T* weight = static_cast<const T*>(p.raw_weight);
   const WeightLayout layout = p.layout;
-  const int64_t per_group = p.output_per_group;
-  const int64_t kernel = 9 * (p.transposed ? per_group : p.source_per_group);
+  const int64_t per_group = p.output_per_group, channels = p.source_per_group * PER_SLOT;
+  const int64_t kernel = 9 * (p.transposed ? per_group : channels);
   const int64_t last = p.output_channels() - 1;
   const T* rows[LANES];
   for (int64_t l = 0; l < LANES; ++l) {
     const int64_t channel = std::min(v * LANES + l, last);
     const int64_t group = channel / per_group, within = channel % per_group;
-    rows[l] = p.transposed ? weight + group * p.source_per_group * kernel + within * layout.stride_c
+    rows[l] = p.transposed ? weight + group * channels * kernel + within * layout.stride_c
                            : weight + channel * kernel;
   }
   if (!p.transposed) {
     const bool by_tap = layout.stride_tap == 1;
-    const int64_t inner = by_tap ? 1 : p.source_per_group;
+    const int64_t inner = by_tap ? 1 : channels;
     int64_t c = 0, t = 0;
     for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
       store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
       if (++c == inner) c = 0, ++t;
     });
   } else if (layout.stride_tap == 1) {
-    for (int64_t c = 0; c < p.source_per_group; ++c, out += 9 * LANES) {
+    for (int64_t c = 0; c < channels; ++c, out += 9 * LANES) {
       for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
       for (const T*& row : rows) row += kernel;
     }
   } else {
     const bool adjacent = v * LANES % per_group + LANES <= per_group;
-    for (int64_t c = 0; c < p.source_per_group; ++c)
+    for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < 9; ++t, out += LANES) {
         const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
         store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
       }
   }
+}
+
+// One vector's weights [channel][3][3][LANES] to slots.
+inline void pair_channels(const float* taps, int64_t slots, float* packed) {
+  for (int64_t i = 0; i < slots; ++i, taps += PER_SLOT * WEIGHTS_PER_CHANNEL)
+    for (int64_t t = 0; t < WEIGHTS_PER_CHANNEL; t += LANES, packed += LANES)
+      store(packed, pair_slots(load(taps + t), load(taps + WEIGHTS_PER_CHANNEL + t)));
 }
 
 // The vectors [first, end), side by side.
@@ -66,9 +73,13 @@ inline void pack_vectors(const Pass& p, int64_t first, int64_t end, float* packe
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = first; v < end; ++v, packed += p.weight_floats()) {
-      float* taps = p.winograd ? scratch.floats(p.source_per_group * WEIGHTS_PER_CHANNEL) : packed;
+      const int64_t channels = p.source_per_group * PER_SLOT;
+      float* taps = p.winograd || PAIRS ? scratch.floats(channels * WEIGHTS_PER_CHANNEL) : packed;
       pack_vector<T>(p, v, taps);
-      if (p.winograd) transform_weights(taps, p.source_per_group, packed);
+      if (PAIRS)
+        pair_channels(taps, p.source_per_group, packed);
+      else if (p.winograd)
+        transform_weights(taps, channels, packed);
     }
   });
 }

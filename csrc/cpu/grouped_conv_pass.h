@@ -394,7 +394,7 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
         const int64_t at = p.source_row(band.first + row, kh);
         if (at < 0 || packed_tags[at % band.ring_rows] == at) continue;
         packed_tags[at % band.ring_rows] = at;
-        pack_row<T>(p.source, plan, image, at, at % band.ring_rows, columns, 1);
+        pack_row<T, Slots::channels>(p.source, plan, {image, false}, at, at % band.ring_rows, columns, 1);
       }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];

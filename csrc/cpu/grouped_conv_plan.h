@@ -31,7 +31,7 @@ struct ColumnClass {
 struct Pass {
   DType dtype;
   int64_t n, source_h, source_w, output_h, output_w;
-  int64_t groups, source_per_group, output_per_group;
+  int64_t groups, source_per_group, output_per_group;  // source channels in slots
   bool transposed;
   bool winograd;  // tiles of 2x2 output pixels
   bool narrow;    // strips of columns
@@ -184,8 +184,8 @@ inline void plan_grid(Pass& p, int64_t weight_floats, int64_t least) {
 inline void plan_work(Pass& p) {
   p.direct = reads_direct(p);
   plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
-  const int64_t source_floats =
-      p.columns * p.chunk * LANES * std::max<int64_t>(1, p.source_per_group / p.output_per_group);
+  const int64_t source_floats = p.columns * p.chunk * SOURCE_LANES *
+                                std::max<int64_t>(1, p.source_per_group * PER_SLOT / p.output_per_group);
   const int64_t result_floats = p.output_w * p.chunk * LANES;
   const int64_t kept = 2 * p.dil_h;
   const int64_t fresh = p.transposed ? 1 : p.stride_h;

@@ -1,34 +1,17 @@
 // Image rows on their way to the grouped_conv tiles, in two steps.
 //
-// pack_row: from the tensor, in its order: to float32, prologue applied, padding zero. A packed row lies as
-//   [block of LANES channels][column][LANES] and stays in L2.
+// pack_row: from the tensor, in its order: to slots, prologue applied, padding zero. A packed row lies as
+//   [block of LANES slots][column][LANES] and stays in L2.
 // expand_row: where the lanes of an output vector span groups, from packed rows to one vector per
 //   [block][column], lanes already where their group needs them (Fetch); a few rows that stay in L1.
 // Every fetch then has a constant distance to the next column's. Narrow groups need neither:
-// stage_row: from the tensor, a few columns of a row, to [vector of channels][column][LANES] in L1.
+// stage_row: from the tensor, a few columns of a row, to [vector of channels][column][its slots] in L1.
+// Below, a channel of a packed or expanded row is a slot of it (grouped_conv_slots.h).
 #pragma once
-#include <type_traits>
-
-#include "grouped_conv.h"
-#include "vec.h"
+#include "grouped_conv_slots.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
-
-enum class Prologue {
-  none,
-  act,     // relu(a*x + b), coef = [2, C]
-  finish,  // A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, coef = [6, C]
-};
-
-// What rows are read from, and what is done to each element on its way.
-struct RowSource {
-  Nhwc x;
-  Nhwc y;  // finish only
-  Prologue prologue;
-  const float* coef;  // rows of `channels` floats
-  int64_t channels;   // in all groups together
-};
 
 // Packed column i holds source column first + i, or 0 outside [0, width).
 struct RowColumns {
@@ -151,37 +134,29 @@ struct SourcePlan {
   }
 };
 
-// Per-channel coefficients of one vector of channels. Lanes past the tail are all zero.
-template <Prologue P>
-struct Coefficients {
-  Vec v[P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 1];
-  GCONV_INLINE Coefficients(const RowSource& s, int64_t channel, int lanes) {
-    constexpr int ROWS = P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 0;
-    for (int i = 0; i < ROWS; ++i) v[i] = load_lanes(s.coef + i * s.channels + channel, lanes);
-  }
-  template <typename T>
-  GCONV_INLINE Vec apply(const T* x, const T* y, int lanes) const {
-    const Vec raw = load_lanes(x, lanes);
-    if constexpr (P == Prologue::none) return raw;
-    if constexpr (P == Prologue::act) return relu(fma(v[0], raw, v[1]));
-    if constexpr (P == Prologue::finish) {
-      const Vec out = load_lanes(y, lanes);
-      const Vec g = relu_mask(raw, fma(v[4], out, v[5]));
-      return fma(v[0], g, fma(v[1], sub(out, v[3]), v[2]));
-    }
-  }
-};
-
 template <typename T>
 GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int64_t channel) {
   return static_cast<const T*>(t.data) + image * t.stride_n + row * t.stride_h + channel;
 }
 
-// One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
+// Calls f with the prologue as a constant.
+template <typename F>
+GCONV_INLINE void with_prologue(Prologue prologue, F&& f) {
+  switch (prologue) {
+    case Prologue::none:
+      return f(std::integral_constant<Prologue, Prologue::none>());
+    case Prologue::act:
+      return f(std::integral_constant<Prologue, Prologue::act>());
+    case Prologue::finish:
+      return f(std::integral_constant<Prologue, Prologue::finish>());
+  }
+}
+
+// One row of every source into packed row `index`. A few pixels at a time, all their channels before the
 // next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row
 // `ahead` below is fetched into L2 meanwhile; past the last row that does nothing.
-template <typename T, Prologue P>
-void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+template <typename T, Prologue P, Slots S>
+void pack_row(const RowSource& s, const SourcePlan& plan, const RowImages& images, int64_t row, int64_t index,
               const RowColumns& columns, int64_t ahead) {
   constexpr int64_t PIXELS = 8;
   const int64_t begin = columns.begin(), end = columns.end(), block = columns.count * LANES;
@@ -189,7 +164,7 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
   const int64_t x_ahead = ahead * s.x.stride_h, y_ahead = ahead * s.y.stride_h;
   for (int64_t i = 0; i < plan.count; ++i) {
     const PackedSource& source = plan.sources[i];
-    float* packed = source.rows + slot * source.row_floats;
+    float* packed = source.rows + index * source.row_floats;
     for (int64_t b = 0; b < source.row_floats; b += block) {
       for (int64_t c = 0; c < begin; ++c) store(packed + b + c * LANES, zero());
       for (int64_t c = end; c < columns.count; ++c) store(packed + b + c * LANES, zero());
@@ -200,19 +175,19 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
     for (int64_t i = 0; i < plan.count; ++i) {
       const PackedSource& source = plan.sources[i];
       if (source.fetch == Fetch::direct) continue;
-      float* packed = source.rows + slot * source.row_floats;
+      float* packed = source.rows + index * source.row_floats;
       for (int64_t c = 0; c < source.span; c += LANES, packed += block) {
-        const int64_t channel = source.channel + c;
+        const int64_t channel = (source.channel + c) * SlotReader<T, P, S>::CHANNELS;
         const int lanes = static_cast<int>(std::min<int64_t>(LANES, source.span - c));
-        const Coefficients<P> coefficients(s, channel, lanes);
-        const T* x = row_pointer<T>(s.x, image, row, channel) + (columns.first + at) * x_step;
+        const SlotReader<T, P, S> slots(s, channel, lanes, images.both);
+        const T* x = row_pointer<T>(s.x, images.first, row, channel) + (columns.first + at) * x_step;
         const T* y = nullptr;
         if constexpr (P == Prologue::finish)
-          y = row_pointer<T>(s.y, image, row, channel) + (columns.first + at) * y_step;
+          y = row_pointer<T>(s.y, images.first, row, channel) + (columns.first + at) * y_step;
         for (int64_t w = at; w < last; ++w) {
           __builtin_prefetch(x + x_ahead, 0, 2);
           if constexpr (P == Prologue::finish) __builtin_prefetch(y + y_ahead, 0, 2);
-          store(packed + w * LANES, coefficients.apply(x, y, lanes));
+          store(packed + w * LANES, slots.read(x, y));
           x += x_step;
           if constexpr (P == Prologue::finish) y += y_step;
         }
@@ -221,17 +196,12 @@ void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t
   }
 }
 
-template <typename T>
-void pack_row(const RowSource& s, const SourcePlan& plan, int64_t image, int64_t row, int64_t slot,
+template <typename T, Slots S>
+void pack_row(const RowSource& s, const SourcePlan& plan, const RowImages& images, int64_t row, int64_t index,
               const RowColumns& columns, int64_t ahead) {
-  switch (s.prologue) {
-    case Prologue::none:
-      return pack_row<T, Prologue::none>(s, plan, image, row, slot, columns, ahead);
-    case Prologue::act:
-      return pack_row<T, Prologue::act>(s, plan, image, row, slot, columns, ahead);
-    case Prologue::finish:
-      return pack_row<T, Prologue::finish>(s, plan, image, row, slot, columns, ahead);
-  }
+  with_prologue(s.prologue, [&](auto prologue) {
+    pack_row<T, decltype(prologue)::value, S>(s, plan, images, row, index, columns, ahead);
+  });
 }
 
 // Rows that are packed next, fetched into L2 while the present ones are computed: a few pixels in each of
@@ -360,60 +330,62 @@ inline void expand_row(const PackedSource& source, const float* packed, int64_t 
   }
 }
 
-// Columns [first, first + count) of a row, every vector of a chunk: to float32, prologue applied, zero
-// outside the image.
-template <typename T, Prologue P>
-void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
+// Columns [first, first + count) of a row, every vector of a chunk: to slots, prologue applied, zero outside
+// the image.
+template <typename T, Prologue P, Slots S>
+void stage_row(const RowSource& s, const RowImages& images, int64_t row, int64_t channel, int64_t vectors,
                const RowColumns& columns, float* staged, int64_t staged_step) {
+  constexpr int64_t COLUMN = S == Slots::channels ? SOURCE_LANES : LANES;
   const int64_t begin = columns.begin(), end = columns.end();
   const int64_t x_pixel = s.x.stride_w, y_pixel = s.y.stride_w;
-  const T* x_row = row_pointer<T>(s.x, image, row, channel) + (columns.first + begin) * x_pixel;
+  const T* x_row = row_pointer<T>(s.x, images.first, row, channel) + (columns.first + begin) * x_pixel;
   const T* y_row = nullptr;
   if constexpr (P == Prologue::finish)
-    y_row = row_pointer<T>(s.y, image, row, channel) + (columns.first + begin) * y_pixel;
+    y_row = row_pointer<T>(s.y, images.first, row, channel) + (columns.first + begin) * y_pixel;
   const auto stage = [&](int64_t v, int lanes) GCONV_LAMBDA {
-    const Coefficients<P> coefficients(s, channel + v * LANES, lanes);
+    const VectorReader<T, P, S> slots(s, channel + v * LANES, lanes, images.both);
     float* out = staged + v * staged_step;
-    for (int64_t j = 0; j < begin; ++j) store(out + j * LANES, zero());
+    for (int64_t j = 0; j < begin; ++j) slots.clear(out + j * COLUMN);
     const T *x = x_row + v * LANES, *y = y_row;
     if constexpr (P == Prologue::finish) y += v * LANES;
     for (int64_t j = begin; j < end; ++j) {
-      store(out + j * LANES, coefficients.apply(x, y, lanes));
+      slots.copy(x, y, out + j * COLUMN);
       x += x_pixel;
       if constexpr (P == Prologue::finish) y += y_pixel;
     }
-    for (int64_t j = end; j < columns.count; ++j) store(out + j * LANES, zero());
+    for (int64_t j = end; j < columns.count; ++j) slots.clear(out + j * COLUMN);
   };
   const int64_t full = std::min(vectors, (s.channels - channel) / LANES);
   for (int64_t v = 0; v < full; ++v) stage(v, LANES);
   if (full < vectors) stage(full, static_cast<int>(s.channels - channel - full * LANES));
 }
 
-template <typename T>
-void stage_row(const RowSource& s, int64_t image, int64_t row, int64_t channel, int64_t vectors,
+template <typename T, Slots S>
+void stage_row(const RowSource& s, const RowImages& images, int64_t row, int64_t channel, int64_t vectors,
                const RowColumns& columns, float* staged, int64_t staged_step) {
-  const auto run = [&](auto prologue) {
-    stage_row<T, decltype(prologue)::value>(s, image, row, channel, vectors, columns, staged, staged_step);
-  };
-  switch (s.prologue) {
-    case Prologue::none:
-      return run(std::integral_constant<Prologue, Prologue::none>());
-    case Prologue::act:
-      return run(std::integral_constant<Prologue, Prologue::act>());
-    case Prologue::finish:
-      return run(std::integral_constant<Prologue, Prologue::finish>());
-  }
+  with_prologue(s.prologue, [&](auto prologue) {
+    stage_row<T, decltype(prologue)::value, S>(s, images, row, channel, vectors, columns, staged,
+                                               staged_step);
+  });
 }
 
 // Columns of a chunk that the next row will read: fetched while this one is computed, a vector at a time, for
 // a core has few line buffers. Byte distances; past the last row a fetch does nothing.
 struct FetchAhead {
-  static constexpr int MOST = 4;
+  static constexpr int MOST = 4 * PER_SLOT;
   const char* at[MOST];
   int64_t pixel[MOST], vector;
   int columns[MOST], part_columns[MOST];
   int rows = 0;
 
+  // What staging that row of a source will read.
+  template <typename T>
+  void add(const RowSource& s, const RowImages& images, int64_t row, int64_t channel, const RowColumns& c) {
+    for (int64_t i = 0; i <= images.both; ++i) {
+      add<T>(s.x, images.first + i, row, channel, c);
+      if (s.prologue == Prologue::finish) add<T>(s.y, images.first + i, row, channel, c);
+    }
+  }
   template <typename T>
   void add(const Nhwc& t, int64_t image, int64_t row, int64_t channel, const RowColumns& c) {
     constexpr int64_t BYTES = static_cast<int64_t>(sizeof(T));

@@ -21,7 +21,7 @@ struct GroupedConvTable {
 
 extern const GroupedConvTable grouped_conv_portable;
 #if defined(__x86_64__)
-extern const GroupedConvTable grouped_conv_avx2, grouped_conv_avx512;
+extern const GroupedConvTable grouped_conv_avx2, grouped_conv_avx512, grouped_conv_avx512_bf16;
 #endif
 
 }  // namespace gconv

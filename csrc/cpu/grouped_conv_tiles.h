@@ -84,7 +84,7 @@ void tile_shared(const TileArgs& a) {
         if (j - t < 0 || (j - t) % STEP != 0 || (j - t) / STEP >= PIXELS) continue;
         GCONV_UNROLL
         for (int v = 0; v < VECTORS; ++v)
-          acc[v][(j - t) / STEP] = fma(x, weight[v][t], acc[v][(j - t) / STEP]);
+          acc[v][(j - t) / STEP] = multiply_add(x, weight[v][t], acc[v][(j - t) / STEP]);
       }
     }
   };
@@ -118,7 +118,7 @@ void tile_scattered(const TileArgs& a) {
       const float* column = s + a.offset[t] * LANES;
       GCONV_UNROLL
       for (int p = 0; p < PIXELS; ++p)
-        acc[p] = fma(fetch_part<FETCH, PART>(column + p * a.step * LANES), weight, acc[p]);
+        acc[p] = multiply_add(fetch_part<FETCH, PART>(column + p * a.step * LANES), weight, acc[p]);
     }
   };
   bool flushed = false;

@@ -1,7 +1,7 @@
 // The weight gradient of grouped_conv, compiled once per instruction set.
 //
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset;
-//   x and dy are packed rows (prologue or BN backward applied once per element, on load).
+//   x and dy are packed rows (prologue or BN backward applied once per element, on load), slots of images.
 // Grid: split of the images x chunk of consecutive output vectors (LANES channels of dy).
 // Tile: registers hold dw of one output vector. Lanes in one group: WGRAD_CHANNELS x 3 taps over all
 //   pixels of a stripe of rows. Lanes across groups: WGRAD_ROWS x 2 x 3 over one row of x, so each packed
@@ -92,7 +92,7 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
       GCONV_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         GCONV_UNROLL
-        for (int t = FIRST; t <= LAST; t += STEP) acc[r][c][t] = fma(x_c, dy[r][t], acc[r][c][t]);
+        for (int t = FIRST; t <= LAST; t += STEP) acc[r][c][t] = multiply_add(x_c, dy[r][t], acc[r][c][t]);
       }
     });
   };
@@ -130,14 +130,14 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
         for (int t = 0; t < 3; ++t) {
           const Vec x_c = value(x + t * tap, c);
           GCONV_UNROLL
-          for (int r = 0; r < ROWS; ++r) acc[r][c][t] = fma(x_c, dy[r], acc[r][c][t]);
+          for (int r = 0; r < ROWS; ++r) acc[r][c][t] = multiply_add(x_c, dy[r], acc[r][c][t]);
         }
       });
     }
   }
 }
 
-// Rows of several images: output row r of image i meets x + i*x_image + r*x_row.
+// Rows of several images (slots of images): output row r of image i meets x + i*x_image + r*x_row.
 struct WgradBlock {
   const float* x;  // packed row of the first valid output row's tap, at the channel block
   int64_t x_row, x_image;
@@ -248,7 +248,7 @@ inline PairsFunction pairs_function(int rows, int64_t channels, Fetch fetch, Wal
 }
 
 // The work of a task whose lanes do not span groups, cut into blocks of rows: a stripe of an image or, where
-// they are small, several images.
+// they are small, several images. Images are counted in units, those of a slot.
 struct WgradBlocks {
   int64_t images, images_end;  // of the split
   int64_t channel, channels;   // of x: the groups that the chunk meets
@@ -259,7 +259,7 @@ struct WgradBlocks {
 
   WgradBlocks(const WgradPass& p, int64_t split, int64_t chunk) {
     const GroupedConvShape& s = p.shape;
-    const Share share(s.n, split, p.splits);
+    const Share share(image_units(s.n), split, p.splits);
     images = share.begin, images_end = share.end;
     lane = chunk * p.chunk * LANES;
     lanes = std::min(s.k, lane + p.chunk * LANES) - lane;
@@ -293,9 +293,11 @@ struct WgradBlocks {
     const int64_t first = row(block) * s.stride_h - s.pad_h;
     const int64_t end = (row_end(p, block) - 1) * s.stride_h + 2 * s.dil_h + 1 - s.pad_h;
     const int64_t kept = row(block) == 0 ? 0 : std::max<int64_t>(0, 2 * s.dil_h + 1 - s.stride_h);
-    next->add<T>(p.x, image(block), image_end(block), std::max<int64_t>(0, first + kept), std::min(s.h, end),
-                 s.w, channel, channels);
-    next->add<T>(p.dy, image(block), image_end(block), row(block), row_end(p, block), s.ow, lane, lanes);
+    const int64_t begin_image = image(block) * PER_SLOT,
+                  end_image = std::min(s.n, image_end(block) * PER_SLOT);
+    next->add<T>(p.x, begin_image, end_image, std::max<int64_t>(0, first + kept), std::min(s.h, end), s.w,
+                 channel, channels);
+    next->add<T>(p.dy, begin_image, end_image, row(block), row_end(p, block), s.ow, lane, lanes);
   }
 };
 
@@ -387,11 +389,12 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
     const int64_t begin = task.row(at), rows = task.row_end(p, at) - begin;
     const int64_t origin = begin * s.stride_h - s.pad_h;  // source row of packed row 0
     for (int64_t n = 0; n < images; ++n) {
+      const RowImages from = images_of(image + n, s.n);
       for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
         if (origin + i >= 0 && origin + i < s.h)
-          pack_row<T>(p.x, x, image + n, origin + i, n * x_rows + i, x_columns, 0);
+          pack_row<T, Slots::images>(p.x, x, from, origin + i, n * x_rows + i, x_columns, 0);
       for (int64_t i = 0; i < rows; ++i)
-        pack_row<T>(p.dy, dy, image + n, begin + i, n * stripe + i, dy_columns, 0);
+        pack_row<T, Slots::images>(p.dy, dy, from, begin + i, n * stripe + i, dy_columns, 0);
     }
     RowPrefetch next;
     if (at + 1 < task.blocks)
@@ -408,8 +411,8 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
 
 // Some vector's lanes span groups: x row by row, against the rows of dy that it meets.
 template <typename T>
-void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePlan& x, SourcePlan& dy,
-                   float* dw, Scratch& scratch) {
+void wgrad_by_rows(const WgradPass& p, const RowImages& images, int64_t vectors, SourcePlan& x,
+                   SourcePlan& dy, float* dw, Scratch& scratch) {
   const GroupedConvShape& s = p.shape;
   const int64_t ring = std::min(s.oh, 2 * s.dil_h + 1);
   int64_t expanded_floats = 0;
@@ -435,10 +438,10 @@ void wgrad_by_rows(const WgradPass& p, int64_t image, int64_t vectors, SourcePla
       taps[meets++] = kh;
       if (slots[oh % ring] == oh) continue;
       slots[oh % ring] = oh;
-      pack_row<T>(p.dy, dy, image, oh, oh % ring, dy_columns, 1);
+      pack_row<T, Slots::images>(p.dy, dy, images, oh, oh % ring, dy_columns, 1);
     }
     if (meets == 0) continue;
-    pack_row<T>(p.x, x, image, at, 0, x_columns, 1);
+    pack_row<T, Slots::images>(p.x, x, images, at, 0, x_columns, 1);
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];
@@ -480,11 +483,11 @@ void wgrad_task(const WgradPass& p, int64_t split, int64_t chunk, bool last, Scr
     return wgrad_by_blocks<T>(p, task, last ? nullptr : &after, vectors, x, dy, total, rows, image_dw);
   }
   std::memset(total, 0, sizeof(float) * static_cast<size_t>(floats));
-  const Share images(p.shape.n, split, p.splits);
+  const Share units(image_units(p.shape.n), split, p.splits);
   float* dw = image_dw.floats(floats);
-  for (int64_t image = images.begin; image < images.end; ++image) {
+  for (int64_t unit = units.begin; unit < units.end; ++unit) {
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(floats));
-    wgrad_by_rows<T>(p, image, vectors, x, dy, dw, rows);
+    wgrad_by_rows<T>(p, images_of(unit, p.shape.n), vectors, x, dy, dw, rows);
     for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
 }
@@ -503,7 +506,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.layout = q.layout;
   p.partials = q.workspace;
   p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
-  p.splits = std::max<int64_t>(1, std::min(s.n, p.most_splits(WGRAD_TASKS)));
+  p.splits = std::max<int64_t>(1, std::min(image_units(s.n), p.most_splits(WGRAD_TASKS)));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
   if (p.winograd) p.columns = std::max(p.columns, (s.ow + 1) / 2 * 2 + 2);

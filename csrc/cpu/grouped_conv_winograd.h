@@ -27,7 +27,7 @@ constexpr int64_t WINOGRAD_OVERHEAD = LANES == 16 ? 300 : 250,
 // no half-empty tiles.
 inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overhead) {
   const int64_t c = s.c / s.groups, k = s.k / s.groups;
-  if (use == Winograd::never || c % LANES != 0 || k % LANES != 0) return false;
+  if (PAIRS || use == Winograd::never || c % LANES != 0 || k % LANES != 0) return false;
   if (s.stride_h != 1 || s.stride_w != 1 || s.dil_h != 1 || s.dil_w != 1) return false;
   if (use == Winograd::always) return true;
   const auto taps = [](int64_t size, int64_t out, int64_t pad) {

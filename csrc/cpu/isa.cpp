@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -19,9 +18,10 @@ std::atomic<int32_t> chosen{-1};
 std::atomic<int32_t> winograd{-1};
 
 Isa best_supported() {
-  if (isa_supported(Isa::avx512)) return Isa::avx512;
-  if (isa_supported(Isa::avx2)) return Isa::avx2;
-  return Isa::portable;
+  Isa best = Isa::portable;
+  for (Isa isa : ISAS)
+    if (isa_supported(isa)) best = isa;
+  return best;
 }
 
 Isa choose() {
@@ -29,16 +29,15 @@ Isa choose() {
   if (name == nullptr || *name == '\0') return best_supported();
   Isa isa;
   if (!isa_from_name(name, &isa))
-    throw std::runtime_error(std::string("GCONV_ISA: want portable, avx2 or avx512, got ") + name);
+    throw std::runtime_error(std::string("GCONV_ISA: want ") + ISA_NAMES + ", got " + name);
   if (!isa_supported(isa))
     throw std::runtime_error(std::string("GCONV_ISA: this CPU cannot run ") + name + "; its best is " +
                              isa_name(best_supported()));
   return isa;
 }
 
-template <typename Choice>
-bool from_name(std::initializer_list<Choice> choices, const char* (*name_of)(Choice), const char* name,
-               Choice* choice) {
+template <typename Choices, typename Choice>
+bool from_name(const Choices& choices, const char* (*name_of)(Choice), const char* name, Choice* choice) {
   for (Choice candidate : choices)
     if (std::strcmp(name, name_of(candidate)) == 0) {
       *choice = candidate;
@@ -48,10 +47,14 @@ bool from_name(std::initializer_list<Choice> choices, const char* (*name_of)(Cho
 }
 
 #if defined(__x86_64__)
-// By CPUID itself: not every compiler's __builtin_cpu_supports knows this name.
+// By CPUID itself: not every compiler's __builtin_cpu_supports knows these names.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+bool has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
 }
 #endif
 
@@ -61,6 +64,7 @@ bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // The builtins also ask the operating system (XGETBV) whether it saves the wide registers.
+  if (isa == Isa::avx512_bf16) return isa_supported(Isa::avx512) && has_avx512_bf16();
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -70,12 +74,19 @@ bool isa_supported(Isa isa) {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
 }
 
-bool isa_from_name(const char* name, Isa* isa) {
-  return from_name({Isa::portable, Isa::avx2, Isa::avx512}, isa_name, name, isa);
-}
+bool isa_from_name(const char* name, Isa* isa) { return from_name(ISAS, isa_name, name, isa); }
 
 Isa isa_current() {
   int32_t value = chosen.load(std::memory_order_relaxed);
@@ -97,7 +108,8 @@ const char* winograd_name(Winograd use) {
 }
 
 bool winograd_from_name(const char* name, Winograd* use) {
-  return from_name({Winograd::never, Winograd::where_it_pays, Winograd::always}, winograd_name, name, use);
+  constexpr Winograd CHOICES[] = {Winograd::never, Winograd::where_it_pays, Winograd::always};
+  return from_name(CHOICES, winograd_name, name, use);
 }
 
 Winograd winograd_current() {

@@ -4,7 +4,12 @@
 
 namespace gconv {
 
-enum class Isa : int32_t { portable, avx2, avx512 };
+// avx512_bf16 is avx512 but where bfloat16 is multiplied: pairs of it at a time.
+enum class Isa : int32_t { portable, avx2, avx512, avx512_bf16 };
+
+// All of them, with their names listed for messages.
+constexpr Isa ISAS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr char ISA_NAMES[] = "portable, avx2, avx512 or avx512_bf16";
 
 bool isa_supported(Isa isa);  // by this CPU and this binary
 const char* isa_name(Isa isa);

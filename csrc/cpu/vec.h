@@ -1,8 +1,9 @@
-// Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AVX512,
-// GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and then writes its kernels in
-// namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels. The pragma below
-// raises the target for what follows only, so no standard-library function is compiled for it
-// (the linker could keep that copy and run it on a CPU that lacks the instructions).
+// Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AVX512_BF16,
+// GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and then writes its
+// kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels. The first is
+// the second for bfloat16 alone, with instructions for it (grouped_conv_slots.h). The pragma below raises the
+// target for what follows only, so no standard-library function is compiled for it (the linker could keep
+// that copy and run it on a CPU that lacks the instructions).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,7 +15,19 @@
 
 #include "tensor.h"
 
-#if defined(GCONV_ISA_AVX512)
+#if defined(GCONV_ISA_AVX512_BF16)
+#include <immintrin.h>
+#define GCONV_ISA_AVX512
+#define GCONV_ISA_NS avx512_bf16
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#endif
+#elif defined(GCONV_ISA_AVX512)
 #include <immintrin.h>
 #define GCONV_ISA_NS avx512
 #if defined(__clang__)
@@ -201,6 +214,10 @@ GCONV_INLINE Vec load_as(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
 }
 
+#if defined(GCONV_ISA_AVX512_BF16)
+// Values below 2^-126 become 0.
+GCONV_INLINE __m256i to_bf16(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+#else
 GCONV_INLINE __m256i to_bf16(Vec a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -209,6 +226,7 @@ GCONV_INLINE __m256i to_bf16(Vec a) {
   const __m512i upper = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(upper);
 }
+#endif
 GCONV_INLINE __m256i to_f16(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 GCONV_INLINE void store_as(float* p, Vec a) { store(p, a); }
@@ -593,12 +611,17 @@ inline int64_t even_piece(int64_t total, int64_t most) {
 // Calls f with a null pointer of the storage type, so that f is compiled once per type.
 template <typename F>
 GCONV_INLINE void with_dtype(DType dtype, F&& f) {
+#if defined(GCONV_ISA_AVX512_BF16)
+  (void)dtype;
+  f(static_cast<bf16*>(nullptr));
+#else
   if (dtype == DType::f32)
     f(static_cast<float*>(nullptr));
   else if (dtype == DType::bf16)
     f(static_cast<bf16*>(nullptr));
   else
     f(static_cast<f16*>(nullptr));
+#endif
 }
 
 }  // namespace GCONV_ISA_NS
