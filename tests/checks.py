@@ -76,7 +76,9 @@ def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=Non
     actual, exact, baselines = actual[finite], exact[finite], [b.double()[finite] for b in baselines]
     if exact.numel() == 0:
         return
-    assert all(b.isfinite().all() for b in baselines), (
+    # On some CPUs torch's own kernels spread a NaN over the pixels that share a vector with it.
+    known = [b.isfinite() for b in baselines]
+    assert all(2 * k.sum() >= k.numel() for k in known), (
         f"{label}: torch's own result is not finite: no yardstick"
     )
     magnitude = exact.abs() if magnitude is None else magnitude.double()[finite].maximum(exact.abs())
@@ -85,7 +87,11 @@ def assert_accurate(actual, exact, baseline, label="", dtype=None, magnitude=Non
         ("max", lambda t: t.abs().max().item(), FLOOR_MAX[dtype]),
         ("RMS", lambda t: t.square().mean().sqrt().item(), FLOOR_RMS[dtype]),
     ):
-        error, own, scale = norm(actual - exact), max(norm(b - exact) for b in baselines), norm(magnitude)
+        error, own, scale = (
+            norm(actual - exact),
+            max(norm(b[k] - exact[k]) for b, k in zip(baselines, known)),
+            norm(magnitude),
+        )
         bound = 2 * own + floor * eps * scale
         if not error <= bound:
             worst = int((actual - exact).abs().argmax())

@@ -116,6 +116,8 @@ struct StripStep {
   int64_t direct_pixel;        // elements between its pixels
   const float *scale, *shift;  // of the first vector; null: none
   bool relu, stream;
+  bool lines;  // two vectors are a cache line, which leaves as a whole: the first waits for the second in
+               // `out`
   StripMoments* moments;  // null: not wanted
   bool first[3];          // the row is the stripe's first
 };
@@ -133,16 +135,25 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
     for (int p = 0; p < PIXELS; ++p) acc[p] = relu(acc[p]);
   }
   Value* out = a.direct[r] + v * LANES;
-  if (a.stream) {
+  if (a.moments != nullptr)
+    a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first[r],
+                         [&](int64_t p) GCONV_LAMBDA { return rounded_to(out, acc[p]); });
+  if (PAIRS && a.lines && (v % 2 == 1 || v + 1 < a.vectors)) {
+    float* kept = a.out[r] + v / 2 * 2 * a.out_step;
+    GCONV_UNROLL
+    for (int p = 0; p < PIXELS; ++p) {
+      if (v % 2 == 0)
+        store(kept + p * LANES, acc[p]);
+      else
+        stream_slots(out - LANES + p * a.direct_pixel, pack_slots(load(kept + p * LANES), acc[p]));
+    }
+  } else if (a.stream) {
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) stream_as(out + p * a.direct_pixel, acc[p]);
   } else {
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) store_as(out + p * a.direct_pixel, acc[p]);
   }
-  if (a.moments == nullptr) return;
-  a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first[r],
-                       [&](int64_t p) GCONV_LAMBDA { return rounded_to(out, acc[p]); });
 }
 
 // Whether the next row's lines are fetched a few per channel: where a vector's are more than the core has
@@ -325,6 +336,8 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   step.scale = p.affine == nullptr ? nullptr : p.affine + channel;
   step.shift = p.affine == nullptr ? nullptr : p.affine + p.output_channels() + channel;
   step.relu = p.relu, step.stream = p.stream;
+  const int64_t strides = p.output.stride_n | p.output.stride_h | p.output.stride_w | channel;
+  step.lines = p.stream && reinterpret_cast<uintptr_t>(p.output.data) % 64 == 0 && strides % (2 * LANES) == 0;
   step.moments = p.moments ? moments : nullptr;
   step.below = below;
   const bool direct = std::is_same_v<T, Value> && p.residual.data == nullptr && p.mask_act == nullptr &&

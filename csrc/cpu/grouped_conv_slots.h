@@ -29,6 +29,9 @@ GCONV_INLINE Vec pair_slots(Vec first, Vec second) {
   const __m512i low = _mm512_cvtepu16_epi32(to_bf16(first)), high = _mm512_cvtepu16_epi32(to_bf16(second));
   return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
 }
+GCONV_INLINE void stream_slots(bf16* out, Vec slots) {
+  _mm512_stream_ps(reinterpret_cast<float*>(out), slots.v);
+}
 GCONV_INLINE void copy_as(bf16* out, const bf16* x, int n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(lanes_mask(n), x);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bits);
@@ -41,6 +44,7 @@ constexpr bool PAIRS = false;
 GCONV_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 GCONV_INLINE Vec pack_slots(Vec low, Vec) { return low; }
 GCONV_INLINE Vec pair_slots(Vec first, Vec) { return first; }
+GCONV_INLINE void stream_slots(float* out, Vec slots) { stream_as(out, slots); }
 GCONV_INLINE Vec load_half(const float* p) { return load(p); }
 #endif
 
