@@ -84,17 +84,21 @@ def grouped_conv_fwd_stats_ref(x, weight, stride, padding, dilation, groups, act
 
 
 def grouped_conv_bwd_input_ref(
-    dy, weight, input_size, stride, padding, dilation, groups, y=None, finish=None, x=None, act=None
-):
+    dy, weight, input_size, stride, padding, dilation, groups, y=None, finish=None, x=None, act=None,
+    residual=None,
+):  # fmt: skip
     """(dx, sums): the gradient of conv(x, weight) to x.
 
     finish [6, K] = (A; B; C; mean; a; b), with y [N, K, OH, OW]: dy becomes A*(dy*[not a*y + b <= 0]) +
     B*(y - mean) + C first, the backward of a batch normalisation and its ReLU.
     act [4, C] = (a; b; mean; rstd), with x [N, C, H, W]: dx is masked by [not a*x + b <= 0] and sums [2, C]
     are (sum dx; sum dx*(x - mean)*rstd); without act sums has shape [0].
+    residual [N, C, H, W], for a pointwise convolution without act only, is added to dx.
     """
     g = _finish_ref(dy, y, finish)
     dx = conv2d_input(input_size, weight.to(g.dtype), g, stride, padding, dilation, groups)
+    if residual is not None:
+        dx = dx + residual
     if act is None:
         return stored(dx, dy.dtype), dx.new_zeros(0)
     a, b, mean, rstd = (per_channel(row) for row in act)

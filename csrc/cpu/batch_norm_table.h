@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "batch_norm.h"
+#include "cpu/table.h"
 
 namespace gconv {
 
@@ -31,15 +32,12 @@ struct BatchNormSlabs {
 // [slabs][2][C], mean and M2 of x - pivot, followed by the pivot [C]; those of bwd_reduce as [slabs][4][C],
 // sum g and sum g*(x - mean), each a float32 and what it lacks.
 struct BatchNormTable {
-  void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);
-  void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
-  void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);
-  void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
+  Stage<BatchNormStatsParams> stats;
+  Stage<BatchNormApplyParams> apply;
+  Stage<BatchNormBwdReduceParams> bwd_reduce;
+  Stage<BatchNormBwdApplyParams> bwd_apply;
 };
 
-extern const BatchNormTable batch_norm_portable;
-#if defined(__x86_64__)
-extern const BatchNormTable batch_norm_avx2, batch_norm_avx512;
-#endif
+GCONV_DECLARE_TABLES(BatchNormTable, batch_norm);
 
 }  // namespace gconv

@@ -6,9 +6,10 @@
 //   [block][column], lanes already where their group needs them (Fetch); a few rows that stay in L1.
 // Every fetch then has a constant distance to the next column's. Narrow groups need neither:
 // stage_row: from the tensor, a few columns of a row, to [vector of channels][column][its slots] in L1.
-// Below, a channel of a packed or expanded row is a slot of it (grouped_conv_slots.h).
+// Below, a channel of a packed or expanded row is a slot of it (conv_slots.h).
 #pragma once
-#include "grouped_conv_slots.h"
+#include "conv_slots.h"
+#include "grouped_conv.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -57,7 +58,7 @@ struct PackedSource {
 
 // The sources that output vectors [first, first + count) read.
 struct SourcePlan {
-  static constexpr int64_t MOST = 16;  // vectors of a chunk
+  static constexpr int64_t MOST = MOST_VECTORS;
   PackedSource sources[MOST];
   int source_of[MOST];
   int64_t count = 0, row_floats = 0, widest = 0;
@@ -133,11 +134,6 @@ struct SourcePlan {
     }
   }
 };
-
-template <typename T>
-GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int64_t channel) {
-  return static_cast<const T*>(t.data) + image * t.stride_n + row * t.stride_h + channel;
-}
 
 // Calls f with the prologue as a constant.
 template <typename F>

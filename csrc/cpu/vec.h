@@ -1,7 +1,7 @@
 // Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AVX512_BF16,
 // GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and then writes its
 // kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels. The first is
-// the second for bfloat16 alone, with instructions for it (grouped_conv_slots.h). The pragma below raises the
+// the second for bfloat16 alone, with instructions for it (conv_slots.h). The pragma below raises the
 // target for what follows only, so no standard-library function is compiled for it (the linker could keep
 // that copy and run it on a CPU that lacks the instructions).
 #pragma once
@@ -505,6 +505,21 @@ GCONV_INLINE void load_columns(const T* const* rows, int columns, Vec (&v)[LANES
   }
 #endif
   for (int i = 0; i < columns; ++i) v[i] = load_column(rows, i);
+}
+
+// Calls f(i, element i of each of LANES rows) for every i below `count`.
+template <typename T, typename F>
+GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
+  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
+    const T* at[LANES];
+    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
+    Vec v[LANES];
+    load_columns(at, columns, v);
+    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
+  };
+  int64_t first = 0;
+  for (; first + LANES <= count; first += LANES) block(first, LANES);
+  if (first < count) block(first, static_cast<int>(count - first));
 }
 
 // Whether an output of `pixels` x `channels` should be streamed: it is larger than the caches that a reader

@@ -1,4 +1,4 @@
-// Slots: what the multiplications of grouped_conv read.
+// Slots: what the multiplications of a convolution read.
 //
 // Rows and weights are brought to vectors of 32-bit slots before they are multiplied. A slot is one float32
 // or, where the instruction set multiplies pairs (PAIRS), two bfloat16 that one instruction multiplies with
@@ -9,8 +9,7 @@
 #pragma once
 #include <type_traits>
 
-#include "grouped_conv.h"
-#include "vec.h"
+#include "conv_source.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -56,42 +55,6 @@ using Value = std::conditional_t<PAIRS, bf16, float>;
 
 // What the values of a slot are.
 enum class Slots { channels, images };
-
-enum class Prologue {
-  none,
-  act,     // relu(a*x + b), coef = [2, C]
-  finish,  // A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, coef = [6, C]
-};
-
-// What rows are read from, and what is done to each element on its way.
-struct RowSource {
-  Nhwc x;
-  Nhwc y;  // finish only
-  Prologue prologue;
-  const float* coef;  // rows of `channels` floats
-  int64_t channels;   // in all groups together
-};
-
-// Per-channel coefficients of one vector of channels. Lanes past the tail are all zero.
-template <Prologue P>
-struct Coefficients {
-  Vec v[P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 1];
-  GCONV_INLINE Coefficients(const RowSource& s, int64_t channel, int lanes) {
-    constexpr int ROWS = P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 0;
-    for (int i = 0; i < ROWS; ++i) v[i] = load_lanes(s.coef + i * s.channels + channel, lanes);
-  }
-  template <typename T>
-  GCONV_INLINE Vec apply(const T* x, const T* y, int lanes) const {
-    const Vec raw = load_lanes(x, lanes);
-    if constexpr (P == Prologue::none) return raw;
-    if constexpr (P == Prologue::act) return relu(fma(v[0], raw, v[1]));
-    if constexpr (P == Prologue::finish) {
-      const Vec out = load_lanes(y, lanes);
-      const Vec g = relu_mask(raw, fma(v[4], out, v[5]));
-      return fma(v[0], g, fma(v[1], sub(out, v[3]), v[2]));
-    }
-  }
-};
 
 // Where a row is read: of an image or, for slots of images, of this one and the next if there is one.
 struct RowImages {
