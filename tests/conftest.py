@@ -6,6 +6,18 @@ import torch.utils.deterministic
 from checks import ISAS
 
 
+def pytest_collection_modifyitems(items):
+    """avx512_bf16 is avx512 for all but bfloat16: to run the other dtypes on it would repeat a test."""
+
+    def repeats(params):
+        dtype = params.get("dtype")
+        return params.get("isa") == "avx512_bf16" and dtype not in (None, "bfloat16", torch.bfloat16)
+
+    items[:] = [
+        item for item in items if not repeats(getattr(item, "callspec", item).__dict__.get("params", {}))
+    ]
+
+
 @pytest.fixture(scope="session")
 def ops():
     """torch.ops.gconv with the C++ ops loaded; a suite without them proves nothing, hence an error and not a

@@ -441,6 +441,31 @@ def test_a_gradient_of_exactly_zero_input_is_blocked(isa, ops):
     assert torch.equal(dw, torch.zeros_like(dw))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=checks.dtype_name)
+@pytest.mark.parametrize("width, groups, stride", [(4, 8, 1), (8, 6, 1), (16, 3, 1), (8, 8, 2), (32, 2, 1)])
+def test_large_results_are_exact(isa, ops, dtype, width, groups, stride):
+    """Results of more than 4 MB leave past the caches, whole lines at a time where they can."""
+    gen = checks.generator("large", width, groups)
+    pixels = (5 << 20) // (width * groups * dtype.itemsize)
+    case = Case(width, width, groups, 1, pixels // 128, 128, (stride, stride))
+    x, dy, y, residual = (
+        checks.integers(size, 3, gen).to(dtype).contiguous(memory_format=torch.channels_last)
+        for size in (case.input_size, *[case.output_size] * 3)
+    )
+    w = checks.integers(case.weight_size, 2, gen, density=0.25).to(dtype)
+    affine = checks.choice((2, width * groups), (0.5, 1.0, 2.0), gen)
+    for args in (
+        (x, w, *case.geometry, None, affine, None, True),
+        (x, w, *case.geometry, None, None, residual, False),
+    ):
+        assert_exact(ops.grouped_conv_fwd(*args), checks.ref_fwd(torch.float64, *args), "fwd")
+    y, mean, var = ops.grouped_conv_fwd_stats(x, w, *case.geometry, None)
+    assert_exact(y, checks.ref_fwd(torch.float64, x, w, *case.geometry, None, None, None, False), "y")
+    checks.assert_statistics(mean, var, y)
+    args = (dy, w, case.input_size, *case.geometry, None, None, None, None)
+    assert_exact(ops.grouped_conv_bwd_input(*args)[0], checks.ref_bwd_input(torch.float64, *args)[0], "dx")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_zero_batch(isa, ops, dtype):
     case = conv_cases.ZERO_BATCH

@@ -6,20 +6,30 @@
 namespace gconv {
 namespace GCONV_ISA_NS {
 
+// Sum of value(w) over a row of pixels, as four sums side by side: a quarter of the latency, and of the
+// terms.
+template <typename Value>
+GCONV_INLINE Vec sum_pixels(int64_t pixels, const Value& value) {
+  Vec part[4] = {zero(), zero(), zero(), zero()};
+  int64_t w = 0;
+  for (; w + 4 <= pixels; w += 4)
+    for (int i = 0; i < 4; ++i) part[i] = add(part[i], value(w + i));
+  for (; w < pixels; ++w) part[0] = add(part[0], value(w));
+  return add(add(part[0], part[1]), add(part[2], part[3]));
+}
+
 // Adds one vector's pixels, [pixels][LANES]: two passes over the values as they were stored.
 template <typename T>
 void row_moments(const float* row, int64_t pixels, Moments* moments) {
   const T* storage = nullptr;
   const Vec per_pixel = set1(1.0f / static_cast<float>(pixels));
-  Vec sum = zero();
-  for (int64_t w = 0; w < pixels; ++w) sum = add(sum, rounded_to(storage, load(row + w * LANES)));
-  const Vec mean = mul(sum, per_pixel);
-  Vec m2 = zero(), rest = zero();
-  for (int64_t w = 0; w < pixels; ++w) {
-    const Vec d = sub(rounded_to(storage, load(row + w * LANES)), mean);
-    m2 = fma(d, d, m2);
-    rest = add(rest, d);
-  }
+  const auto value = [&](int64_t w) GCONV_LAMBDA { return rounded_to(storage, load(row + w * LANES)); };
+  const Vec mean = mul(sum_pixels(pixels, value), per_pixel);
+  const Vec rest = sum_pixels(pixels, [&](int64_t w) GCONV_LAMBDA { return sub(value(w), mean); });
+  const Vec m2 = sum_pixels(pixels, [&](int64_t w) GCONV_LAMBDA {
+    const Vec d = sub(value(w), mean);
+    return mul(d, d);
+  });
   // The rounding of the mean leaves a small sum of deviations: Chan, Golub & LeVeque's correction.
   const Vec correction = mul(rest, per_pixel);
   moments->merge(static_cast<float>(pixels), add(mean, correction), sub(m2, mul(rest, correction)));
