@@ -4,7 +4,7 @@
 // or, where the instruction set multiplies pairs (PAIRS), two bfloat16 that one instruction multiplies with
 // those of another slot and adds to a float32: half the instructions, half the bytes. The two are
 // neighbouring channels in the forward and the input gradient, where products are summed over channels, and
-// the same pixel of two images in the weight gradient, where they are summed over pixels. To broadcast, to
+// one channel at two pixels in the weight gradient, where they are summed over pixels. To broadcast, to
 // shuffle and to move slots is the same for both.
 #pragma once
 #include <type_traits>
@@ -53,10 +53,10 @@ constexpr int SOURCE_LANES = LANES / PER_SLOT;
 // What LANES values are in slots.
 using Value = std::conditional_t<PAIRS, bf16, float>;
 
-// What the values of a slot are.
-enum class Slots { channels, images };
+// What the values of a slot are: of neighbouring channels, or of a channel at several pixels.
+enum class Slots { channels, pixels };
 
-// Where a row is read: of an image or, for slots of images, of this one and the next if there is one.
+// Where a row is read: of an image or, for slots of pixels, of this one and the next if there is one.
 struct RowImages {
   int64_t first;
   bool both;
@@ -84,7 +84,7 @@ class SlotReader {
   GCONV_INLINE Vec read(const T* x, const T* y) const {
     if constexpr (!PAIRS) {
       return low_.apply(x, y, lanes_);
-    } else if constexpr (S == Slots::images) {
+    } else if constexpr (S == Slots::pixels) {
       const Vec first = low_.apply(x, y, lanes_);
       return pair_slots(first, both_ ? low_.apply(x + x_image_, next(y, y_image_), lanes_) : zero());
     } else if constexpr (P == Prologue::none) {
@@ -107,7 +107,7 @@ class SlotReader {
   int64_t x_image_, y_image_;
 };
 
-// Copies LANES channels, of which `lanes` exist, to slots of their own: SOURCE_LANES or, of images, LANES.
+// Copies LANES channels, of which `lanes` exist, to slots of their own: SOURCE_LANES or, of pixels, LANES.
 template <typename T, Prologue P, Slots S>
 class VectorReader {
  public:

@@ -1,5 +1,7 @@
 // What a convolution reads, and what is done to each element on its way.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace gconv {
@@ -12,6 +14,19 @@ enum class Prologue {
   act,     // relu(a*x + b), coef = [2, C]
   finish,  // A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, coef = [6, C]
 };
+
+// Calls f with the prologue as a constant.
+template <typename F>
+GCONV_INLINE void with_prologue(Prologue prologue, F&& f) {
+  switch (prologue) {
+    case Prologue::none:
+      return f(std::integral_constant<Prologue, Prologue::none>());
+    case Prologue::act:
+      return f(std::integral_constant<Prologue, Prologue::act>());
+    case Prologue::finish:
+      return f(std::integral_constant<Prologue, Prologue::finish>());
+  }
+}
 
 // What rows are read from, and what is done to each element on its way.
 struct RowSource {

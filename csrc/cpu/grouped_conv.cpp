@@ -7,20 +7,15 @@ namespace gconv {
 
 namespace {
 
-const GroupedConvTable& table(Isa isa) { return GCONV_TABLE(grouped_conv, isa); }
-
-// Pairs of bfloat16 need an even number of channels per group on the side that is summed over.
 template <typename Params>
 const GroupedConvTable& table(const Params& p, int64_t summed) {
-#if defined(__x86_64__)
-  if (p.isa == Isa::avx512_bf16 && p.dtype == DType::bf16 && summed / p.shape.groups % 2 == 0)
-    return grouped_conv_avx512_bf16;
-#endif
-  return table(p.isa);
+  return GCONV_PAIRS_TABLE(grouped_conv, p.isa, p.dtype, summed);
 }
-const GroupedConvTable& table(const GroupedConvFwdParams& p) { return table(p, p.shape.c); }
-const GroupedConvTable& table(const GroupedConvBwdInputParams& p) { return table(p, p.shape.k); }
-// Here it is pixels of two images that make a pair.
+const GroupedConvTable& table(const GroupedConvFwdParams& p) { return table(p, p.shape.c / p.shape.groups); }
+const GroupedConvTable& table(const GroupedConvBwdInputParams& p) {
+  return table(p, p.shape.k / p.shape.groups);
+}
+// Pixels of two images make a pair here, a missing one being 0.
 const GroupedConvTable& table(const GroupedConvBwdWeightParams& p) { return table(p, 0); }
 
 }  // namespace

@@ -153,7 +153,7 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
   int64_t tags[OuterBuffers::RING];
   std::fill(tags, tags + OuterBuffers::RING, -1);
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    stage_row<T, Slots::images>(p.dy, images, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
+    stage_row<T, Slots::pixels>(p.dy, images, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
     step.ahead = FetchAhead();
     if (r + 1 < s.oh) {
       step.ahead.add<T>(p.dy, images, r + 1, channel, dy_columns);
@@ -171,7 +171,7 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
       step.x_step[i] = inside ? staged_step : 0;
       if (!inside || tags[slot] == at) continue;
       tags[slot] = at;
-      stage_row<T, Slots::images>(p.x, images, at, channel, vectors, x_columns, x, staged_step);
+      stage_row<T, Slots::pixels>(p.x, images, at, channel, vectors, x_columns, x, staged_step);
     }
     stride == 1 ? outer_step<1>(step) : outer_step<2>(step);
   }

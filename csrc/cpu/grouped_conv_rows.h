@@ -135,19 +135,6 @@ struct SourcePlan {
   }
 };
 
-// Calls f with the prologue as a constant.
-template <typename F>
-GCONV_INLINE void with_prologue(Prologue prologue, F&& f) {
-  switch (prologue) {
-    case Prologue::none:
-      return f(std::integral_constant<Prologue, Prologue::none>());
-    case Prologue::act:
-      return f(std::integral_constant<Prologue, Prologue::act>());
-    case Prologue::finish:
-      return f(std::integral_constant<Prologue, Prologue::finish>());
-  }
-}
-
 // One row of every source into packed row `index`. A few pixels at a time, all their channels before the
 // next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row
 // `ahead` below is fetched into L2 meanwhile; past the last row that does nothing.

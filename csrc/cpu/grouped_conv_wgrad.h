@@ -137,7 +137,8 @@ GCONV_INLINE void wgrad_row(const WgradPass& p, const WgradRow& row, Vec (&acc)[
   }
 }
 
-// Rows of several images (slots of images): output row r of image i meets x + i*x_image + r*x_row.
+// Rows of several images (slots of two images' pixels): output row r of image i meets x + i*x_image +
+// r*x_row.
 struct WgradBlock {
   const float* x;  // packed row of the first valid output row's tap, at the channel block
   int64_t x_row, x_image;
@@ -392,9 +393,9 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
       const RowImages from = images_of(image + n, s.n);
       for (int64_t i = 0; i < (rows - 1) * s.stride_h + 2 * s.dil_h + 1; ++i)
         if (origin + i >= 0 && origin + i < s.h)
-          pack_row<T, Slots::images>(p.x, x, from, origin + i, n * x_rows + i, x_columns, 0);
+          pack_row<T, Slots::pixels>(p.x, x, from, origin + i, n * x_rows + i, x_columns, 0);
       for (int64_t i = 0; i < rows; ++i)
-        pack_row<T, Slots::images>(p.dy, dy, from, begin + i, n * stripe + i, dy_columns, 0);
+        pack_row<T, Slots::pixels>(p.dy, dy, from, begin + i, n * stripe + i, dy_columns, 0);
     }
     RowPrefetch next;
     if (at + 1 < task.blocks)
@@ -438,10 +439,10 @@ void wgrad_by_rows(const WgradPass& p, const RowImages& images, int64_t vectors,
       taps[meets++] = kh;
       if (slots[oh % ring] == oh) continue;
       slots[oh % ring] = oh;
-      pack_row<T, Slots::images>(p.dy, dy, images, oh, oh % ring, dy_columns, 1);
+      pack_row<T, Slots::pixels>(p.dy, dy, images, oh, oh % ring, dy_columns, 1);
     }
     if (meets == 0) continue;
-    pack_row<T, Slots::images>(p.x, x, images, at, 0, x_columns, 1);
+    pack_row<T, Slots::pixels>(p.x, x, images, at, 0, x_columns, 1);
     for (int64_t v = 0; v < vectors; ++v) {
       const PackedSource& source = x.sources[x.source_of[v]];
       const PackedSource& gradient = dy.sources[v];

@@ -7,34 +7,36 @@ namespace gconv {
 
 namespace {
 
-const PointwiseConvTable& table(Isa isa) { return GCONV_TABLE(pointwise_conv, isa); }
+const PointwiseConvTable& table(const PointwiseConvFwdParams& p) {
+  return GCONV_PAIRS_TABLE(pointwise_conv, p.isa, p.dtype, p.shape.c);
+}
+// Pixels make the weight gradient's pairs, a missing one being 0.
+const PointwiseConvTable& table(const PointwiseConvBwdParams& p) {
+  return GCONV_PAIRS_TABLE(pointwise_conv, p.isa, p.dtype, p.dx.data == nullptr ? 0 : p.shape.k);
+}
 
 }  // namespace
 
-int64_t pointwise_conv_fwd_workspace(const PointwiseConvFwdParams& p) {
-  return table(p.isa).fwd_workspace(p);
-}
+int64_t pointwise_conv_fwd_workspace(const PointwiseConvFwdParams& p) { return table(p).fwd_workspace(p); }
 void pointwise_conv_fwd_pack_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd_pack(p, ith, nth);
+  table(p).fwd_pack(p, ith, nth);
 }
 void pointwise_conv_fwd_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd(p, ith, nth);
+  table(p).fwd(p, ith, nth);
 }
 void pointwise_conv_fwd_merge_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).fwd_merge(p, ith, nth);
+  table(p).fwd_merge(p, ith, nth);
 }
 
-int64_t pointwise_conv_bwd_workspace(const PointwiseConvBwdParams& p) {
-  return table(p.isa).bwd_workspace(p);
-}
+int64_t pointwise_conv_bwd_workspace(const PointwiseConvBwdParams& p) { return table(p).bwd_workspace(p); }
 void pointwise_conv_bwd_pack_cpu(const PointwiseConvBwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_pack(p, ith, nth);
+  table(p).bwd_pack(p, ith, nth);
 }
 void pointwise_conv_bwd_cpu(const PointwiseConvBwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd(p, ith, nth);
+  table(p).bwd(p, ith, nth);
 }
 void pointwise_conv_bwd_merge_cpu(const PointwiseConvBwdParams& p, int64_t ith, int64_t nth) {
-  table(p.isa).bwd_merge(p, ith, nth);
+  table(p).bwd_merge(p, ith, nth);
 }
 
 }  // namespace gconv

@@ -32,7 +32,7 @@ Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, flo
   p.dtype = q.dtype;
   p.shape = q.shape;
   p.pixels = q.shape.n * q.shape.oh * q.shape.ow;
-  p.source_channels = source_channels, p.output_channels = output_channels;
+  p.source_channels = source_channels / PER_SLOT, p.output_channels = output_channels;
   p.raw_weight = q.weight;
   p.residual = q.residual;
   plan_cuts(p);

@@ -27,8 +27,8 @@ constexpr int64_t LEAST_TILES = 8;  // of a block: below, weights are fetched fo
 // A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
 struct Pass {
   DType dtype;
-  int64_t pixels;  // that are computed
-  int64_t source_channels, output_channels;
+  int64_t pixels;                            // that are computed
+  int64_t source_channels, output_channels;  // source channels in slots
   bool transposed;
   PointSource source;
   const void* raw_weight;  // [K, C]
@@ -73,21 +73,26 @@ inline void plan_cuts(Pass& p) {
   p.block = std::max<int64_t>(1, even_piece(tiles, std::max<int64_t>(1, most))) * POINT_PIXELS;
 }
 
-// Output vector v as [source channel][LANES], `step` floats from one channel to the next. Lanes past the tail
-// repeat the last or are 0: what they compute is never stored.
+// Output vector v as [source channel in slots][LANES], `step` floats from one to the next. Lanes past the
+// tail repeat the last or are 0: what they compute is never stored.
 template <typename T>
 void pack_vector(const Pass& p, int64_t v, int64_t step, float* out) {
   const T* weight = static_cast<const T*>(p.raw_weight);
   if (p.transposed) {
     const int lanes = static_cast<int>(std::min<int64_t>(LANES, p.output_channels - v * LANES));
+    const auto row = [&](int64_t k) { return load_lanes(weight + k * p.output_channels + v * LANES, lanes); };
     for (int64_t k = 0; k < p.source_channels; ++k)
-      store(out + k * step, load_lanes(weight + k * p.output_channels + v * LANES, lanes));
+      store(out + k * step, pair_slots(row(k * PER_SLOT), row(k * PER_SLOT + PER_SLOT - 1)));
     return;
   }
   const T* rows[LANES];
   for (int64_t l = 0; l < LANES; ++l)
-    rows[l] = weight + std::min(v * LANES + l, p.output_channels - 1) * p.source_channels;
-  for_columns(rows, p.source_channels, [&](int64_t c, Vec lanes) { store(out + c * step, lanes); });
+    rows[l] = weight + std::min(v * LANES + l, p.output_channels - 1) * p.source_channels * PER_SLOT;
+  Vec before = zero();
+  for_columns(rows, p.source_channels * PER_SLOT, [&](int64_t c, Vec lanes) {
+    if (!PAIRS || c % 2 == 1) store(out + c / PER_SLOT * step, pair_slots(PAIRS ? before : lanes, lanes));
+    before = lanes;
+  });
 }
 
 // A share of the weights, as [pair of vectors][source channel][vector][LANES].
@@ -251,7 +256,7 @@ void pass_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch) {
     const int64_t channels = std::min(p.depth, p.source_channels - channel);
     for (int64_t tile = 0; tile < cut.count; ++tile) {
       const int64_t at = first + cut.first(tile);
-      pack_tile<T>(p.source, at, cut.pixels(tile), channel, channels, packed);
+      pack_tile<T, Slots::channels>(p.source, at, cut.pixels(tile), channel, channels, packed);
       float* out = p.depth < p.source_channels ? results + cut.first(tile) * p.chunk * LANES : results;
       compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums);
     }

@@ -13,5 +13,8 @@ struct PointwiseConvTable {
 };
 
 GCONV_DECLARE_TABLES(PointwiseConvTable, pointwise_conv);
+#if defined(__x86_64__)
+extern const PointwiseConvTable pointwise_conv_avx512_bf16;
+#endif
 
 }  // namespace gconv

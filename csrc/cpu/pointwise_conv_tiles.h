@@ -1,15 +1,13 @@
 // Pixels on their way to the pointwise_conv tiles, and the tiles.
 //
-// pack_tile: a few pixels from the tensor, in its order: to float32, prologue applied, as
-//   [block of LANES channels][pixel][LANES].
+// pack_tile: a few pixels from the tensor, in its order: to slots (conv_slots.h), prologue applied, as
+//   [block of LANES channels][pixel][LANES], a channel or a pixel being PER_SLOT of them.
 // multiply_tile: packed pixels times packed weights, one scalar of a pixel against one or two vectors of
 //   output channels.
 // add_outer: packed dy and packed x to a few rows of the weight gradient, one scalar of dy against one to
 //   three vectors of x; the pixels are what is summed over, so both sides are as packed for multiply_tile.
 #pragma once
-#include <type_traits>
-
-#include "conv_source.h"
+#include "conv_slots.h"
 #include "pointwise_conv.h"
 
 namespace gconv {
@@ -56,22 +54,27 @@ struct PointSource : RowSource {
   int64_t blocks() const { return (channels + LANES - 1) / LANES; }
 };
 
-template <typename T, Prologue P>
+template <typename T, Prologue P, Slots S>
 void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
                float* packed) {
   int64_t x_at[POINT_PIXELS], y_at[POINT_PIXELS];
   s.x_at.offsets(first, pixels, x_at);
   if constexpr (P == Prologue::finish) s.y_at.offsets(first, pixels, y_at);
-  const T* x = static_cast<const T*>(s.x.data) + channel;
-  const T* y = nullptr;
-  if constexpr (P == Prologue::finish) y = static_cast<const T*>(s.y.data) + channel;
   const auto block = [&](int64_t c, int lanes) GCONV_LAMBDA {
-    const Coefficients<P> coefficients(s, channel + c, lanes);
-    for (int64_t i = 0; i < pixels; ++i, packed += LANES) {
-      if constexpr (P == Prologue::finish)
-        store(packed, coefficients.apply(x + x_at[i] + c, y + y_at[i] + c, lanes));
-      else
-        store(packed, coefficients.apply(x + x_at[i] + c, x, lanes));
+    const int64_t first_channel = (channel + c) * SlotReader<T, P, S>::CHANNELS;
+    const T* x = static_cast<const T*>(s.x.data) + first_channel;
+    const T* y = P == Prologue::finish ? static_cast<const T*>(s.y.data) + first_channel : nullptr;
+    const auto y_of = [&](int64_t i) GCONV_LAMBDA { return P == Prologue::finish ? y + y_at[i] : y; };
+    if constexpr (PAIRS && S == Slots::pixels) {
+      const Coefficients<P> coefficients(s, first_channel, lanes);
+      const auto value = [&](int64_t i) GCONV_LAMBDA {
+        return i < pixels ? coefficients.apply(x + x_at[i], y_of(i), lanes) : zero();
+      };
+      for (int64_t i = 0; i < pixels; i += PER_SLOT, packed += LANES)
+        store(packed, pair_slots(value(i), value(i + 1)));
+    } else {
+      const SlotReader<T, P, S> slots(s, first_channel, lanes, false);
+      for (int64_t i = 0; i < pixels; ++i, packed += LANES) store(packed, slots.read(x + x_at[i], y_of(i)));
     }
   };
   int64_t c = 0;
@@ -79,17 +82,12 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
   if (c < channels) block(c, static_cast<int>(channels - c));
 }
 
-template <typename T>
+template <typename T, Slots S>
 void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
                float* packed) {
-  switch (s.prologue) {
-    case Prologue::none:
-      return pack_tile<T, Prologue::none>(s, first, pixels, channel, channels, packed);
-    case Prologue::act:
-      return pack_tile<T, Prologue::act>(s, first, pixels, channel, channels, packed);
-    case Prologue::finish:
-      return pack_tile<T, Prologue::finish>(s, first, pixels, channel, channels, packed);
-  }
+  with_prologue(s.prologue, [&](auto prologue) {
+    pack_tile<T, decltype(prologue)::value, S>(s, first, pixels, channel, channels, packed);
+  });
 }
 
 struct TileProduct {
@@ -119,7 +117,7 @@ void multiply_tile(const TileProduct& t) {
       for (int p = 0; p < PIXELS; ++p) {
         const Vec x = set1(pixels[p * LANES + c]);
         GCONV_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[v][p] = fma(x, weight[v], sum[v][p]);
+        for (int v = 0; v < VECTORS; ++v) sum[v][p] = multiply_add(x, weight[v], sum[v][p]);
       }
     }
   }
@@ -164,8 +162,8 @@ constexpr int OUTER_VECTORS = LANES == 4 ? 2 : 3;
 struct PackedTiles {
   float* data;
   int64_t tile_floats;
-  const float* block(int64_t tile, int64_t pixels, int64_t at) const {
-    return data + tile * tile_floats + at * pixels * LANES;
+  const float* block(int64_t tile, int64_t slots, int64_t at) const {
+    return data + tile * tile_floats + at * slots * LANES;
   }
 };
 
@@ -180,10 +178,10 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = zero();
   }
   for (int64_t tile = 0; tile < cut.count; ++tile) {
-    const int64_t pixels = cut.pixels(tile), next = pixels * LANES;
-    const float* dy_at = dy.block(tile, pixels, row / LANES) + row % LANES;
-    const float* x_at = x.block(tile, pixels, vector);
-    for (int64_t p = 0; p < pixels; ++p, dy_at += LANES, x_at += LANES) {
+    const int64_t slots = (cut.pixels(tile) + PER_SLOT - 1) / PER_SLOT, next = slots * LANES;
+    const float* dy_at = dy.block(tile, slots, row / LANES) + row % LANES;
+    const float* x_at = x.block(tile, slots, vector);
+    for (int64_t p = 0; p < slots; ++p, dy_at += LANES, x_at += LANES) {
       Vec value[VECTORS];
       GCONV_UNROLL
       for (int v = 0; v < VECTORS; ++v) value[v] = load(x_at + v * next);
@@ -191,7 +189,7 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
       for (int r = 0; r < OUTER_ROWS; ++r) {
         const Vec g = set1(dy_at[r]);
         GCONV_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = fma(g, value[v], sum[r][v]);
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add(g, value[v], sum[r][v]);
       }
     }
   }

@@ -86,8 +86,8 @@ template <typename T>
 void pack_block(const PointSource& s, const PointCut& cut, int64_t first, int64_t channel, int64_t channels,
                 const PackedTiles& packed) {
   for (int64_t tile = 0; tile < cut.count; ++tile)
-    pack_tile<T>(s, first + cut.first(tile), cut.pixels(tile), channel, channels,
-                 packed.data + tile * packed.tile_floats);
+    pack_tile<T, Slots::pixels>(s, first + cut.first(tile), cut.pixels(tile), channel, channels,
+                                packed.data + tile * packed.tile_floats);
 }
 
 // Floats of a packed tile: an odd number of eighths of L1's sets apart, so that a block's tiles spread over

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "tensor.h"
 
 namespace gconv {
 
@@ -14,12 +15,19 @@ using Stage = void (*)(const Params&, int64_t ith, int64_t nth);
 // The names of an op's tables are the op's with the set's behind it.
 #if defined(__x86_64__)
 #define GCONV_DECLARE_TABLES(Table, op) extern const Table op##_portable, op##_avx2, op##_avx512
+#define GCONV_PAIRS_TABLE(op, isa, dtype, summed) \
+  (by_pairs(isa, dtype, summed) ? op##_avx512_bf16 : GCONV_TABLE(op, isa))
 #define GCONV_TABLE(op, isa) \
   ((isa) >= Isa::avx512 ? op##_avx512 : (isa) == Isa::avx2 ? op##_avx2 : op##_portable)
 #else
 #define GCONV_DECLARE_TABLES(Table, op) extern const Table op##_portable
 #define GCONV_TABLE(op, isa) ((void)(isa), op##_portable)
+#define GCONV_PAIRS_TABLE(op, isa, dtype, summed) ((void)(dtype), (void)(summed), GCONV_TABLE(op, isa))
 #endif
+// Whether avx512_bf16's own table serves: pairs of bfloat16 need an even number of what is summed over.
+inline bool by_pairs(Isa isa, DType dtype, int64_t summed) {
+  return isa == Isa::avx512_bf16 && dtype == DType::bf16 && summed % 2 == 0;
+}
 // The table that one translation unit defines.
 #define GCONV_TABLE_NAME(op, ns) GCONV_TABLE_PASTE(op, ns)
 #define GCONV_TABLE_PASTE(op, ns) op##_##ns
