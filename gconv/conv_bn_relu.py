@@ -73,7 +73,7 @@ from gconv.grouped_conv import (
 )
 
 # Where the backward of normalisation and ReLU is applied to the gradient: True as the convolution's two
-# gradients load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
+# gradients load it, False in one pass of its own before them.
 FINISH_ON_LOAD = True
 
 # Whether one op runs all stages of a direction where there is one for the device (the CPU). Between large
@@ -96,7 +96,7 @@ def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     *conf, gamma, beta, residual, eps, relu = args
     y, mean, var = fwd_stats(x, weight, *conf, None)
     rstd, affine = fold(mean, var, gamma, beta, eps)
-    return apply_affine(y, affine, residual, relu), y, mean, var, rstd, affine
+    return apply_affine(y, affine, residual, None, relu), y, mean, var, rstd, affine
 
 
 def _backward_stages(
@@ -104,14 +104,17 @@ def _backward_stages(
     gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
 ):  # fmt: skip
     """(dx, dweight, dgamma, dbeta, g) by the given ops or references, of shape [0] where not wanted."""
-    dgamma, dbeta, finish = reduce(dz, y, mean, rstd, gamma, affine, z)
-    dy, raw, g = dz, y, x.new_empty(0)
-    if want_g or ((want_dx or want_dweight) and (z is not None or not FINISH_ON_LOAD)):
-        dy, g = apply(dz, y, finish, z, want_g)
+    # What finishes dz on load knows no mask by z.
+    masked = want_g or ((want_dx or want_dweight) and z is not None)
+    dgamma, dbeta, finish, g = reduce(dz, y, mean, rstd, gamma, affine, z, masked)
+    dy, raw = g if masked else dz, y
+    if not FINISH_ON_LOAD and (want_dx or want_dweight):
+        dy, _ = apply(dy, y, finish, None, False)
         raw = finish = None
     wanted = (want_dx, want_dweight, weight_channels_last)
     conf = (stride, padding, dilation, groups)
-    return *conv_bwd(dy, x, weight, *conf, raw, finish, *wanted), dgamma, dbeta, g
+    dx, dweight, _ = conv_bwd(dy, x, weight, *conf, raw, finish, None, *wanted)
+    return dx, dweight, dgamma, dbeta, g if want_g else x.new_empty(0)
 
 
 def conv_bn_relu_fwd_train_ref(

@@ -382,8 +382,8 @@ def test_gradcheck_would_notice(reference_ops, monkeypatch):
     right = conv_module.bwd
 
     def wrong(*args):
-        dx, dweight = right(*args)
-        return dx, dweight * 1.01
+        dx, dweight, sums = right(*args)
+        return dx, dweight * 1.01, sums
 
     monkeypatch.setattr(conv_module, "bwd", wrong)
     x, weight = doubles((1, 2, 3, 3), (2, 1, 3, 3))
