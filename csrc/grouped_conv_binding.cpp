@@ -1,21 +1,11 @@
 // grouped_conv for torch: schemas, checks, allocation and threads. The kernels are in cpu/.
 #include "grouped_conv.h"
 
-#include "torch_ops.h"
+#include "conv_binding.h"
 
 namespace gconv {
 
 namespace {
-
-void check_pair(const char* op, const char* name, const Ints& v, int64_t low, int64_t high) {
-  const bool ok = v.size() == 2 && v[0] >= low && v[1] >= low && v[0] <= high && v[1] <= high;
-  if (ok) [[likely]]
-    return;
-  std::ostringstream got;
-  for (size_t i = 0; i < v.size(); ++i) got << (i ? ", " : "") << v[i];
-  check(false, op, ": ", name, ": want 2 integers from ", low, " to ",
-        high < INT32_MAX ? std::to_string(high) : "2^31", ", got [", got.str(), "]");
-}
 
 struct Geometry {
   const char* op;
@@ -44,23 +34,6 @@ struct Geometry {
     return s;
   }
 };
-
-Shape shape_of(const Tensor& t) {
-  Shape shape{};
-  check(t.dim() <= 4, "grouped_conv: weight: want 4 dimensions, got ", t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) shape.size[shape.rank++] = t.size(i);
-  return shape;
-}
-
-Shape shape_of(const char* op, const char* name, const Ints& sizes) {
-  check(sizes.size() == 4, op, ": ", name, ": want 4 sizes, got ", sizes.size());
-  return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
-}
-
-Tensor activation(const char* op, const char* name, const Tensor& t, ScalarType type, const Shape& shape) {
-  check_tensor(op, name, t, type, shape);
-  return channels_adjacent(t);
-}
 
 bool is_channels_last(const Tensor& w) {
   return w.stride(0) == w.size(1) * 9 && w.stride(1) == 1 && w.stride(2) == 3 * w.size(1) &&
@@ -101,9 +74,9 @@ struct Forward {
           const OptionalTensor& act)
       : x(input), weight(filters) {
     choose_kernels(op, "x", x, p);
-    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(weight));
+    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(op, "weight", weight));
     const GroupedConvShape& s = p.shape;
-    check_tensor(op, "weight", weight, x.scalar_type(), shape_of(weight));
+    check_tensor(op, "weight", weight, x.scalar_type(), shape_of(op, "weight", weight));
     x = channels_adjacent(x);
     weight = dense_weight(weight);
     y = empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
@@ -164,31 +137,6 @@ Ints sizes_of(const char* op, const char* name, const Tensor& t) {
   return {t.size(0), t.size(1), t.size(2), t.size(3)};
 }
 
-// What a gradient starts from; y and finish come together.
-struct OutputGradient {
-  const Tensor& dy;
-  const OptionalTensor &y, &finish;
-};
-
-template <typename Params>
-struct Gradient {
-  Params p{};
-  Tensor dy, y, workspace;
-
-  void take(const char* op, const OutputGradient& from, ScalarType type) {
-    const GroupedConvShape& s = p.shape;
-    const Shape output{s.n, s.k, s.oh, s.ow};
-    dy = activation(op, "dy", from.dy, type, output);
-    p.dy = view_of(dy);
-    check(from.finish.has_value() == from.y.has_value(), op, ": ", from.y.has_value() ? "finish" : "y",
-          ": want finish and y together, got only ", from.y.has_value() ? "y" : "finish");
-    p.finish = channel_floats(op, "finish", from.finish, {6, s.k});
-    if (!from.y.has_value()) return;
-    y = activation(op, "y", *from.y, type, output);
-    p.y = view_of(y);
-  }
-};
-
 struct InputGradient : Gradient<GroupedConvBwdInputParams> {
   Tensor weight, x, sums, dx;
 
@@ -200,9 +148,10 @@ struct InputGradient : Gradient<GroupedConvBwdInputParams> {
     const Shape input = shape_of(op, "input_size", input_size);
     check(input.size[0] >= 0 && input.size[1] >= 0, op, ": input_size: want sizes of at least 0, got ",
           input);
-    p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], shape_of(weight));
+    p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3],
+                             shape_of(op, "weight", weight));
     const GroupedConvShape& s = p.shape;
-    check_tensor(op, "weight", weight, type, shape_of(weight));
+    check_tensor(op, "weight", weight, type, shape_of(op, "weight", weight));
     take(op, from, type);
     weight = dense_weight(weight);
     p.weight = weight.const_data_ptr();

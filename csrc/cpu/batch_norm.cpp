@@ -11,14 +11,7 @@ namespace gconv {
 
 namespace {
 
-const BatchNormTable& table(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return batch_norm_avx512;
-  if (isa == Isa::avx2) return batch_norm_avx2;
-#endif
-  (void)isa;
-  return batch_norm_portable;
-}
+const BatchNormTable& table(Isa isa) { return GCONV_TABLE(batch_norm, isa); }
 
 // Partial results lie slab by slab, so they are merged for some channels at a time, not channel by channel.
 constexpr int64_t MERGED_CHANNELS = 128;

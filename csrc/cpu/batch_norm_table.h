@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "batch_norm.h"
+#include "cpu/table.h"
 
 namespace gconv {
 
@@ -34,15 +35,12 @@ struct BatchNormSlabs {
 inline int64_t partial_sums(const BatchNormBwdReduceParams& p) { return p.other.x.data ? 6 : 4; }
 
 struct BatchNormTable {
-  void (*stats)(const BatchNormStatsParams&, int64_t ith, int64_t nth);
-  void (*apply)(const BatchNormApplyParams&, int64_t ith, int64_t nth);
-  void (*bwd_reduce)(const BatchNormBwdReduceParams&, int64_t ith, int64_t nth);
-  void (*bwd_apply)(const BatchNormBwdApplyParams&, int64_t ith, int64_t nth);
+  Stage<BatchNormStatsParams> stats;
+  Stage<BatchNormApplyParams> apply;
+  Stage<BatchNormBwdReduceParams> bwd_reduce;
+  Stage<BatchNormBwdApplyParams> bwd_apply;
 };
 
-extern const BatchNormTable batch_norm_portable;
-#if defined(__x86_64__)
-extern const BatchNormTable batch_norm_avx2, batch_norm_avx512;
-#endif
+GCONV_DECLARE_TABLES(BatchNormTable, batch_norm);
 
 }  // namespace gconv

@@ -7,14 +7,7 @@ namespace gconv {
 
 namespace {
 
-const GroupedConvTable& table(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return grouped_conv_avx512;
-  if (isa == Isa::avx2) return grouped_conv_avx2;
-#endif
-  (void)isa;
-  return grouped_conv_portable;
-}
+const GroupedConvTable& table(Isa isa) { return GCONV_TABLE(grouped_conv, isa); }
 
 }  // namespace
 

@@ -86,35 +86,13 @@ void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
 }
 void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
 
-constexpr int64_t MERGED_CHANNELS = 64;  // merged together: partial results lie channels side by side
-
-// Chan's merge of the stripes' (count, mean, M2), in order, in float64.
 void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_forward(q);
-  const int64_t channels = p.output_channels();
-  const Share share(channels, ith, nth);
-  for (int64_t first = share.begin; first < share.end; first += MERGED_CHANNELS) {
-    const int64_t block = std::min(MERGED_CHANNELS, share.end - first);
-    double count = 0, mean[MERGED_CHANNELS] = {}, m2[MERGED_CHANNELS] = {};
-    for (int64_t i = 0; i < p.partial_rows(); ++i) {
-      const Share rows = p.stripe_rows(i % p.stripes);
-      const double here = static_cast<double>((rows.end - rows.begin) * p.output_w);
-      const double total = count + here, weight = here / total, between = count * weight;
-      const float* partial_mean = p.partials + i * 2 * channels + first;
-      const float* partial_m2 = partial_mean + channels;
-      for (int64_t c = 0; c < block; ++c) {
-        const double delta = partial_mean[c] - mean[c];
-        mean[c] += delta * weight;
-        m2[c] += partial_m2[c] + delta * delta * between;
-      }
-      count = total;
-    }
-    const bool empty = count == 0;
-    for (int64_t c = 0; c < block; ++c) {
-      q.mean[first + c] = empty ? std::nanf("") : static_cast<float>(mean[c]);
-      q.var[first + c] = empty ? std::nanf("") : static_cast<float>(m2[c] / count);
-    }
-  }
+  const auto pixels = [&](int64_t i) {
+    const Share rows = p.stripe_rows(i % p.stripes);
+    return (rows.end - rows.begin) * p.output_w;
+  };
+  merge_moments(p.partials, p.partial_rows(), p.output_channels(), pixels, q.mean, q.var, ith, nth);
 }
 
 int64_t bwd_input_workspace(const GroupedConvBwdInputParams& q) {
@@ -128,15 +106,7 @@ void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
 }
 void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_input_gradient(q);
-  const int64_t floats = 2 * p.output_channels();
-  const Share share(floats, ith, nth);
-  for (int64_t first = share.begin; first < share.end; first += MERGED_CHANNELS) {
-    const int64_t block = std::min(MERGED_CHANNELS, share.end - first);
-    double sums[MERGED_CHANNELS] = {};
-    for (int64_t i = 0; i < p.partial_rows(); ++i)
-      for (int64_t c = 0; c < block; ++c) sums[c] += p.partials[i * floats + first + c];
-    for (int64_t c = 0; c < block; ++c) q.sums[first + c] = static_cast<float>(sums[c]);
-  }
+  merge_sums(p.partials, p.partial_rows(), 2 * p.output_channels(), q.sums, ith, nth);
 }
 
 int64_t bwd_weight_workspace(const GroupedConvBwdWeightParams& q) {
@@ -172,20 +142,17 @@ void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
 
 }  // namespace GCONV_ISA_NS
 
-#define GCONV_TABLE_NAME(ns) GCONV_TABLE_PASTE(ns)
-#define GCONV_TABLE_PASTE(ns) grouped_conv_##ns
-extern const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS);
-const GroupedConvTable GCONV_TABLE_NAME(GCONV_ISA_NS) = {GCONV_ISA_NS::fwd_workspace,
-                                                         GCONV_ISA_NS::fwd_pack,
-                                                         GCONV_ISA_NS::fwd,
-                                                         GCONV_ISA_NS::fwd_merge,
-                                                         GCONV_ISA_NS::bwd_input_workspace,
-                                                         GCONV_ISA_NS::bwd_input_pack,
-                                                         GCONV_ISA_NS::bwd_input,
-                                                         GCONV_ISA_NS::bwd_input_merge,
-                                                         GCONV_ISA_NS::bwd_weight_workspace,
-                                                         GCONV_ISA_NS::bwd_weight,
-                                                         GCONV_ISA_NS::bwd_weight_merge,
-                                                         GCONV_ISA_NS::bwd};
+const GroupedConvTable GCONV_TABLE_NAME(grouped_conv, GCONV_ISA_NS) = {GCONV_ISA_NS::fwd_workspace,
+                                                                       GCONV_ISA_NS::fwd_pack,
+                                                                       GCONV_ISA_NS::fwd,
+                                                                       GCONV_ISA_NS::fwd_merge,
+                                                                       GCONV_ISA_NS::bwd_input_workspace,
+                                                                       GCONV_ISA_NS::bwd_input_pack,
+                                                                       GCONV_ISA_NS::bwd_input,
+                                                                       GCONV_ISA_NS::bwd_input_merge,
+                                                                       GCONV_ISA_NS::bwd_weight_workspace,
+                                                                       GCONV_ISA_NS::bwd_weight,
+                                                                       GCONV_ISA_NS::bwd_weight_merge,
+                                                                       GCONV_ISA_NS::bwd};
 
 }  // namespace gconv

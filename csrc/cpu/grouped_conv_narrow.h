@@ -402,7 +402,7 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
     for (int64_t v = 0; p.moments && v < vectors; ++v)
       strip_moments[v].merge_into(&sums.moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
   }
-  sums.store_partials(p, image, stripe, first_vector, vectors);
+  store_partials(p, sums, image, stripe, first_vector);
 }
 
 constexpr auto strip_task = [](const Pass& p, auto* type, int64_t index, int64_t end, Scratch& scratch) {

@@ -5,21 +5,6 @@
 namespace gconv {
 namespace GCONV_ISA_NS {
 
-// Calls f(i, element i of each of LANES rows) for every i below `count`.
-template <typename T, typename F>
-GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
-  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
-    const T* at[LANES];
-    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
-    Vec v[LANES];
-    load_columns(at, columns, v);
-    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
-  };
-  int64_t first = 0;
-  for (; first + LANES <= count; first += LANES) block(first, LANES);
-  if (first < count) block(first, static_cast<int>(count - first));
-}
-
 // Vector v of [K, C/groups, 3, 3] to [source channel][3][3][LANES]; for the input gradient the roles of the
 // channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
 // never stored.

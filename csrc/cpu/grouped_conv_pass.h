@@ -15,6 +15,7 @@
 // of rows: pack the band's new source rows; compute it vector by vector, the weights staying in L1; write
 // it out in the tensor's order.
 #pragma once
+#include "conv_sums.h"
 #include "grouped_conv_pack.h"
 
 namespace gconv {
@@ -126,25 +127,6 @@ void finish_forward(const Pass& p, const RowResult& r) {
     has_residual ? finish_forward<T, true, true>(p, r) : finish_forward<T, true, false>(p, r);
   else
     has_residual ? finish_forward<T, false, true>(p, r) : finish_forward<T, false, false>(p, r);
-}
-
-// Two passes over a row that is still in L1, of the values as they were stored.
-template <typename T>
-void row_moments(const Pass& p, const float* row, Moments* moments) {
-  const T* storage = nullptr;
-  const Vec per_pixel = set1(1.0f / static_cast<float>(p.output_w));
-  Vec sum = zero();
-  for (int64_t w = 0; w < p.output_w; ++w) sum = add(sum, rounded_to(storage, load(row + w * LANES)));
-  const Vec mean = mul(sum, per_pixel);
-  Vec m2 = zero(), rest = zero();
-  for (int64_t w = 0; w < p.output_w; ++w) {
-    const Vec d = sub(rounded_to(storage, load(row + w * LANES)), mean);
-    m2 = fma(d, d, m2);
-    rest = add(rest, d);
-  }
-  // The rounding of the mean leaves a small sum of deviations: Chan, Golub & LeVeque's correction.
-  const Vec correction = mul(rest, per_pixel);
-  moments->merge(static_cast<float>(p.output_w), add(mean, correction), sub(m2, mul(rest, correction)));
 }
 
 // The packed source rows of a task: rows within reach of the band, at row % ring_rows.
@@ -313,31 +295,13 @@ inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t e
   return even_piece(all, std::max<int64_t>(1, fitting) * TILE_SINGLE);
 }
 
-// What a task finds out about its vectors, for the merge.
-struct TaskSums {
-  Moments moments[SourcePlan::MOST];
-  CompensatedSum gradients[SourcePlan::MOST][2];
-
-  explicit TaskSums(int64_t vectors) {
-    for (int64_t v = 0; v < vectors; ++v) {
-      moments[v].reset();
-      gradients[v][0].reset();
-      gradients[v][1].reset();
-    }
-  }
-  void store_partials(const Pass& p, int64_t image, int64_t stripe, int64_t first_vector,
-                      int64_t vectors) const {
-    if (!p.moments && p.mask_act == nullptr) return;
-    const int64_t channels = p.output_channels();
-    float* partial = p.partials + (image * p.stripes + stripe) * 2 * channels;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t channel = (first_vector + v) * LANES;
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
-      store_lanes(partial + channel, p.moments ? moments[v].mean : gradients[v][0].total, lanes);
-      store_lanes(partial + channels + channel, p.moments ? moments[v].m2 : gradients[v][1].total, lanes);
-    }
-  }
-};
+inline void store_partials(const Pass& p, const TaskSums& sums, int64_t image, int64_t stripe,
+                           int64_t first_vector) {
+  if (!p.moments && p.mask_act == nullptr) return;
+  const int64_t channels = p.output_channels();
+  sums.store_partials(p.partials + (image * p.stripes + stripe) * 2 * channels, channels, first_vector,
+                      p.moments);
+}
 
 template <typename T>
 void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
@@ -428,10 +392,10 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
         finish_forward<T>(p, result);
       if (p.moments)
         for (int64_t v = 0; v < vectors; ++v)
-          row_moments<T>(p, result.row + v * band.row_floats, &sums.moments[v]);
+          row_moments<T>(result.row + v * band.row_floats, p.output_w, &sums.moments[v]);
     }
   }
-  sums.store_partials(p, image, stripe, first_vector, vectors);
+  store_partials(p, sums, image, stripe, first_vector);
 }
 
 // A share of a pass's tasks, a part at a time, as task(p, T*, index, end of the share, scratch).

@@ -9,26 +9,11 @@
 #pragma once
 #include <type_traits>
 
+#include "conv_source.h"
 #include "grouped_conv.h"
-#include "vec.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
-
-enum class Prologue {
-  none,
-  act,     // relu(a*x + b), coef = [2, C]
-  finish,  // A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, coef = [6, C]
-};
-
-// What rows are read from, and what is done to each element on its way.
-struct RowSource {
-  Nhwc x;
-  Nhwc y;  // finish only
-  Prologue prologue;
-  const float* coef;  // rows of `channels` floats
-  int64_t channels;   // in all groups together
-};
 
 // Packed column i holds source column first + i, or 0 outside [0, width).
 struct RowColumns {
@@ -74,7 +59,7 @@ struct PackedSource {
 
 // The sources that output vectors [first, first + count) read.
 struct SourcePlan {
-  static constexpr int64_t MOST = 16;  // vectors of a chunk
+  static constexpr int64_t MOST = MOST_VECTORS;
   PackedSource sources[MOST];
   int source_of[MOST];
   int64_t count = 0, row_floats = 0, widest = 0;
@@ -150,32 +135,6 @@ struct SourcePlan {
     }
   }
 };
-
-// Per-channel coefficients of one vector of channels. Lanes past the tail are all zero.
-template <Prologue P>
-struct Coefficients {
-  Vec v[P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 1];
-  GCONV_INLINE Coefficients(const RowSource& s, int64_t channel, int lanes) {
-    constexpr int ROWS = P == Prologue::finish ? 6 : P == Prologue::act ? 2 : 0;
-    for (int i = 0; i < ROWS; ++i) v[i] = load_lanes(s.coef + i * s.channels + channel, lanes);
-  }
-  template <typename T>
-  GCONV_INLINE Vec apply(const T* x, const T* y, int lanes) const {
-    const Vec raw = load_lanes(x, lanes);
-    if constexpr (P == Prologue::none) return raw;
-    if constexpr (P == Prologue::act) return relu(fma(v[0], raw, v[1]));
-    if constexpr (P == Prologue::finish) {
-      const Vec out = load_lanes(y, lanes);
-      const Vec g = relu_mask(raw, fma(v[4], out, v[5]));
-      return fma(v[0], g, fma(v[1], sub(out, v[3]), v[2]));
-    }
-  }
-};
-
-template <typename T>
-GCONV_INLINE const T* row_pointer(const Nhwc& t, int64_t image, int64_t row, int64_t channel) {
-  return static_cast<const T*>(t.data) + image * t.stride_n + row * t.stride_h + channel;
-}
 
 // One row of every source into packed row `slot`. A few pixels at a time, all their channels before the
 // next: neighbouring channels share cache lines and pages, neighbouring pixels are kilobytes apart. The row

@@ -1,13 +1,9 @@
 // The stages of grouped_conv as one instruction set provides them.
 #pragma once
+#include "cpu/table.h"
 #include "grouped_conv.h"
 
 namespace gconv {
-
-template <typename Params>
-using Workspace = int64_t (*)(const Params&);
-template <typename Params>
-using Stage = void (*)(const Params&, int64_t ith, int64_t nth);
 
 struct GroupedConvTable {
   Workspace<GroupedConvFwdParams> fwd_workspace;
@@ -19,9 +15,6 @@ struct GroupedConvTable {
   Stage<GroupedConvBwdParams> bwd;
 };
 
-extern const GroupedConvTable grouped_conv_portable;
-#if defined(__x86_64__)
-extern const GroupedConvTable grouped_conv_avx2, grouped_conv_avx512;
-#endif
+GCONV_DECLARE_TABLES(GroupedConvTable, grouped_conv);
 
 }  // namespace gconv

@@ -489,6 +489,21 @@ GCONV_INLINE void load_columns(const T* const* rows, int columns, Vec (&v)[LANES
   for (int i = 0; i < columns; ++i) v[i] = load_column(rows, i);
 }
 
+// Calls f(i, element i of each of LANES rows) for every i below `count`.
+template <typename T, typename F>
+GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
+  const auto block = [&](int64_t first, int columns) GCONV_LAMBDA {
+    const T* at[LANES];
+    for (int l = 0; l < LANES; ++l) at[l] = rows[l] + first;
+    Vec v[LANES];
+    load_columns(at, columns, v);
+    for (int i = 0; i < columns; ++i) f(first + i, v[i]);
+  };
+  int64_t first = 0;
+  for (; first + LANES <= count; first += LANES) block(first, LANES);
+  if (first < count) block(first, static_cast<int>(count - first));
+}
+
 // Whether an output of `pixels` x `channels` should be streamed: it is larger than the caches that a reader
 // right after it would find it in, and every vector of it is aligned.
 template <typename T>

@@ -1,0 +1,61 @@
+// What the convolutions' bindings share: checks of shapes and what a gradient starts from.
+#pragma once
+#include "torch_ops.h"
+
+namespace gconv {
+
+inline void check_pair(const char* op, const char* name, const Ints& v, int64_t low, int64_t high) {
+  const bool ok = v.size() == 2 && v[0] >= low && v[1] >= low && v[0] <= high && v[1] <= high;
+  if (ok) [[likely]]
+    return;
+  std::ostringstream got;
+  for (size_t i = 0; i < v.size(); ++i) got << (i ? ", " : "") << v[i];
+  check(false, op, ": ", name, ": want 2 integers from ", low, " to ",
+        high < INT32_MAX ? std::to_string(high) : "2^31", ", got [", got.str(), "]");
+}
+
+inline Shape shape_of(const char* op, const char* name, const Tensor& t) {
+  Shape shape{};
+  check(t.dim() <= 4, op, ": ", name, ": want 4 dimensions, got ", t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape.size[shape.rank++] = t.size(i);
+  return shape;
+}
+
+inline Shape shape_of(const char* op, const char* name, const Ints& sizes) {
+  check(sizes.size() == 4, op, ": ", name, ": want 4 sizes, got ", sizes.size());
+  return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// Its channels side by side; else a copy in which they are.
+inline Tensor activation(const char* op, const char* name, const Tensor& t, ScalarType type,
+                         const Shape& shape) {
+  check_tensor(op, name, t, type, shape);
+  return channels_adjacent(t);
+}
+
+// What a gradient starts from; y and finish come together.
+struct OutputGradient {
+  const Tensor& dy;
+  const OptionalTensor &y, &finish;
+};
+
+template <typename Params>
+struct Gradient {
+  Params p{};
+  Tensor dy, y, workspace;
+
+  void take(const char* op, const OutputGradient& from, ScalarType type) {
+    const auto& s = p.shape;
+    const Shape output{s.n, s.k, s.oh, s.ow};
+    dy = activation(op, "dy", from.dy, type, output);
+    p.dy = view_of(dy);
+    check(from.finish.has_value() == from.y.has_value(), op, ": ", from.y.has_value() ? "finish" : "y",
+          ": want finish and y together, got only ", from.y.has_value() ? "y" : "finish");
+    p.finish = channel_floats(op, "finish", from.finish, {6, s.k});
+    if (!from.y.has_value()) return;
+    y = activation(op, "y", *from.y, type, output);
+    p.y = view_of(y);
+  }
+};
+
+}  // namespace gconv
