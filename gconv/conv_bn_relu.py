@@ -64,6 +64,7 @@ from gconv.grouped_conv import (
     conv_apply,
     conv_output_size,
     fwd,
+    fwd_stats,
     grouped_conv_bwd_ref,
     grouped_conv_fwd_stats_ref,
     in_channels_last,
@@ -141,7 +142,6 @@ def conv_bn_relu_bwd_ref(dz, x, *args):
     return _backward_stages(*stages, dz, x, *args)
 
 
-_fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
 _fwd_train = op("conv_bn_relu_fwd_train", conv_bn_relu_fwd_train_ref)
 _bwd = op("conv_bn_relu_bwd", conv_bn_relu_bwd_ref)
 
@@ -184,7 +184,7 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        return call(_forward_stages, _fwd_stats, fold, apply_affine, *args)
+        return call(_forward_stages, fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -364,10 +364,10 @@ def conv_bn_relu(
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
-    return _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
+    return run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
 
 
-def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
+def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
     check_tensors("conv_bn_relu", x, weight, bias)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
@@ -395,7 +395,7 @@ def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residu
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _not_fusable(conv, bn) -> str | None:
+def not_fusable(conv, bn) -> str | None:
     """Why the modules must be called as they are, or None."""
     if type(bn) is not nn.BatchNorm2d and not is_frozen(bn):
         return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
@@ -433,7 +433,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         ValueError: as in `conv_bn_relu`.
     """
     with backend.layer_scope(conv):
-        reason = _not_fusable(conv, bn)
+        reason = not_fusable(conv, bn)
         if reason is not None:
             z = tail(bn(conv(x)), residual, relu)
             backend.record(
@@ -447,4 +447,4 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         weight, bias = conv.weight, conv.bias
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        return _conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)
+        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)

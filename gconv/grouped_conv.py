@@ -151,6 +151,7 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
 
 
 fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
+fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
 bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
 bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
 bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
