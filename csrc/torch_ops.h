@@ -20,6 +20,16 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tens
                                                     const OptionalTensor& y, const OptionalTensor& finish,
                                                     const OptionalTensor& act, bool want_dx,
                                                     bool want_dweight, bool channels_last);
+Tensor pointwise_conv_fwd(const Tensor& x, const Tensor& weight, const Ints& stride,
+                          const OptionalTensor& act, const OptionalTensor& affine,
+                          const OptionalTensor& residual, bool relu);
+std::tuple<Tensor, Tensor, Tensor> pointwise_conv_fwd_stats(const Tensor& x, const Tensor& weight,
+                                                            const Ints& stride, const OptionalTensor& act);
+std::tuple<Tensor, Tensor, Tensor> pointwise_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                      const Ints& stride, const OptionalTensor& y,
+                                                      const OptionalTensor& finish, const OptionalTensor& act,
+                                                      const OptionalTensor& residual, bool want_dx,
+                                                      bool want_dweight, bool channels_last);
 void batch_norm_update_running(const Tensor& running_mean, const Tensor& running_var,
                                const OptionalTensor& num_batches_tracked, const Tensor& mean,
                                const Tensor& var, const OptionalTensor& shift, int64_t count,

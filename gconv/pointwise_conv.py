@@ -5,6 +5,9 @@ The companion of `grouped_conv`, with the same prologue, epilogues and backward,
 a 1x1 convolution is a grouped one with one group and no padding.
 """
 
+import torch
+
+from gconv.autograd import op, stored
 from gconv.grouped_conv import (
     grouped_conv_bwd_input_ref,
     grouped_conv_bwd_weight_ref,
@@ -15,7 +18,18 @@ from gconv.grouped_conv import (
 
 # ----------------------------------------------------------------------------------------------- references
 
-DENSE = ((0, 0), (1, 1), 1)  # padding, dilation and groups of a 1x1 convolution
+DENSE = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups of what follows the stride
+
+
+def _taken(x, stride):
+    """The pixels of x that the convolution sees: of a stride's the first."""
+    return x[:, :, :: stride[0], :: stride[1]]
+
+
+def _put_back(dx, x, stride):
+    """The inverse: x with dx in the place of `_taken(x, stride)`."""
+    rows = x[:, :, :: stride[0]].slice_scatter(dx, 3, step=stride[1])
+    return x.slice_scatter(rows, 2, step=stride[0])
 
 
 def pointwise_conv_fwd_ref(x, weight, stride, act=None, affine=None, residual=None, relu=False):
@@ -26,12 +40,12 @@ def pointwise_conv_fwd_ref(x, weight, stride, act=None, affine=None, residual=No
     stride's pixels the first is taken. Computes in float32 (float64 for float64); y has x's dtype and is
     channels_last.
     """
-    return grouped_conv_fwd_ref(x, weight, stride, *DENSE, act, affine, residual, relu)
+    return grouped_conv_fwd_ref(_taken(x, stride), weight, *DENSE, act, affine, residual, relu)
 
 
 def pointwise_conv_fwd_stats_ref(x, weight, stride, act=None):
     """(y, mean, var): the convolution, and mean and biased variance [K] of y as stored, over N*OH*OW."""
-    return grouped_conv_fwd_stats_ref(x, weight, stride, *DENSE, act)
+    return grouped_conv_fwd_stats_ref(_taken(x, stride), weight, *DENSE, act)
 
 
 def pointwise_conv_bwd_ref(
@@ -46,22 +60,24 @@ def pointwise_conv_bwd_ref(
     mean)*rstd); without act, or without dx, sums has shape [0]. residual [N, C, H, W], without act only, is
     added to dx.
     """
-    dx = dweight = x.new_zeros(0)
+    dx = x.new_zeros(0)
+    dweight = x.new_zeros(0)
     sums = x.new_zeros(0, dtype=wide(x))
+    taken = _taken(x, stride)
     if want_dx:
-        masked_by = (None, None) if act is None else (x, act)
-        dx, sums = grouped_conv_bwd_input_ref(
-            dy, weight, tuple(x.shape), stride, *DENSE, y, finish, *masked_by, residual
-        )
+        masked_by = (None, None) if act is None else (taken, act)
+        added = None if residual is None else _taken(residual, stride)
+        size = tuple(taken.shape)
+        dx, sums = grouped_conv_bwd_input_ref(dy, weight, size, *DENSE, y, finish, *masked_by, added)
+        if stride[0] != 1 or stride[1] != 1:
+            dx = stored(_put_back(dx, torch.zeros_like(x) if residual is None else residual, stride), x.dtype)
     if want_dweight:
         prologue = None if act is None else act[:2]
-        dweight = grouped_conv_bwd_weight_ref(
-            dy, x, tuple(weight.shape), stride, *DENSE, y, finish, prologue, channels_last
-        )
+        size = tuple(weight.shape)
+        dweight = grouped_conv_bwd_weight_ref(dy, taken, size, *DENSE, y, finish, prologue, channels_last)
     return dx, dweight, sums
 
 
-# Replaced by the C++ ops' handles once those exist.
-fwd = pointwise_conv_fwd_ref
-fwd_stats = pointwise_conv_fwd_stats_ref
-bwd = pointwise_conv_bwd_ref
+fwd = op("pointwise_conv_fwd", pointwise_conv_fwd_ref)
+fwd_stats = op("pointwise_conv_fwd_stats", pointwise_conv_fwd_stats_ref)
+bwd = op("pointwise_conv_bwd", pointwise_conv_bwd_ref)

@@ -104,8 +104,8 @@ def run_tests(path, sanitize, options):
         options = ["--capture=no", *options]  # pytest would swallow a report
     # No conftest: it imports torch, which need not be there and would slow the sanitizers down.
     pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q"]
-    tests = Path(__file__).with_name("test_kernels_numpy.py")
-    return subprocess.run([*pytest, *options, str(tests)], env=environment, cwd=path.parent).returncode
+    tests = map(str, Path(__file__).parent.glob("test_*_numpy.py"))
+    return subprocess.run([*pytest, *options, *tests], env=environment, cwd=path.parent).returncode
 
 
 def library_path(name):

@@ -18,6 +18,7 @@
 
 #include "batch_norm.h"
 #include "grouped_conv.h"
+#include "pointwise_conv.h"
 
 namespace py = pybind11;
 using namespace gconv;
@@ -216,6 +217,59 @@ void conv_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
   run.stage(grouped_conv_bwd_weight_merge_cpu, p.weight);
 }
 
+PointwiseConvShape pointwise_shape(const std::array<int64_t, 4>& input, int64_t k, Pair stride) {
+  return {
+      input[0], input[1],  input[2], input[3], (input[1] - 1) / stride[0] + 1, (input[2] - 1) / stride[1] + 1,
+      k,        stride[0], stride[1]};
+}
+
+void pointwise_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, py::object x,
+                   py::object weight, py::object act, py::object affine, py::object residual, bool relu,
+                   py::object y, py::object mean, py::object var) {
+  const PointwiseConvShape s = pointwise_shape(input, k, stride);
+  const std::array<int64_t, 4> output{s.n, s.oh, s.ow, s.k};
+  PointwiseConvFwdParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.x = run.activation("x", x, input);
+  p.weight = run.contiguous("weight", weight, s.k * s.c);
+  p.act = floats("act", act, 2 * s.c);
+  p.affine = floats("affine", affine, 2 * s.k);
+  p.residual = run.activation("residual", residual, output);
+  p.relu = relu;
+  p.y = run.activation("y", y, output);
+  p.mean = floats("mean", mean, s.k);
+  p.var = floats("var", var, s.k);
+  const Workspace workspace(pointwise_conv_fwd_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(pointwise_conv_fwd_pack_cpu, p);
+  run.stage(pointwise_conv_fwd_cpu, p);
+  if (p.mean) run.stage(pointwise_conv_fwd_merge_cpu, p);
+}
+
+void pointwise_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, py::object dy,
+                   py::object x, py::object weight, py::object y, py::object finish, py::object act,
+                   py::object residual, py::object dx, py::object dweight, py::object sums) {
+  const PointwiseConvShape s = pointwise_shape(input, k, stride);
+  const std::array<int64_t, 4> output{s.n, s.oh, s.ow, s.k};
+  PointwiseConvBwdParams p{};
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.dy = run.activation("dy", dy, output);
+  p.y = run.activation("y", y, output);
+  p.finish = floats("finish", finish, 6 * s.k);
+  p.x = run.activation("x", x, input);
+  p.act = floats("act", act, 4 * s.c);
+  p.weight = run.contiguous("weight", weight, s.k * s.c);
+  p.residual = run.activation("residual", residual, input);
+  p.dx = run.activation("dx", dx, input);
+  p.sums = floats("sums", sums, 2 * s.c);
+  p.dweight = dweight.is_none() ? nullptr : run.contiguous("dweight", dweight, s.k * s.c);
+  const Workspace workspace(pointwise_conv_bwd_workspace(p));
+  p.workspace = workspace.data();
+  if (p.dx.data != nullptr) run.stage(pointwise_conv_bwd_pack_cpu, p);
+  run.stage(pointwise_conv_bwd_cpu, p);
+  run.stage(pointwise_conv_bwd_merge_cpu, p);
+}
+
 void norm_stats(const Run& run, std::array<int64_t, 4> s, py::object x, py::object mean, py::object var) {
   BatchNormStatsParams p{};
   p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
@@ -339,6 +393,8 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("grouped_conv_bwd_input", &conv_bwd_input);
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);
   m.def("grouped_conv_bwd", &conv_bwd);
+  m.def("pointwise_conv_fwd", &pointwise_fwd);
+  m.def("pointwise_conv_bwd", &pointwise_bwd);
   m.def("batch_norm_stats", &norm_stats);
   m.def("batch_norm_fold", &norm_fold);
   m.def("batch_norm_update_running", &norm_update_running);

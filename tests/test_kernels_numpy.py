@@ -6,19 +6,13 @@ arrays of exact size with one thread, and inside guarded buffers with three; the
 """
 
 import itertools
-import os
-import pathlib
 
-import build_numpy_binding
 import numpy as np
 import pytest
 from numpy_oracle import (
-    DTYPES,
     EPSILON,
     Exact,
-    Guarded,
     act,
-    bits,
     conv,
     conv_bwd_input,
     conv_bwd_weight,
@@ -28,8 +22,10 @@ from numpy_oracle import (
     store,
     value,
 )
+from numpy_runs import assert_same, both_ways, integers, table
 
-ISAS = ("portable", "avx2", "avx512")
+pytest_plugins = ("numpy_runs",)
+
 # (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
 WIDTHS = [
     (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (5, 5, 3), (8, 8, 4), (16, 16, 2), (24, 24, 2),
@@ -52,59 +48,6 @@ GEOMETRIES = [
     (2, (18, 29), (2, 2), (1, 1), (1, 1)),
     (0, (5, 5), (1, 1), (1, 1), (1, 1)),
 ]
-
-
-@pytest.fixture(scope="session")
-def kernels():
-    """The module of the kernels: the one GCONV_KERNELS_NUMPY names, else one built here."""
-    named = os.environ.get("GCONV_KERNELS_NUMPY")
-    if named:
-        return build_numpy_binding.load(pathlib.Path(named))
-    pytest.importorskip("pybind11", reason="the NumPy binding of the kernels is written with pybind11")
-    if build_numpy_binding.compiler() is None:
-        pytest.skip("the NumPy binding of the kernels needs a C++ compiler")
-    return build_numpy_binding.load(build_numpy_binding.build())
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, kernels):
-    if request.param not in kernels.supported_isas():
-        pytest.skip(f"this machine cannot run the {request.param} path")
-    return request.param
-
-
-@pytest.fixture(params=DTYPES)
-def dtype(request):
-    return request.param
-
-
-def integers(rng, low, high, shape):
-    return rng.integers(low, high + 1, shape).astype(np.float64)
-
-
-def both_ways(kernels, isa, dtype, call, winograd="auto"):
-    """The outputs of call(run, arrays): the same on exact arrays with one thread and guarded with three."""
-    plain, guarded = Exact(dtype), Guarded(dtype)
-    first = call(kernels.Run(isa, dtype, 1, winograd), plain)
-    second = call(kernels.Run(isa, dtype, 3, winograd), guarded)
-    guarded.check()
-    for one, other in zip(first, second):
-        assert np.array_equal(bits(one), bits(other)), (
-            "the layout or the number of threads changed the result"
-        )
-    return first
-
-
-def assert_same(got, want, what):
-    """Bitwise, but for the sign of zero and the payload of a NaN."""
-    equal = (got == want) | (np.isnan(got) & np.isnan(want))
-    assert equal.all(), (
-        f"{what}: {np.count_nonzero(~equal)} of {equal.size} differ, first at {np.argwhere(~equal)[0]}"
-    )
-
-
-def table(rows):
-    return np.ascontiguousarray(rows, np.float32)
 
 
 class Case:

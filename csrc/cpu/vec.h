@@ -111,6 +111,8 @@ GCONV_INLINE uint16_t f16_bits(float value) {
 constexpr int LANES = 16;
 // Output pixels a tile holds in registers: with one and with two vectors of channels per pixel.
 constexpr int TILE_SINGLE = 14, TILE_PAIR = 8;
+// Pixels whose sums a pointwise tile holds, two vectors of channels each.
+constexpr int POINT_PIXELS = 14;
 // Narrow groups go in strips. Output columns of one, whose rows in flight are held in registers: three rows,
 // and two where the input is twice as fine.
 constexpr bool STRIPS = true;
@@ -238,6 +240,7 @@ GCONV_INLINE Vec rounded_to(const f16*, Vec a) { return {_mm512_cvtph_ps(to_f16(
 
 constexpr int LANES = 8;
 constexpr int TILE_SINGLE = 10, TILE_PAIR = 4;
+constexpr int POINT_PIXELS = 6;
 constexpr bool STRIPS = false;  // too few registers
 constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_HALVE = 3, OUTER_CHANNELS = 1;
 constexpr int WGRAD_CHANNELS = 4;
@@ -357,6 +360,7 @@ GCONV_INLINE Vec rounded_to(const f16*, Vec a) { return {_mm256_cvtph_ps(to_f16(
 
 constexpr int LANES = 4;
 constexpr int TILE_SINGLE = 8, TILE_PAIR = 4;
+constexpr int POINT_PIXELS = 5;
 constexpr bool STRIPS = false;  // too few registers
 constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_HALVE = 3, OUTER_CHANNELS = 1;
 constexpr int WGRAD_CHANNELS = 4;
