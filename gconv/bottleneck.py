@@ -470,14 +470,14 @@ def _chain(x, layers, sizes, residual):
 
 def _layer_by_layer(run, x, layers, residual):
     """The same by `run(x, layer, residual, relu)`."""
+    h = run(run(x, layers[0], None, True), layers[1], None, True)
     if len(layers) == 4:
         residual = run(x, layers[3], None, False)
-    h = run(run(x, layers[0], None, True), layers[1], None, True)
     return run(h, layers[2], x if residual is None else residual, True)
 
 
-def _not_chained(reason, x) -> None:
-    """Says in a trace that a block runs layer by layer. No fallback: each layer decides for itself."""
+def not_chained(reason, x) -> None:
+    """Says in a trace that a bottleneck runs layer by layer. No fallback: each layer decides for itself."""
     decision = backend.Decision("torch", "layers", f"layer by layer: {reason}")
     backend.record(decision, "bottleneck", x)
 
@@ -544,7 +544,7 @@ def _run(x, layers, residual):
     sizes = _sizes(x, layers) if x.dim() == 4 else None
     reason = _reason(x, layers, sizes)
     if reason is not None:
-        _not_chained(reason, x)
+        not_chained(reason, x)
         return None
     check_residual("bottleneck", residual, sizes[2], x)
     if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
@@ -589,7 +589,7 @@ def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
     pairs = (*pairs, downsample) if downsample is not None else tuple(pairs)
     reason = _modules_reason(pairs)
     if reason is not None:
-        _not_chained(reason, x)
+        not_chained(reason, x)
     else:
         here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
         layers = [
