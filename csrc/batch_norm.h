@@ -2,9 +2,10 @@
 //
 //   stats       mean, var over n*h*w of each channel, var biased
 //   fold        rstd = 1/sqrt(var + eps); a = gamma*rstd; b = beta - mean*a
-//   apply       y = relu?(a*x + b [+ residual])
+//   apply       y = relu?(a*x + b [+ residual, or + c*residual + d])
 //   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the table `finish` of
 //   bwd_apply   dx = A*g + B*(x - mean) + C
+//   bwd_finish  the same table from sums that somebody else took
 //   update_running  running <- (1 - momentum)*running + momentum*new, var unbiased
 //
 // mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1;
@@ -58,28 +59,48 @@ struct BatchNormApplyParams {
   BatchNormShape shape;
   DType dtype;  // of x, residual and y
   Isa isa;
-  Nhwc x;               // incoming
-  const float* affine;  // incoming [2, C]: a, b
-  Nhwc residual;        // incoming, added after the affine; data null: none
-  bool relu;            // ReLU last
-  Nhwc y;               // outgoing
+  Nhwc x;                        // incoming
+  const float* affine;           // incoming [2, C]: a, b
+  Nhwc residual;                 // incoming, added after the affine; data null: none
+  const float* residual_affine;  // incoming [2, C]: c, d of an affine of the residual; null: none
+  bool relu;                     // ReLU last
+  Nhwc y;                        // outgoing
+};
+
+// A normalisation of x whose result took part in z.
+struct BatchNormBwdBranch {
+  Nhwc x;              // incoming: the input of the forward
+  const float* mean;   // incoming [C]
+  const float* rstd;   // incoming [C]
+  const float* gamma;  // incoming [C]; null: 1
+  float* dgamma;       // outgoing [C]
+  float* finish;       // outgoing [6, C]: A, B, C, mean, a, b
 };
 
 struct BatchNormBwdReduceParams {
   BatchNormShape shape;
-  DType dtype;  // of dz, x and z
+  DType dtype;  // of dz, x, z and g
   Isa isa;
-  Nhwc dz;              // incoming
-  Nhwc x;               // incoming: the input of the forward
-  const float* mean;    // incoming [C]
-  const float* rstd;    // incoming [C]
-  const float* gamma;   // incoming [C]; null: 1
-  const float* affine;  // incoming [2, C]: a, b of the mask; null, or unused beside z: no mask from x
-  Nhwc z;               // incoming: the output of the forward, for the mask; data null: none
-  float* dgamma;        // outgoing [C]
-  float* dbeta;         // outgoing [C]
-  float* finish;        // outgoing [6, C]: A, B, C, mean, a, b
-  float* workspace;     // batch_norm_bwd_reduce_workspace() floats
+  Nhwc dz;                   // incoming
+  BatchNormBwdBranch main;   // the normalisation itself
+  BatchNormBwdBranch other;  // another one added to it before the ReLU, as its residual; x.data null: none
+  const float* affine;       // incoming [2, C]: a, b of the mask, of main.x; null, or unused beside z: none
+  Nhwc z;                    // incoming: the output of the forward, for the mask; data null: none
+  float* dbeta;              // outgoing [C]: of both
+  Nhwc g;                    // outgoing: masked dz; data null: not wanted
+  float* workspace;          // batch_norm_bwd_reduce_workspace() floats
+};
+
+struct BatchNormBwdFinishParams {
+  int64_t c;
+  const float* sums;   // incoming [2, C]: sum g, sum g*(x - mean)*rstd
+  const float* mean;   // incoming [C]
+  const float* rstd;   // incoming [C]
+  const float* gamma;  // incoming [C]; null: 1
+  int64_t count;       // values per channel, at least 1
+  float* dgamma;       // outgoing [C]
+  float* dbeta;        // outgoing [C]
+  float* finish;       // outgoing [6, C]: A, B, C, mean, 0, 1
 };
 
 struct BatchNormBwdApplyParams {
@@ -108,6 +129,8 @@ void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nt
 int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p);
 void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth);
 void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth);
+
+void batch_norm_bwd_finish_cpu(const BatchNormBwdFinishParams& p, int64_t ith, int64_t nth);
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth);
 

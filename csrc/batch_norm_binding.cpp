@@ -101,46 +101,125 @@ std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var
   return {rstd, affine};
 }
 
-Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual, bool relu) {
+Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
+                        const OptionalTensor& residual_affine, bool relu) {
   const Activations a("batch_norm_apply", "x", x);
   const Tensor input = channels_adjacent(x);
   const OptionalTensor more = a.readable("residual", residual);
-  const float* coefficients = channel_floats(a.op, "affine", affine, a.table(2));
+  check(residual.has_value() || !residual_affine.has_value(), a.op,
+        ": residual: want the tensor that residual_affine is of, got None");
+  BatchNormApplyParams p{};
+  p.shape = a.shape;
+  p.dtype = a.dtype;
+  p.isa = isa_current();
+  p.x = gconv::view_of(input);
+  p.affine = channel_floats(a.op, "affine", affine, a.table(2));
+  p.residual = view_of(more);
+  p.residual_affine = channel_floats(a.op, "residual_affine", residual_affine, a.table(2));
+  p.relu = relu;
   Tensor y = empty_channels_last(a.sizes(), x);
-  const BatchNormApplyParams p{a.shape,      a.dtype,       isa_current(), gconv::view_of(input),
-                               coefficients, view_of(more), relu,          writable_view_of(y)};
+  p.y = writable_view_of(y);
   run_stage(batch_norm_apply_cpu, p, a.elements());
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,
-                                                         const Tensor& mean, const Tensor& rstd,
-                                                         const OptionalTensor& gamma,
-                                                         const OptionalTensor& affine,
-                                                         const OptionalTensor& z) {
-  const Activations a("batch_norm_bwd_reduce", "x", x);
-  const Tensor input = channels_adjacent(x), gradient = a.readable("dz", dz);
+namespace {
+
+// What the arguments of a branch are called.
+struct BranchNames {
+  const char *x, *mean, *rstd, *gamma;
+};
+constexpr BranchNames MAIN{"x", "mean", "rstd", "gamma"};
+constexpr BranchNames OTHER{"other_x", "other_mean", "other_rstd", "other_gamma"};
+
+// A branch's tensors; they must outlive the stages.
+struct Branch {
+  BatchNormBwdBranch p{};
+  Tensor x, dgamma, finish;
+
+  Branch(const Activations& a, const BranchNames& names, const Tensor& input, const Tensor& mean,
+         const Tensor& rstd, const OptionalTensor& gamma)
+      : x(a.readable(names.x, input)),
+        dgamma(empty_floats(a.vector(), input)),
+        finish(empty_floats(a.table(6), input)) {
+    p.x = gconv::view_of(x);
+    p.mean = channel_floats(a.op, names.mean, mean, a.vector());
+    p.rstd = channel_floats(a.op, names.rstd, rstd, a.vector());
+    p.gamma = channel_floats(a.op, names.gamma, gamma, a.vector());
+    p.dgamma = floats_of(dgamma);
+    p.finish = floats_of(finish);
+  }
+};
+
+// dbeta and g.
+std::tuple<Tensor, Tensor> reduce(const Activations& a, const Tensor& dz, const Branch& main,
+                                  const Branch* other, const OptionalTensor& affine, const OptionalTensor& z,
+                                  bool want_g) {
+  const Tensor gradient = a.readable("dz", dz);
   const OptionalTensor output = a.readable("z", z);
   BatchNormBwdReduceParams p{};
   p.shape = a.shape;
   p.dtype = a.dtype;
   p.isa = isa_current();
   p.dz = gconv::view_of(gradient);
-  p.x = gconv::view_of(input);
-  p.mean = channel_floats(a.op, "mean", mean, a.vector());
-  p.rstd = channel_floats(a.op, "rstd", rstd, a.vector());
-  p.gamma = channel_floats(a.op, "gamma", gamma, a.vector());
+  p.main = main.p;
+  if (other != nullptr) p.other = other->p;
   p.affine = channel_floats(a.op, "affine", affine, a.table(2));
   p.z = view_of(output);
-  Tensor dgamma = empty_floats(a.vector(), x), dbeta = empty_floats(a.vector(), x);
-  Tensor finish = empty_floats(a.table(6), x);
-  p.dgamma = floats_of(dgamma);
+  Tensor dbeta = empty_floats(a.vector(), dz);
+  Tensor g = want_g ? empty_channels_last(a.sizes(), dz) : empty({0}, a.scalar_type, dz);
   p.dbeta = floats_of(dbeta);
-  p.finish = floats_of(finish);
-  const Tensor workspace = empty_floats({batch_norm_bwd_reduce_workspace(p)}, x);
+  if (want_g) p.g = writable_view_of(g);
+  const Tensor workspace = empty_floats({batch_norm_bwd_reduce_workspace(p)}, dz);
   p.workspace = floats_of(workspace);
   run_stage(batch_norm_bwd_reduce_cpu, p, a.elements());
   run_stage(batch_norm_bwd_reduce_merge_cpu, p, workspace.numel());
+  return {dbeta, g};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,
+                                                                 const Tensor& mean, const Tensor& rstd,
+                                                                 const OptionalTensor& gamma,
+                                                                 const OptionalTensor& affine,
+                                                                 const OptionalTensor& z, bool want_g) {
+  const Activations a("batch_norm_bwd_reduce", "x", x);
+  const Branch main(a, MAIN, x, mean, rstd, gamma);
+  auto [dbeta, g] = reduce(a, dz, main, nullptr, affine, z, want_g);
+  return {main.dgamma, dbeta, main.finish, g};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_bwd_reduce_pair(
+    const Tensor& dz, const Tensor& z, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+    const OptionalTensor& gamma, const Tensor& other_x, const Tensor& other_mean, const Tensor& other_rstd,
+    const OptionalTensor& other_gamma) {
+  const Activations a("batch_norm_bwd_reduce_pair", "x", x);
+  const Branch main(a, MAIN, x, mean, rstd, gamma);
+  const Branch other(a, OTHER, other_x, other_mean, other_rstd, other_gamma);
+  auto [dbeta, g] = reduce(a, dz, main, &other, std::nullopt, z, true);
+  return {main.dgamma, other.dgamma, dbeta, main.finish, other.finish, g};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd_finish(const Tensor& sums, const Tensor& mean,
+                                                         const Tensor& rstd, const OptionalTensor& gamma,
+                                                         int64_t count) {
+  const char* op = "batch_norm_bwd_finish";
+  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+  check(count >= 1, op, ": count: want at least 1 value per channel, got ", count);
+  const int64_t c = mean.size(0);
+  Tensor dgamma = empty_floats({c}, mean), dbeta = empty_floats({c}, mean),
+         finish = empty_floats({6, c}, mean);
+  const BatchNormBwdFinishParams p{c,
+                                   channel_floats(op, "sums", sums, {2, c}),
+                                   channel_floats(op, "mean", mean, {c}),
+                                   channel_floats(op, "rstd", rstd, {c}),
+                                   channel_floats(op, "gamma", gamma, {c}),
+                                   count,
+                                   floats_of(dgamma),
+                                   floats_of(dbeta),
+                                   floats_of(finish)};
+  run_stage(batch_norm_bwd_finish_cpu, p, c);
   return {dgamma, dbeta, finish};
 }
 
@@ -174,10 +253,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, Tensor? shift, SymInt count, "
       "float? momentum) -> ()");
-  m.def("batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu) "
+      "-> Tensor");
   m.def(
       "batch_norm_bwd_reduce(Tensor dz, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
-      "Tensor? z) "
+      "Tensor? z, bool want_g) -> (Tensor dgamma, Tensor dbeta, Tensor finish, Tensor g)");
+  m.def(
+      "batch_norm_bwd_reduce_pair(Tensor dz, Tensor z, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, "
+      "Tensor other_x, Tensor other_mean, Tensor other_rstd, Tensor? other_gamma) "
+      "-> (Tensor dgamma, Tensor other_dgamma, Tensor dbeta, Tensor finish, Tensor other_finish, Tensor g)");
+  m.def(
+      "batch_norm_bwd_finish(Tensor sums, Tensor mean, Tensor rstd, Tensor? gamma, SymInt count) "
       "-> (Tensor dgamma, Tensor dbeta, Tensor finish)");
   m.def(
       "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor finish, Tensor? z, bool want_g) "
@@ -190,6 +277,8 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("batch_norm_update_running", TORCH_BOX(&batch_norm_update_running));
   m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
   m.impl("batch_norm_bwd_reduce", TORCH_BOX(&batch_norm_bwd_reduce));
+  m.impl("batch_norm_bwd_reduce_pair", TORCH_BOX(&batch_norm_bwd_reduce_pair));
+  m.impl("batch_norm_bwd_finish", TORCH_BOX(&batch_norm_bwd_finish));
   m.impl("batch_norm_bwd_apply", TORCH_BOX(&batch_norm_bwd_apply));
 }
 

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
         running_mean.has_value() ? "running_var" : "running_mean", ": want both running statistics or none");
   auto [y, mean, var] = grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
   auto [rstd, affine] = batch_norm_fold(mean, var, gamma, beta, eps);
-  Tensor z = batch_norm_apply(y, affine, residual, relu);
+  Tensor z = batch_norm_apply(y, affine, residual, std::nullopt, relu);
   if (running_mean.has_value())  // last: a refused call changes no state
     batch_norm_update_running(*running_mean, *running_var, num_batches_tracked, mean, var, shift,
                               y.size(0) * y.size(2) * y.size(3), momentum);
@@ -28,17 +28,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
     const Ints& dilation, int64_t groups, const Tensor& y, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& gamma, const OptionalTensor& affine, const OptionalTensor& z, bool want_dx,
     bool want_dweight, bool want_g, bool weight_channels_last) {
-  auto [dgamma, dbeta, finish] = batch_norm_bwd_reduce(dz, y, mean, rstd, gamma, affine, z);
-  // The convolution's gradients finish dz as they load it, unless its mask or the residual asks for a pass.
-  Tensor dy = dz, g = empty({0}, x.scalar_type(), x);
-  OptionalTensor raw = y, table = finish;
-  if (want_g || (z.has_value() && (want_dx || want_dweight))) {
-    std::tie(dy, g) = batch_norm_bwd_apply(dz, y, finish, z, want_g);
-    raw = table = std::nullopt;
-  }
-  auto [dx, dweight] = grouped_conv_bwd(dy, x, weight, stride, padding, dilation, groups, raw, table, want_dx,
-                                        want_dweight, weight_channels_last);
-  return {dx, dweight, dgamma, dbeta, g};
+  // The convolution's gradients finish dz as they load it. A mask that only z knows is applied before.
+  const bool masked = want_g || (z.has_value() && (want_dx || want_dweight));
+  auto [dgamma, dbeta, finish, g] = batch_norm_bwd_reduce(dz, y, mean, rstd, gamma, affine, z, masked);
+  auto [dx, dweight, sums] =
+      grouped_conv_bwd(masked ? g : dz, x, weight, stride, padding, dilation, groups, y, finish, std::nullopt,
+                       want_dx, want_dweight, weight_channels_last);
+  return {dx, dweight, dgamma, dbeta, want_g ? g : empty({0}, x.scalar_type(), x)};
 }
 
 }  // namespace

@@ -183,8 +183,9 @@ struct InputGradient : Gradient<GroupedConvBwdInputParams> {
 struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
   Tensor x, dweight;
 
+  // act may have rows beyond its first two, a and b.
   WeightGradient(const char* op, const OutputGradient& from, const Tensor& input, const Ints& weight_size,
-                 const Geometry& geometry, const OptionalTensor& act, bool channels_last)
+                 const Geometry& geometry, const OptionalTensor& act, int64_t act_rows, bool channels_last)
       : x(input) {
     choose_kernels(op, "x", x, p);
     const ScalarType type = x.scalar_type();
@@ -194,7 +195,7 @@ struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
     take(op, from, type);
     x = channels_adjacent(x);
     p.x = view_of(x);
-    p.act = channel_floats(op, "act", act, {2, s.c});
+    p.act = channel_floats(op, "act", act, {act_rows, s.c});
     dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
                                    channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     p.dweight = dweight.mutable_data_ptr();
@@ -226,7 +227,7 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& we
                                const OptionalTensor& act, bool channels_last) {
   const char* op = "grouped_conv_bwd_weight";
   const Geometry geometry{op, stride, padding, dilation, groups};
-  const WeightGradient weight(op, {dy, y, finish}, x, weight_size, geometry, act, channels_last);
+  const WeightGradient weight(op, {dy, y, finish}, x, weight_size, geometry, act, 2, channels_last);
   run_stage(grouped_conv_bwd_weight_cpu, weight.p, work_of(weight.p.shape));
   weight.merge();
   return weight.dweight;
@@ -234,19 +235,21 @@ Tensor grouped_conv_bwd_weight(const Tensor& dy, const Tensor& x, const Ints& we
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                            const Ints& stride, const Ints& padding, const Ints& dilation,
-                                            int64_t groups, const OptionalTensor& y,
-                                            const OptionalTensor& finish, bool want_dx, bool want_dweight,
-                                            bool channels_last) {
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                    const Ints& stride, const Ints& padding,
+                                                    const Ints& dilation, int64_t groups,
+                                                    const OptionalTensor& y, const OptionalTensor& finish,
+                                                    const OptionalTensor& act, bool want_dx,
+                                                    bool want_dweight, bool channels_last) {
   const char* op = "grouped_conv_bwd";
   const Geometry geometry{op, stride, padding, dilation, groups};
   const OutputGradient from{dy, y, finish};
   std::optional<InputGradient> input;
   std::optional<WeightGradient> filters;
-  if (want_dx) input.emplace(op, from, weight, sizes_of(op, "x", x), geometry, std::nullopt, std::nullopt);
+  const OptionalTensor raw = act.has_value() ? OptionalTensor(x) : std::nullopt;
+  if (want_dx) input.emplace(op, from, weight, sizes_of(op, "x", x), geometry, raw, act);
   if (want_dweight)
-    filters.emplace(op, from, x, sizes_of(op, "weight", weight), geometry, std::nullopt, channels_last);
+    filters.emplace(op, from, x, sizes_of(op, "weight", weight), geometry, act, 4, channels_last);
   if (input) input->pack();
   if (input && filters)
     run_stage(grouped_conv_bwd_cpu, GroupedConvBwdParams{input->p, filters->p}, 2 * work_of(input->p.shape));
@@ -254,9 +257,11 @@ std::tuple<Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, c
     run_stage(grouped_conv_bwd_input_cpu, input->p, work_of(input->p.shape));
   else if (filters)
     run_stage(grouped_conv_bwd_weight_cpu, filters->p, work_of(filters->p.shape));
+  if (input) input->merge();
   if (filters) filters->merge();
   const auto nothing = [&] { return empty({0}, x.scalar_type(), x); };
-  return {input ? input->dx : nothing(), filters ? filters->dweight : nothing()};
+  return {input ? input->dx : nothing(), filters ? filters->dweight : nothing(),
+          input ? input->sums : empty_floats({0}, x)};
 }
 
 }  // namespace gconv
@@ -278,8 +283,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "bool channels_last=False) -> Tensor");
   m.def(
       "grouped_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, bool want_dx, bool want_dweight, "
-      "bool channels_last) -> (Tensor dx, Tensor dweight)");
+      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act, bool want_dx, "
+      "bool want_dweight, bool channels_last) -> (Tensor dx, Tensor dweight, Tensor sums)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {

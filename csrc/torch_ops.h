@@ -14,11 +14,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const
                                                           const Ints& stride, const Ints& padding,
                                                           const Ints& dilation, int64_t groups,
                                                           const OptionalTensor& act);
-std::tuple<Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                            const Ints& stride, const Ints& padding, const Ints& dilation,
-                                            int64_t groups, const OptionalTensor& y,
-                                            const OptionalTensor& finish, bool want_dx, bool want_dweight,
-                                            bool channels_last);
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                    const Ints& stride, const Ints& padding,
+                                                    const Ints& dilation, int64_t groups,
+                                                    const OptionalTensor& y, const OptionalTensor& finish,
+                                                    const OptionalTensor& act, bool want_dx,
+                                                    bool want_dweight, bool channels_last);
 Tensor pointwise_conv_fwd(const Tensor& x, const Tensor& weight, const Ints& stride,
                           const OptionalTensor& act, const OptionalTensor& affine,
                           const OptionalTensor& residual, bool relu);
@@ -35,12 +36,13 @@ void batch_norm_update_running(const Tensor& running_mean, const Tensor& running
                                std::optional<double> momentum);
 std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
                                            const OptionalTensor& beta, double eps);
-Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual, bool relu);
-std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,
-                                                         const Tensor& mean, const Tensor& rstd,
-                                                         const OptionalTensor& gamma,
-                                                         const OptionalTensor& affine,
-                                                         const OptionalTensor& z);
+Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
+                        const OptionalTensor& residual_affine, bool relu);
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,
+                                                                 const Tensor& mean, const Tensor& rstd,
+                                                                 const OptionalTensor& gamma,
+                                                                 const OptionalTensor& affine,
+                                                                 const OptionalTensor& z, bool want_g);
 std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& x, const Tensor& finish,
                                                 const OptionalTensor& z, bool want_g);
 

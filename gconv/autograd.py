@@ -57,6 +57,15 @@ def untracked() -> bool:
     return not (torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0)
 
 
+def unwatched(*tensors) -> bool:
+    """The same for a call on these tensors: also where none of them wants a gradient."""
+    if untracked():
+        return True
+    if transformed() or forward_ad._current_level >= 0:
+        return False
+    return not any(t is not None and t.requires_grad for t in tensors)
+
+
 def decide(op_name: str, x, *args) -> backend.Decision:
     """`backend.choose`, but torch for an x [N, C, H, W] without pixels, and for function transforms and
     forward-mode AD inside torch.compile, which inlines a Function's forward there: gradients of gradients and

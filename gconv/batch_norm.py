@@ -55,9 +55,12 @@ def batch_norm_fold_ref(mean, var, gamma, beta, eps):
     return rstd.to(mean.dtype), torch.stack((scale, shift)).to(mean.dtype)
 
 
-def batch_norm_apply_ref(x, affine, residual=None, relu=False):
-    """relu?(a*x + b + residual) for affine [2, C] = (a; b)."""
+def batch_norm_apply_ref(x, affine, residual=None, residual_affine=None, relu=False):
+    """relu?(a*x + b + residual), or relu?(a*x + b + c*residual + d), for affine [2, C] = (a; b) and
+    residual_affine [2, C] = (c; d)."""
     y = per_channel(affine[0]) * x + per_channel(affine[1])
+    if residual_affine is not None:
+        residual = per_channel(residual_affine[0]) * residual + per_channel(residual_affine[1])
     if residual is not None:
         y = y + residual
     return stored(torch.relu(y) if relu else y, x.dtype)
@@ -74,22 +77,45 @@ def _masked(dz, x, affine, z):
     return g
 
 
-def batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, affine, z):
-    """(dgamma, dbeta, finish): the sums of the backward (the paper's section 3) over g, dz masked by the
-    ReLU.
+def _sums_ref(g, x, mean, rstd):
+    """[2, C]: sum g and sum g*(x - mean)*rstd, the sums of the backward (the paper's section 3)."""
+    return torch.stack((g.sum(PIXELS), (g * (x - per_channel(mean)) * per_channel(rstd)).sum(PIXELS)))
 
-    dbeta = sum g, dgamma = sum g*(x - mean)*rstd; finish [6, C] = (A; B; C; mean; a; b) with dx = A*g + B*(x
-    - mean) + C. (a; b) is the affine where it gives the mask, else (0; 1), which masks nothing.
+
+def batch_norm_bwd_finish_ref(sums, mean, rstd, gamma, count):
+    """(dgamma, dbeta, finish): what the backward of a normalisation by the statistics of `count` values per
+    channel makes of sums [2, C] = (sum g; sum g*(x - mean)*rstd).
+
+    dbeta and dgamma are the sums; finish [6, C] = (A; B; C; mean; 0; 1) with dx = A*g + B*(x - mean) + C.
+    """
+    dbeta, dgamma = sums
+    scale = rstd if gamma is None else gamma * rstd
+    slope, offset = -scale * rstd * dgamma / count, -scale * dbeta / count
+    finish = torch.stack((scale, slope, offset, mean, torch.zeros_like(mean), torch.ones_like(mean)))
+    return dgamma.clone(), dbeta.clone(), finish
+
+
+def batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, affine, z, want_g):
+    """(dgamma, dbeta, finish, g): `batch_norm_bwd_finish_ref` of the sums over g, dz masked by the ReLU; g
+    has shape [0] unless wanted.
+
+    Rows 4 and 5 of finish are (a; b), the affine, where it gives the mask, else (0; 1), which masks nothing.
     """
     g = _masked(dz, x, affine, z)
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    dbeta = g.sum(PIXELS)
-    dgamma = (g * (x - per_channel(mean)) * per_channel(rstd)).sum(PIXELS)
-    scale = rstd if gamma is None else gamma * rstd
-    from_x = affine is not None and z is None
-    a, b = affine if from_x else (torch.zeros_like(mean), torch.ones_like(mean))
-    finish = torch.stack((scale, -scale * rstd * dgamma / count, -scale * dbeta / count, mean, a, b))
-    return dgamma, dbeta, finish
+    dgamma, dbeta, finish = batch_norm_bwd_finish_ref(_sums_ref(g, x, mean, rstd), mean, rstd, gamma, count)
+    if affine is not None and z is None:
+        finish = torch.cat((finish[:4], affine))
+    return dgamma, dbeta, finish, stored(g, dz.dtype) if want_g else x.new_zeros(0)
+
+
+def batch_norm_bwd_reduce_pair_ref(dz, z, x, mean, rstd, gamma, other_x, other_mean, other_rstd, other_gamma):
+    """(dgamma, other_dgamma, dbeta, finish, other_finish, g) of two normalisations whose sum became z by a
+    ReLU: `batch_norm_bwd_reduce_ref` of each, dbeta and g being common."""
+    dgamma, dbeta, finish, g = batch_norm_bwd_reduce_ref(dz, x, mean, rstd, gamma, None, z, True)
+    other = (other_x, other_mean, other_rstd, other_gamma)
+    other_dgamma, _, other_finish, _ = batch_norm_bwd_reduce_ref(dz, *other, None, z, False)
+    return dgamma, other_dgamma, dbeta, finish, other_finish, g
 
 
 def batch_norm_bwd_apply_ref(dz, x, finish, z, want_g):
@@ -140,6 +166,8 @@ _stats = op("batch_norm_stats", batch_norm_stats_ref)
 fold = op("batch_norm_fold", batch_norm_fold_ref)
 apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
 bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
+bwd_reduce_pair = op("batch_norm_bwd_reduce_pair", batch_norm_bwd_reduce_pair_ref)
+bwd_finish = op("batch_norm_bwd_finish", batch_norm_bwd_finish_ref)
 bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
 _update_running = op("batch_norm_update_running", batch_norm_update_running_ref)
 
@@ -166,7 +194,7 @@ def train_composed(x, gamma, beta, residual, eps, relu):
     """The training forward from differentiable parts, with the outputs of `BatchNorm`."""
     mean, var = batch_norm_stats_ref(x)
     rstd, affine = batch_norm_fold_ref(mean, var, gamma, beta, eps)
-    return batch_norm_apply_ref(x, affine, residual, relu), mean, var, rstd, affine
+    return batch_norm_apply_ref(x, affine, residual, None, relu), mean, var, rstd, affine
 
 
 def pull_back(forward, dz, primals, shut):
@@ -194,7 +222,7 @@ class BatchNorm(Function):
     def forward(x, gamma, beta, residual, eps, relu):
         mean, var = call(_stats, x)
         rstd, affine = call(fold, mean, var, gamma, beta, eps)
-        return call(apply_affine, x, affine, residual, relu), mean, var, rstd, affine
+        return call(apply_affine, x, affine, residual, None, relu), mean, var, rstd, affine
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -228,7 +256,7 @@ class BatchNormBackward(Function):
         dz = channels_last(dz)
         mask = affine if relu and z is None else None
         want_g = wanted[3] and relu
-        dgamma, dbeta, finish = call(bwd_reduce, dz, x, mean, rstd, gamma, mask, z)
+        dgamma, dbeta, finish, _ = call(bwd_reduce, dz, x, mean, rstd, gamma, mask, z, False)
         dx, g = call(bwd_apply, dz, x, finish, z, want_g) if wanted[0] or want_g else (None, None)
         return only((*wanted[:3], want_g), (dx, dgamma, dbeta, g))
 
@@ -263,7 +291,7 @@ class BatchNormAffine(Function):
 
     @staticmethod
     def forward(x, scale, shift, residual, relu):
-        return call(apply_affine, x, torch.stack((scale, shift)), residual, relu)
+        return call(apply_affine, x, torch.stack((scale, shift)), residual, None, relu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -285,7 +313,7 @@ class BatchNormAffine(Function):
     def vmap(info, in_dims, *args):
         z, dim = vmap_by(
             lambda x, scale, shift, residual, relu: (
-                batch_norm_apply_ref(x, torch.stack((scale, shift)), residual, relu),
+                batch_norm_apply_ref(x, torch.stack((scale, shift)), residual, None, relu),
             ),
             info, in_dims, args,
         )  # fmt: skip
@@ -304,8 +332,19 @@ def _fold_fake(mean, var, gamma, beta, eps):
     return torch.empty_like(mean), mean.new_empty(2, mean.shape[0])
 
 
-def _bwd_reduce_fake(dz, x, mean, rstd, gamma, affine, z):
+def _bwd_finish_fake(sums, mean, rstd, gamma, count):
     return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(6, mean.shape[0])
+
+
+def _bwd_reduce_fake(dz, x, mean, rstd, gamma, affine, z, want_g):
+    g = empty_channels_last(x, x.shape) if want_g else x.new_empty(0)
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(6, mean.shape[0]), g
+
+
+def _bwd_reduce_pair_fake(dz, z, x, mean, *rest):
+    vectors = [torch.empty_like(mean) for _ in range(3)]
+    tables = [mean.new_empty(6, mean.shape[0]) for _ in range(2)]
+    return *vectors, *tables, empty_channels_last(x, x.shape)
 
 
 def _stats_fake(x):
@@ -322,10 +361,12 @@ register("batch_norm_fold", _fold_fake, batch_norm_fold_ref)
 register("batch_norm_update_running", lambda *args: None, None)
 register(
     "batch_norm_apply",
-    lambda x, affine, residual, relu: empty_channels_last(x, x.shape),
+    lambda x, affine, residual, residual_affine, relu: empty_channels_last(x, x.shape),
     batch_norm_apply_ref,
 )
 register("batch_norm_bwd_reduce", _bwd_reduce_fake, batch_norm_bwd_reduce_ref)
+register("batch_norm_bwd_reduce_pair", _bwd_reduce_pair_fake, batch_norm_bwd_reduce_pair_ref)
+register("batch_norm_bwd_finish", _bwd_finish_fake, batch_norm_bwd_finish_ref)
 register("batch_norm_bwd_apply", _bwd_apply_fake, batch_norm_bwd_apply_ref)
 
 
@@ -480,7 +521,7 @@ def infer(x, running_mean, running_var, gamma, beta, residual, eps, relu):
     if untracked():
         vectors = map(as_float, (running_mean, running_var, gamma, beta))
         _, affine = call(fold, *vectors, eps)
-        z = call(apply_affine, x, affine, residual, relu)
+        z = call(apply_affine, x, affine, residual, None, relu)
     else:
         z = _affine_apply(
             x, *inference_affine(running_mean, running_var, gamma, beta, eps), distinct(x, residual), relu

@@ -64,6 +64,7 @@ from gconv.grouped_conv import (
     conv_apply,
     conv_output_size,
     fwd,
+    fwd_stats,
     grouped_conv_bwd_ref,
     grouped_conv_fwd_stats_ref,
     in_channels_last,
@@ -73,7 +74,7 @@ from gconv.grouped_conv import (
 )
 
 # Where the backward of normalisation and ReLU is applied to the gradient: True as the convolution's two
-# gradients load it, False in one pass of its own before them. (A residual's gradient always takes the pass.)
+# gradients load it, False in one pass of its own before them.
 FINISH_ON_LOAD = True
 
 # Whether one op runs all stages of a direction where there is one for the device (the CPU). Between large
@@ -96,7 +97,7 @@ def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     *conf, gamma, beta, residual, eps, relu = args
     y, mean, var = fwd_stats(x, weight, *conf, None)
     rstd, affine = fold(mean, var, gamma, beta, eps)
-    return apply_affine(y, affine, residual, relu), y, mean, var, rstd, affine
+    return apply_affine(y, affine, residual, None, relu), y, mean, var, rstd, affine
 
 
 def _backward_stages(
@@ -104,14 +105,17 @@ def _backward_stages(
     gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
 ):  # fmt: skip
     """(dx, dweight, dgamma, dbeta, g) by the given ops or references, of shape [0] where not wanted."""
-    dgamma, dbeta, finish = reduce(dz, y, mean, rstd, gamma, affine, z)
-    dy, raw, g = dz, y, x.new_empty(0)
-    if want_g or ((want_dx or want_dweight) and (z is not None or not FINISH_ON_LOAD)):
-        dy, g = apply(dz, y, finish, z, want_g)
+    # What finishes dz on load knows no mask by z.
+    masked = want_g or ((want_dx or want_dweight) and z is not None)
+    dgamma, dbeta, finish, g = reduce(dz, y, mean, rstd, gamma, affine, z, masked)
+    dy, raw = g if masked else dz, y
+    if not FINISH_ON_LOAD and (want_dx or want_dweight):
+        dy, _ = apply(dy, y, finish, None, False)
         raw = finish = None
     wanted = (want_dx, want_dweight, weight_channels_last)
     conf = (stride, padding, dilation, groups)
-    return *conv_bwd(dy, x, weight, *conf, raw, finish, *wanted), dgamma, dbeta, g
+    dx, dweight, _ = conv_bwd(dy, x, weight, *conf, raw, finish, None, *wanted)
+    return dx, dweight, dgamma, dbeta, g if want_g else x.new_empty(0)
 
 
 def conv_bn_relu_fwd_train_ref(
@@ -138,7 +142,6 @@ def conv_bn_relu_bwd_ref(dz, x, *args):
     return _backward_stages(*stages, dz, x, *args)
 
 
-_fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
 _fwd_train = op("conv_bn_relu_fwd_train", conv_bn_relu_fwd_train_ref)
 _bwd = op("conv_bn_relu_bwd", conv_bn_relu_bwd_ref)
 
@@ -181,7 +184,7 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        return call(_forward_stages, _fwd_stats, fold, apply_affine, *args)
+        return call(_forward_stages, fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -361,10 +364,10 @@ def conv_bn_relu(
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
-    return _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
+    return run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
 
 
-def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
+def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
     check_tensors("conv_bn_relu", x, weight, bias)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
@@ -392,7 +395,7 @@ def _conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residu
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _not_fusable(conv, bn) -> str | None:
+def not_fusable(conv, bn) -> str | None:
     """Why the modules must be called as they are, or None."""
     if type(bn) is not nn.BatchNorm2d and not is_frozen(bn):
         return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
@@ -430,7 +433,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         ValueError: as in `conv_bn_relu`.
     """
     with backend.layer_scope(conv):
-        reason = _not_fusable(conv, bn)
+        reason = not_fusable(conv, bn)
         if reason is not None:
             z = tail(bn(conv(x)), residual, relu)
             backend.record(
@@ -444,4 +447,4 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         weight, bias = conv.weight, conv.bias
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        return _conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)
+        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)

@@ -5,9 +5,8 @@ keys, hooks, mode and every reference to the module stay. Two kinds of module ch
 
 - a plain nn.Conv2d with a 3x3 kernel becomes gconv.Conv2d;
 - an nn.Sequential, or a residual block whose forward we know, runs its convolution + batch norm (+ residual)
-  (+ ReLU)
-  as one fused call. A block is known by the code of its forward, not by its name: torchvision's and timm's
-  ResNet blocks and every copy of them.
+  (+ ReLU) as one fused call, and a whole bottleneck as one chain. A block is known by the code of its
+  forward, not by its name: torchvision's and timm's ResNet blocks and every copy of them.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from gconv import backend
+from gconv.bottleneck import fuse_bottleneck_forward, not_chained
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.layers import Conv2d, ConvBNReLU
 
@@ -189,17 +189,18 @@ def _block_of(cls: type) -> Block | None:
 # --------------------------------------------------------------------------------------------- fused forwards
 
 
-def _is_plain_relu(module) -> bool:
-    """True for an nn.ReLU that nobody watches: a hook on it must fire."""
-    if type(module) is not nn.ReLU:
-        return False
-    hooked = (
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    return not hooked
+
+
+def _is_plain_relu(module) -> bool:
+    """True for an nn.ReLU that nobody watches: a hook on it must fire."""
+    return type(module) is nn.ReLU and not _has_hooks(module)
 
 
 def _present(owner: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -232,6 +233,28 @@ def _run_step(owner: nn.Module, step: Step, x, shortcut=None):
     return y
 
 
+def _chain_reason(block: nn.Module) -> str | None:
+    """Why a bottleneck's steps run one by one, or None."""
+    for step in block._gconv_block.steps:
+        if step.conv not in block._gconv_fused:
+            return f"{step.conv}: kept"
+        busy = _present(block, (*step.between, *step.after))
+        if busy:
+            return f"{step.conv}: a {type(busy[0]).__name__} follows"
+        act = getattr(block, step.act)
+        if not _is_plain_relu(act):
+            return f"{step.act}: want a ReLU without hooks, got {type(act).__name__}"
+    return None
+
+
+def _projection(downsample: nn.Module | None) -> tuple | None:
+    """(conv, bn) of a converted shortcut that is nothing else and that nobody watches, or None."""
+    if not isinstance(downsample, _FusedSequential) or len(downsample) != 2 or _has_hooks(downsample):
+        return None
+    (conv_name, conv), (_, bn) = downsample._modules.items()
+    return (conv, bn) if conv_name in downsample._gconv_fused else None
+
+
 class _Fused:
     """Mixin of the classes that convert gives to blocks. `_gconv_base` is the class before, `_gconv_fused`
     (on the instance) the names of the convolutions that run fused. The classes are made on demand, so pickle
@@ -248,8 +271,16 @@ class _FusedBlock(_Fused):
     def forward(self, x):
         if isinstance(x, torch.fx.Proxy):  # the graph keeps the block's own nodes
             return self._gconv_base.forward(self, x)
-        out = x
         *steps, last = self._gconv_block.steps
+        if len(steps) == 2:
+            reason = _chain_reason(self)
+            if reason is None:
+                layers = [(getattr(self, step.conv), getattr(self, step.bn)) for step in (*steps, last)]
+                projection = _projection(self.downsample)
+                other = projection is None and self.downsample is not None
+                return fuse_bottleneck_forward(x, layers, projection, self.downsample(x) if other else None)
+            not_chained(reason, x)
+        out = x
         for step in steps:
             out = _run_step(self, step, out)
         return _run_step(self, last, out, x if self.downsample is None else self.downsample(x))
@@ -420,6 +451,21 @@ def _runs_fused_itself(module: nn.Module) -> bool:
     return ours and not getattr(module, "stock", False)
 
 
+def _chained(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that a converted bottleneck runs as one chain; [] for any other module."""
+    if not isinstance(module, _FusedBlock) or len(module._gconv_block.steps) != 3 or _chain_reason(module):
+        return []
+    convs = [getattr(module, step.conv) for step in module._gconv_block.steps]
+    if [conv.kernel_size for conv in convs] != [(1, 1), (3, 3), (1, 1)]:
+        return []
+    if any(conv.bias is not None for conv in convs):
+        return []
+    if backend.dense_to_torch(convs[1].groups, convs[1].in_channels):
+        return []
+    projection = _projection(module.downsample)
+    return convs if projection is None else [*convs, projection[0]]
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
@@ -513,6 +559,9 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
     for name, module in modules:
         if id(module) not in inside and not _runs_fused_itself(module):
             _convert_runs(name, module, ask, entries)
+    for _, module in modules:
+        for conv in _chained(module):
+            entries[id(conv)].reason = "in one chain"
     report = []
     for name, module in modules:
         if id(module) in inside:

@@ -1,9 +1,13 @@
 """The functional forms: what torch.nn.functional's conv2d and batch_norm take, and their fusion."""
 
 from gconv.batch_norm import batch_norm
+from gconv.bottleneck import bottleneck, fuse_bottleneck_forward
 from gconv.conv_bn_relu import conv_bn_relu, fuse_modules_forward
 from gconv.grouped_conv import grouped_conv
 
 conv2d = grouped_conv
 
-__all__ = ["batch_norm", "conv2d", "conv_bn_relu", "fuse_modules_forward", "grouped_conv"]
+__all__ = [
+    "batch_norm", "bottleneck", "conv2d", "conv_bn_relu", "fuse_bottleneck_forward", "fuse_modules_forward",
+    "grouped_conv",
+]  # fmt: skip

@@ -119,18 +119,21 @@ def grouped_conv_bwd_weight_ref(
 
 
 def grouped_conv_bwd_ref(
-    dy, x, weight, stride, padding, dilation, groups, y, finish, want_dx, want_dweight, channels_last
+    dy, x, weight, stride, padding, dilation, groups, y, finish, act, want_dx, want_dweight, channels_last
 ):
-    """(dx, dweight): `grouped_conv_bwd_input_ref` and `grouped_conv_bwd_weight_ref` without act, of shape [0]
-    unless wanted."""
+    """(dx, dweight, sums) of `grouped_conv_bwd_input_ref` and `grouped_conv_bwd_weight_ref`, both with the
+    former's act [4, C]; of shape [0] unless wanted."""
     conf = (stride, padding, dilation, groups)
     dx = dweight = x.new_zeros(0)
+    sums = x.new_zeros(0, dtype=wide(x))
     if want_dx:
-        dx, _ = grouped_conv_bwd_input_ref(dy, weight, tuple(x.shape), *conf, y, finish)
+        masked_by = (None, None) if act is None else (x, act)
+        dx, sums = grouped_conv_bwd_input_ref(dy, weight, tuple(x.shape), *conf, y, finish, *masked_by)
     if want_dweight:
+        prologue = None if act is None else act[:2]
         size = tuple(weight.shape)
-        dweight = grouped_conv_bwd_weight_ref(dy, x, size, *conf, y, finish, None, channels_last)
-    return dx, dweight
+        dweight = grouped_conv_bwd_weight_ref(dy, x, size, *conf, y, finish, prologue, channels_last)
+    return dx, dweight, sums
 
 
 def _weight_format(channels_last: bool) -> torch.memory_format:
@@ -148,6 +151,7 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
 
 
 fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
+fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
 bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
 bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
 bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
@@ -162,7 +166,7 @@ def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, w
     conf = (stride, padding, dilation, groups)
     if first_order() and (want_x or want_weight):
         layout = want_weight and in_channels_last(weight)
-        dx, dweight = call(bwd, dy, x, weight, *conf, None, None, want_x, want_weight, layout)
+        dx, dweight, _ = call(bwd, dy, x, weight, *conf, None, None, None, want_x, want_weight, layout)
         return dx if want_x else None, dweight if want_weight else None
     dx = bwd_input_apply(dy, weight, tuple(x.shape), *conf) if want_x else None
     dweight = bwd_weight_apply(dy, x, tuple(weight.shape), *conf) if want_weight else None
@@ -404,16 +408,19 @@ def _bwd_weight_formula(args, outputs, grads, wanted):
 
 
 def _bwd_fake(
-    dy, x, weight, stride, padding, dilation, groups, y, finish, want_dx, want_dweight, channels_last
+    dy, x, weight, stride, padding, dilation, groups, y, finish, act, want_dx, want_dweight, channels_last
 ):
     dx = empty_channels_last(x, x.shape) if want_dx else x.new_empty(0)
-    layout = _weight_format(channels_last)
-    return dx, torch.empty_like(weight, memory_format=layout) if want_dweight else x.new_empty(0)
+    dweight = x.new_empty(0)
+    if want_dweight:
+        dweight = torch.empty_like(weight, memory_format=_weight_format(channels_last))
+    size = (2, x.shape[1]) if want_dx and act is not None else (0,)
+    return dx, dweight, x.new_empty(size, dtype=torch.float32)
 
 
 def _bwd_formula(args, outputs, grads, wanted):
-    dy, x, weight, *conf, _, finish, want_dx, want_dweight, _ = args
-    if finish is not None:
+    dy, x, weight, *conf, _, finish, act, want_dx, want_dweight, _ = args
+    if finish is not None or act is not None:
         return NotImplemented
     ddx, ddweight = (g if want else None for g, want in zip(grads, (want_dx, want_dweight)))
     ddy = d_x = d_weight = None

@@ -7,9 +7,9 @@ torchvision the stride of a bottleneck sits on its 3x3 convolution ("ResNet v1.5
 
 Names, shapes and order of parameters and buffers, and the use of the random generator while they are
 initialised, are torchvision's: the same seed gives the same weights and checkpoints go both ways. What
-differs is the forward pass: convolution, batch norm, residual and ReLU run as one call
-(`gconv.conv_bn_relu.fuse_modules_forward`). The 3x3 convolutions are gconv.Conv2d; the 1x1 ones and the 7x7
-stem are nn.Conv2d, whose convolution torch runs.
+differs is the forward pass: a bottleneck runs as one chain (`gconv.bottleneck.fuse_bottleneck_forward`), and
+elsewhere convolution, batch norm, residual and ReLU as one call (`gconv.conv_bn_relu.fuse_modules_forward`).
+The 3x3 convolutions are gconv.Conv2d; the 1x1 ones and the 7x7 stem are nn.Conv2d.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv import backend
+from gconv.bottleneck import fuse_bottleneck_forward
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.layers import Conv2d
 
@@ -95,15 +96,21 @@ def _calls_modules(owner: nn.Module, x: Tensor) -> bool:
     return True
 
 
+def _projection(downsample: nn.Module | None) -> tuple | None:
+    """(conv, bn) of a shortcut that is nothing else and that nobody watches, or None."""
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _is_watched(downsample):
+        conv, bn = downsample
+        if isinstance(conv, nn.Conv2d):
+            return conv, bn
+    return None
+
+
 def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     """The identity branch: x itself, or 1x1 convolution and batch norm without ReLU."""
     if downsample is None:
         return x
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _is_watched(downsample):
-        conv, bn = downsample
-        if isinstance(conv, nn.Conv2d):
-            return fuse_modules_forward(x, conv, bn, relu=False)
-    return downsample(x)
+    projection = _projection(downsample)
+    return downsample(x) if projection is None else fuse_modules_forward(x, *projection, relu=False)
 
 
 class BasicBlock(nn.Module):
@@ -203,9 +210,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if _calls_modules(self, x):
             return self._forward_modules(x)
-        out = fuse_modules_forward(x, self.conv1, self.bn1)
-        out = fuse_modules_forward(out, self.conv2, self.bn2)
-        return fuse_modules_forward(out, self.conv3, self.bn3, residual=_shortcut(self.downsample, x))
+        layers = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        projection = _projection(self.downsample)
+        other = projection is None and self.downsample is not None
+        return fuse_bottleneck_forward(x, layers, projection, self.downsample(x) if other else None)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))

@@ -291,11 +291,15 @@ def ref_bn_fold(mean, var, gamma, beta, eps):
     )
 
 
-def ref_bn_apply(work, x, affine, residual, relu):
+def ref_bn_apply(work, x, affine, residual, residual_affine, relu):
     a, b = vectors(affine, work)
     y = (a * x.to(work) + b).to(work)
     if residual is not None:
-        y = y + residual.to(work)
+        y = y + (
+            residual
+            if residual_affine is None
+            else ref_bn_apply(work, residual, residual_affine, None, None, False)
+        ).to(work)
     return torch.relu(y) if relu else y
 
 

@@ -232,6 +232,7 @@ void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where
                          xs.view(s.h, s.w, s.c),
                          affine_floats.data(),
                          zs.view(s.h, s.w, s.c),
+                         nullptr,
                          true,
                          y.view(s.h, s.w, s.c)};
   stage(batch_norm_apply_cpu, a);
@@ -239,9 +240,9 @@ void check_norm(Isa isa, DType dtype, const BatchNormShape& s, const char* where
 
   BatchNormBwdReduceParams r{};
   r.shape = s, r.dtype = dtype, r.isa = isa;
-  r.dz = dzs.view(s.h, s.w, s.c), r.x = t.x, r.z = a.residual;
-  r.mean = mean_floats.data(), r.rstd = rstd.data();
-  r.dgamma = dgamma.data(), r.dbeta = dbeta.data(), r.finish = got_finish.data();
+  r.dz = dzs.view(s.h, s.w, s.c), r.z = a.residual, r.dbeta = dbeta.data();
+  r.main.x = t.x, r.main.mean = mean_floats.data(), r.main.rstd = rstd.data();
+  r.main.dgamma = dgamma.data(), r.main.finish = got_finish.data();
   const Workspace sums(batch_norm_bwd_reduce_workspace(r));
   r.workspace = sums.data;
   stage(batch_norm_bwd_reduce_cpu, r);

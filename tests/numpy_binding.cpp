@@ -201,17 +201,19 @@ void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pa
 
 void conv_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad, Pair dilation,
               int64_t groups, py::object dy, py::object x, py::object weight, py::object y, py::object finish,
-              py::object dx, py::object dweight) {
+              py::object act, py::object dx, py::object dweight, py::object sums) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
-  const py::none none;
-  GroupedConvBwdParams p{bwd_input_params(run, s, dy, weight, y, finish, none, none, dx, none),
-                         bwd_weight_params(run, s, dy, x, y, finish, none, dweight)};
+  const py::object raw = act.is_none() ? py::none() : x;
+  GroupedConvBwdParams p{bwd_input_params(run, s, dy, weight, y, finish, raw, act, dx, sums),
+                         bwd_weight_params(run, s, dy, x, y, finish, py::none(), dweight)};
+  p.weight.act = p.input.act;
   const Workspace input_workspace(grouped_conv_bwd_input_workspace(p.input));
   const Workspace weight_workspace(grouped_conv_bwd_weight_workspace(p.weight));
   p.input.workspace = input_workspace.data();
   p.weight.workspace = weight_workspace.data();
   run.stage(grouped_conv_bwd_input_pack_cpu, p.input);
   run.stage(grouped_conv_bwd_cpu, p);
+  if (p.input.sums) run.stage(grouped_conv_bwd_input_merge_cpu, p.input);
   run.stage(grouped_conv_bwd_weight_merge_cpu, p.weight);
 }
 
@@ -307,36 +309,58 @@ void norm_update_running(const Run& run, int64_t c, py::object mean, py::object 
 }
 
 void norm_apply(const Run& run, std::array<int64_t, 4> s, py::object x, py::object affine,
-                py::object residual, bool relu, py::object y) {
+                py::object residual, py::object residual_affine, bool relu, py::object y) {
   BatchNormApplyParams p{};
   p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
   p.x = run.activation("x", x, s);
   p.affine = floats("affine", affine, 2 * s[3]);
   p.residual = run.activation("residual", residual, s);
+  p.residual_affine = floats("residual_affine", residual_affine, 2 * s[3]);
   p.relu = relu;
   p.y = run.activation("y", y, s);
   run.stage(batch_norm_apply_cpu, p);
 }
 
+BatchNormBwdBranch bwd_branch(const Run& run, std::array<int64_t, 4> s, py::object x, py::object mean,
+                              py::object rstd, py::object gamma, py::object dgamma, py::object finish) {
+  return {run.activation("x", x, s),    floats("mean", mean, s[3]),     floats("rstd", rstd, s[3]),
+          floats("gamma", gamma, s[3]), floats("dgamma", dgamma, s[3]), floats("finish", finish, 6 * s[3])};
+}
+
+// `other`: x, mean, rstd, gamma, dgamma and finish of another branch, or nothing.
 void norm_bwd_reduce(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object mean,
                      py::object rstd, py::object gamma, py::object affine, py::object z, py::object dgamma,
-                     py::object dbeta, py::object finish) {
+                     py::object dbeta, py::object finish, py::object g, std::vector<py::object> other) {
   BatchNormBwdReduceParams p{};
   p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
   p.dz = run.activation("dz", dz, s);
-  p.x = run.activation("x", x, s);
-  p.mean = floats("mean", mean, s[3]);
-  p.rstd = floats("rstd", rstd, s[3]);
-  p.gamma = floats("gamma", gamma, s[3]);
+  p.main = bwd_branch(run, s, x, mean, rstd, gamma, dgamma, finish);
+  if (!other.empty())
+    p.other =
+        bwd_branch(run, s, other.at(0), other.at(1), other.at(2), other.at(3), other.at(4), other.at(5));
   p.affine = floats("affine", affine, 2 * s[3]);
   p.z = run.activation("z", z, s);
-  p.dgamma = floats("dgamma", dgamma, s[3]);
   p.dbeta = floats("dbeta", dbeta, s[3]);
-  p.finish = floats("finish", finish, 6 * s[3]);
+  p.g = run.activation("g", g, s);
   const Workspace workspace(batch_norm_bwd_reduce_workspace(p));
   p.workspace = workspace.data();
   run.stage(batch_norm_bwd_reduce_cpu, p);
   run.stage(batch_norm_bwd_reduce_merge_cpu, p);
+}
+
+void norm_bwd_finish(const Run& run, int64_t c, py::object sums, py::object mean, py::object rstd,
+                     py::object gamma, int64_t count, py::object dgamma, py::object dbeta,
+                     py::object finish) {
+  const BatchNormBwdFinishParams p{c,
+                                   floats("sums", sums, 2 * c),
+                                   floats("mean", mean, c),
+                                   floats("rstd", rstd, c),
+                                   floats("gamma", gamma, c),
+                                   count,
+                                   floats("dgamma", dgamma, c),
+                                   floats("dbeta", dbeta, c),
+                                   floats("finish", finish, 6 * c)};
+  run.stage(batch_norm_bwd_finish_cpu, p);
 }
 
 void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py::object x, py::object finish,
@@ -376,5 +400,6 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("batch_norm_update_running", &norm_update_running);
   m.def("batch_norm_apply", &norm_apply);
   m.def("batch_norm_bwd_reduce", &norm_bwd_reduce);
+  m.def("batch_norm_bwd_finish", &norm_bwd_finish);
   m.def("batch_norm_bwd_apply", &norm_bwd_apply);
 }

@@ -22,7 +22,7 @@ from gconv.functional import batch_norm, conv_bn_relu, grouped_conv
 OPS = {
     conv_module: ("fwd", "bwd_input", "bwd_weight", "bwd"),
     bn_module: ("_stats", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
-    fused_module: ("fwd", "_fwd_stats", "bwd", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
+    fused_module: ("fwd", "fwd_stats", "bwd", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
 }
 
 
@@ -382,8 +382,8 @@ def test_gradcheck_would_notice(reference_ops, monkeypatch):
     right = conv_module.bwd
 
     def wrong(*args):
-        dx, dweight = right(*args)
-        return dx, dweight * 1.01
+        dx, dweight, sums = right(*args)
+        return dx, dweight * 1.01, sums
 
     monkeypatch.setattr(conv_module, "bwd", wrong)
     x, weight = doubles((1, 2, 3, 3), (2, 1, 3, 3))

@@ -317,7 +317,7 @@ OPS = {
         "dy": Y, "x": X, "weight_size": [12, 2, 3, 3], **GEOMETRY, "y": Y, "finish": FINISH, "act": ACT2,
     },
     "grouped_conv_bwd": {
-        "dy": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "finish": FINISH, "want_dx": True,
+        "dy": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "finish": FINISH, "act": ACT4, "want_dx": True,
         "want_dweight": True, "channels_last": False,
     },
     "batch_norm_stats": {"x": X},
@@ -325,10 +325,17 @@ OPS = {
         "mean": torch.ones(8), "var": torch.ones(8), "gamma": torch.ones(8), "beta": torch.ones(8),
         "eps": 1e-5,
     },
-    "batch_norm_apply": {"x": X, "affine": ACT2, "residual": X, "relu": True},
+    "batch_norm_apply": {"x": X, "affine": ACT2, "residual": X, "residual_affine": ACT2, "relu": True},
     "batch_norm_bwd_reduce": {
         "dz": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8),
-        "affine": ACT2, "z": None,
+        "affine": ACT2, "z": None, "want_g": True,
+    },
+    "batch_norm_bwd_reduce_pair": {
+        "dz": X, "z": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8),
+        "other_x": X, "other_mean": torch.ones(8), "other_rstd": torch.ones(8), "other_gamma": torch.ones(8),
+    },
+    "batch_norm_bwd_finish": {
+        "sums": ACT2, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8), "count": 9,
     },
     "batch_norm_bwd_apply": {"dz": X, "x": X, "finish": torch.ones(6, 8), "z": X, "want_g": True},
     "batch_norm_update_running": {
@@ -346,7 +353,7 @@ OPS = {
         "want_g": True, "weight_channels_last": False,
     },
 }  # fmt: skip
-ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z")
+ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z", "other_x")
 
 
 def wrong_tensors(name, t):
@@ -390,6 +397,7 @@ NO_CONTRADICTION = {
     *(("batch_norm_stats", "x", what) for what in ("C", "H", "W", "N", "bfloat16")),
     *(("grouped_conv_fwd_stats", "x", what) for what in ("H", "W", "N")),
     ("grouped_conv_fwd_stats", "dilation", "[3, 1]"),
+    ("batch_norm_bwd_finish", "count", "1"),
 }
 
 
@@ -448,6 +456,8 @@ def op_cases():
                     yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
             elif name == "count":
                 for wrong in (1, 0, -1, -(2**63), "9", 4.5, None):
+                    if (op, name, str(wrong)) in NO_CONTRADICTION:
+                        continue
                     yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
             else:
                 yield pytest.param(op, name, "x", id=f"{op}-{name}-string")
@@ -549,7 +559,7 @@ def test_ops_refuse_more_memory_than_there_is(ops):
         with pytest.raises(REFUSALS):
             ops.grouped_conv_fwd(x, W, [1, 1], [1, 1], [1, 1], 4, None, None, None, False)
     with pytest.raises(REFUSALS):
-        ops.batch_norm_apply(huge, ACT2, None, False)
+        ops.batch_norm_apply(huge, ACT2, None, None, False)
     dy = torch.ones(()).expand(2**40, 12, 4, 4)
     with pytest.raises(REFUSALS):
         ops.grouped_conv_bwd_input(dy, W, [2**40, 8, 4, 4], [1, 1], [1, 1], [1, 1], 4, None, None, None, None)
@@ -561,7 +571,7 @@ def test_ops_refuse_other_layouts_and_devices(ops):
         with pytest.raises((*REFUSALS, NotImplementedError)):
             ops.grouped_conv_fwd(x, W, [1, 1], [1, 1], [1, 1], 4, None, None, None, False)
         with pytest.raises((*REFUSALS, NotImplementedError)):
-            ops.batch_norm_apply(x, ACT2, None, False)
+            ops.batch_norm_apply(x, ACT2, None, None, False)
     with pytest.raises((*REFUSALS, NotImplementedError)):
         ops.grouped_conv_fwd(X, W.to_sparse(), [1, 1], [1, 1], [1, 1], 4, None, None, None, False)
 

@@ -19,7 +19,7 @@ from checks import (
 )
 
 import gconv
-from gconv.batch_norm import batch_norm_update_running_ref
+from gconv.batch_norm import batch_norm_bwd_finish_ref, batch_norm_update_running_ref
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -76,14 +76,14 @@ def check(integer, actual, exact, own, label, dtype=None, magnitude=None):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", ["none", "plain", "scaled"])
 @pytest.mark.parametrize("relu", [False, True])
 @kinds
 def test_apply(isa, ops, shape, dtype, residual, relu, kind):
     data = Data(shape, dtype, kind, residual, relu)
     x, affine = data.place(data.activation(), "x"), data.affine()
-    r = data.place(data.activation(), "residual") if residual else None
-    args = (x, affine, r, relu)
+    r = None if residual == "none" else data.place(data.activation(), "residual")
+    args = (x, affine, r, data.affine() if residual == "scaled" else None, relu)
     y = ops.batch_norm_apply(*args)
     assert y.dtype == dtype
     check(
@@ -197,7 +197,7 @@ def backward_problem(shape, dtype, kind, mask):
     x = data.clear(data.activation(), affine)
     z = None
     if mask == "output":
-        z = checks.ref_bn_apply(torch.float64, x, affine, data.activation(), True).to(dtype)
+        z = checks.ref_bn_apply(torch.float64, x, affine, data.activation(), None, True).to(dtype)
     values = {
         "dz": data.place(data.activation(), "dz"), "x": data.place(x, "x"), "z": data.place(z, "z"),
         "affine": affine if mask == "affine" else None,
@@ -214,20 +214,71 @@ def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
     mean, rstd = data.vector((-1.0, 0.0, 2.0)), data.vector((0.5, 1.0, 2.0))
     gamma = checks.rotate((None, data.vector()), shape, str(dtype), mask)
     args = (v["dz"], v["x"], mean, rstd, gamma, v["affine"], v["z"])
-    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(*args)
+    dgamma, dbeta, finish, g = ops.batch_norm_bwd_reduce(*args, True)
+    verify_reduced(data, (dgamma, dbeta, finish), args)
+    assert_exact(g, checks.masked(torch.float64, v["dz"], v["x"], v["affine"], v["z"]), "g")
+    checks.assert_channels_last(g, "g")
+    *without, nothing = ops.batch_norm_bwd_reduce(*args, False)
+    assert nothing.numel() == 0 and nothing.dtype == dtype
+    for one, other in zip(without, (dgamma, dbeta, finish), strict=True):
+        assert_same_bits(one, other, "whether g is wanted")
+
+
+def verify_reduced(data, got, args):
+    """(dgamma, dbeta, finish) of a reduction of `args` against the oracle."""
+    dgamma, dbeta, finish = got
+    _, x, mean, rstd, gamma, *_ = args
     exact = checks.ref_bn_bwd_reduce(torch.float64, *args)
-    own = checks.ref_bn_bwd_reduce(dtype, *args)
+    own = checks.ref_bn_bwd_reduce(data.dtype, *args)
     assert dgamma.dtype == dbeta.dtype == finish.dtype == torch.float32
-    assert finish.shape == (6, shape[1])
+    assert finish.shape == (6, x.shape[1])
     # The masked gradient has the dtype of dz, exactly: what is added up is float32 whatever the dtype.
     check(data.integer, dgamma, exact[0], own[0], "dgamma", torch.float32, exact[3])
     check(data.integer, dbeta, exact[1], own[1], "dbeta", torch.float32, exact[4])
-    m = shape[0] * shape[2] * shape[3]
+    m = x.shape[0] * x.shape[2] * x.shape[3]
     scale = (torch.ones_like(mean) if gamma is None else gamma).double() * rstd
     slope = scale * rstd / m
     for row, magnitude in ((0, None), (1, slope * exact[3]), (2, scale * exact[4] / m), (3, None)):
         assert_accurate(finish[row], exact[2][row], own[2][row], f"finish[{row}]", torch.float32, magnitude)
     assert_exact(finish[4:], exact[2][4:], "finish: the mask")
+
+
+@shapes
+@dtypes
+@kinds
+def test_backward_reduce_of_a_pair(isa, ops, shape, dtype, kind):
+    data, v = backward_problem(shape, dtype, kind, "output")
+    dz, z = v["dz"], v["z"]
+    branches = []
+    for name in ("main", "other"):
+        x = v["x"] if name == "main" else data.place(data.activation(), "other")
+        gamma = checks.rotate((None, data.vector()), shape, str(dtype), name)
+        branches.append((x, data.vector((-1.0, 0.0, 2.0)), data.vector((0.5, 1.0, 2.0)), gamma))
+    main, other = branches
+    dgamma, other_dgamma, dbeta, finish, other_finish, g = ops.batch_norm_bwd_reduce_pair(
+        dz, z, *main, *other
+    )
+    assert_exact(g, checks.masked(torch.float64, dz, main[0], None, z), "g")
+    checks.assert_channels_last(g, "g")
+    verify_reduced(data, (dgamma, dbeta, finish), (dz, *main, None, z))
+    verify_reduced(data, (other_dgamma, dbeta, other_finish), (dz, *other, None, z))
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+def test_backward_finish(isa, ops, gamma):
+    gen = checks.generator("finish")
+    c, count = 37, 1000
+    sums, mean, rstd = (
+        torch.randn(2, c, generator=gen),
+        torch.randn(c, generator=gen),
+        torch.rand(c, generator=gen),
+    )
+    gamma = torch.randn(c, generator=gen) if gamma else None
+    dgamma, dbeta, finish = ops.batch_norm_bwd_finish(sums, mean, rstd, gamma, count)
+    assert torch.equal(dbeta, sums[0]) and torch.equal(dgamma, sums[1])
+    wide = [None if t is None else t.double() for t in (sums, mean, rstd, gamma)]
+    exact = batch_norm_bwd_finish_ref(*wide, count)[2]
+    assert finish.dtype == torch.float32 and ((finish - exact).abs() <= checks.EPS32 * exact.abs()).all()
 
 
 @shapes
@@ -280,9 +331,9 @@ def test_chain_is_the_gradient_of_torchs_batch_norm(isa, ops, dtype, relu, resid
 
     mean, var = ops.batch_norm_stats(x)
     rstd, affine = ops.batch_norm_fold(mean, var, gamma, beta, 1e-5)
-    z = ops.batch_norm_apply(x, affine, r, relu)
+    z = ops.batch_norm_apply(x, affine, r, None, relu)
     mask = (affine if relu and r is None else None, z if relu and r is not None else None)
-    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(dz, x, mean, rstd, gamma, *mask)
+    dgamma, dbeta, finish, _ = ops.batch_norm_bwd_reduce(dz, x, mean, rstd, gamma, *mask, False)
     dx, g = ops.batch_norm_bwd_apply(dz, x, finish, mask[1], residual)
     assert_accurate(z, exact_z.detach(), own_z.detach(), "z")
     for name, got, i in (("dx", dx, 0), ("dgamma", dgamma, 1), ("dbeta", dbeta, 2)):
@@ -308,11 +359,12 @@ def test_layout_does_not_change_a_bit(isa, ops, dtype, layout):
             (
                 mean,
                 var,
-                ops.batch_norm_apply(x, affine, r, True),
-                *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z),
+                ops.batch_norm_apply(x, affine, r, affine, True),
+                *ops.batch_norm_bwd_reduce(dz, x, mean, rstd, None, None, z, True),
+                *ops.batch_norm_bwd_reduce_pair(dz, z, x, mean, rstd, None, r, var, rstd, None),
             )
         )
-        results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][-1], None, True)
+        results[-1] += ops.batch_norm_bwd_apply(dz, x, results[-1][5], None, True)
     for want, got in zip(*results, strict=True):
         assert_same_bits(got, want)
 
@@ -323,9 +375,9 @@ def test_stride_0(isa, ops, dtype):
     x, finish = data.activation(), torch.randn(6, 9, generator=data.gen)
     dz = torch.ones((), dtype=dtype).expand(x.shape)
     mean, var = ops.batch_norm_stats(x)
-    reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, None, None)
+    rest = (x, mean, var, None, None, None, True)
     for got, want in zip(
-        reduce, ops.batch_norm_bwd_reduce(dz.contiguous(), x, mean, var, None, None, None), strict=True
+        ops.batch_norm_bwd_reduce(dz, *rest), ops.batch_norm_bwd_reduce(dz.contiguous(), *rest), strict=True
     ):
         assert_same_bits(got, want)
     got = ops.batch_norm_bwd_apply(dz, x, finish, None, True)
@@ -346,9 +398,10 @@ def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtyp
 
     def run():
         mean, var = ops.batch_norm_stats(x)
-        reduce = ops.batch_norm_bwd_reduce(dz, x, mean, var, None, affine, None)
         return (
-            mean, var, ops.batch_norm_apply(x, affine, dz, True), *reduce,
+            mean, var, ops.batch_norm_apply(x, affine, dz, affine, True),
+            *ops.batch_norm_bwd_reduce(dz, x, mean, var, None, affine, None, True),
+            *ops.batch_norm_bwd_reduce_pair(dz, x, x, mean, var, None, dz, mean, var, None),
             *ops.batch_norm_bwd_apply(dz, x, finish, None, True),
         )  # fmt: skip
 
@@ -372,7 +425,9 @@ def test_nan_and_inf_stay_in_their_channel(isa, ops, dtype, value):
     assert_same_bits(mean[others], clean[0][others])
     assert_same_bits(var[others], clean[1][others])
     identity = torch.stack([torch.ones(21), torch.zeros(21)])
-    assert_exact(ops.batch_norm_apply(x, identity, None, True), torch.relu(x.double()))
+    assert_exact(ops.batch_norm_apply(x, identity, None, None, True), torch.relu(x.double()))
+    zero = torch.zeros_like(x)
+    assert_exact(ops.batch_norm_apply(zero, identity, x, identity, True), torch.relu(x.double()))
     ones = torch.ones_like(x)
     finish = torch.stack([torch.ones(21), *torch.zeros(3, 21), *identity])
     _, g = ops.batch_norm_bwd_apply(ones, x, finish, None, True)
@@ -386,8 +441,10 @@ def test_zero_batch(isa, ops):
     mean, var = ops.batch_norm_stats(x)
     assert mean.shape == var.shape == (6,)
     vector = torch.ones(6)
-    assert ops.batch_norm_apply(x, torch.ones(2, 6), x, True).shape == x.shape
-    dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(x, x, vector, vector, vector, torch.ones(2, 6), None)
+    assert ops.batch_norm_apply(x, torch.ones(2, 6), x, None, True).shape == x.shape
+    reduced = ops.batch_norm_bwd_reduce(x, x, vector, vector, vector, torch.ones(2, 6), None, True)
+    dgamma, dbeta, finish, g = reduced
+    assert g.shape == x.shape
     assert torch.equal(dgamma, torch.zeros(6)) and torch.equal(dbeta, torch.zeros(6))
     dx, g = ops.batch_norm_bwd_apply(x, x, finish, None, True)
     assert dx.shape == g.shape == x.shape
@@ -397,8 +454,9 @@ def test_the_gradient_at_exactly_zero_is_blocked(isa, ops):
     x, affine = torch.zeros(1, 20, 2, 3), torch.stack([torch.ones(20), torch.zeros(20)])
     ones, vector = torch.ones_like(x), torch.ones(20)
     for mask in ((affine, None), (None, x)):
-        dgamma, dbeta, finish = ops.batch_norm_bwd_reduce(ones, x, vector, vector, None, *mask)
+        dgamma, dbeta, finish, g = ops.batch_norm_bwd_reduce(ones, x, vector, vector, None, *mask, True)
         assert torch.equal(dbeta, torch.zeros(20)) and torch.equal(dgamma, torch.zeros(20))
+        assert torch.equal(g, torch.zeros_like(g))
         _, g = ops.batch_norm_bwd_apply(ones, x, finish, mask[1], True)
         assert torch.equal(g, torch.zeros_like(g))
 

@@ -95,12 +95,19 @@ def test_both_gradients_are_those_of_their_own_ops(isa, ops, case):
     args = all_args(case, dtype)
     dy, x, w, geometry = args["dy"], args["x"], args["w"], args["geometry"]
     channels_last = case.cin % 2 == 0
-    for gradient in ((None, None), (args["y"], args["finish"])):
-        dx, _ = ops.grouped_conv_bwd_input(dy, w, list(x.shape), *geometry, *gradient, None, None)
-        dw = ops.grouped_conv_bwd_weight(dy, x, list(w.shape), *geometry, *gradient, None, channels_last)
+    finish = args["y"], args["finish"]
+    for gradient, act in (
+        ((None, None), None),
+        (finish, None),
+        ((None, None), args["act"]),
+        (finish, args["act"]),
+    ):
+        masked_by, prologue = (None, None) if act is None else (x, act), None if act is None else act[:2]
+        dx, sums = ops.grouped_conv_bwd_input(dy, w, list(x.shape), *geometry, *gradient, *masked_by)
+        dw = ops.grouped_conv_bwd_weight(dy, x, list(w.shape), *geometry, *gradient, prologue, channels_last)
         for wanted in ((True, True), (True, False), (False, True), (False, False)):
-            got = ops.grouped_conv_bwd(dy, x, w, *geometry, *gradient, *wanted, channels_last)
-            for tensor, want, there in zip(got, (dx, dw), wanted, strict=True):
+            got = ops.grouped_conv_bwd(dy, x, w, *geometry, *gradient, act, *wanted, channels_last)
+            for tensor, want, there in zip(got, (dx, dw, sums), (*wanted, wanted[0]), strict=True):
                 assert_same_bits(tensor, want if there else want.new_empty(0))
                 assert tensor.stride() == (want.stride() if there else (1,))
 
@@ -127,12 +134,12 @@ def all_ops(ops, args):
     plain_dw = ops.grouped_conv_bwd_weight(
         a["dy"], a["x"], list(a["w"].shape), *a["geometry"], None, None, None
     )
-    both_dx, both_dw = ops.grouped_conv_bwd(
-        a["dy"], a["x"], a["w"], *a["geometry"], *gradient, True, True, False
+    both_dx, both_dw, both_sums = ops.grouped_conv_bwd(
+        a["dy"], a["x"], a["w"], *a["geometry"], *gradient, a["act"], True, True, False
     )
     return {
         "fwd": fwd, "y": y, "mean": mean, "var": var, "dx": dx, "sums": sums, "dw": dw, "plain_dx": plain_dx,
-        "plain_dw": plain_dw, "both_dx": both_dx, "both_dw": both_dw,
+        "plain_dw": plain_dw, "both_dx": both_dx, "both_dw": both_dw, "both_sums": both_sums,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ arrays of exact size with one thread, and inside guarded buffers with three; the
 import itertools
 
 import numpy as np
+import numpy_runs
 import pytest
 from numpy_oracle import (
     EPSILON,
@@ -24,7 +25,7 @@ from numpy_oracle import (
 )
 from numpy_runs import assert_same, both_ways, integers, table
 
-pytest_plugins = ("numpy_runs",)
+kernels, isa, dtype = numpy_runs.kernels, numpy_runs.isa, numpy_runs.dtype  # fixtures
 
 # (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
 WIDTHS = [
@@ -130,18 +131,20 @@ def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
     return both_ways(kernels, isa, dtype, call, case.winograd)
 
 
-def run_bwd(kernels, isa, dtype, case, finish):
+def run_bwd(kernels, isa, dtype, case, finish, mask):
     def call(run, arrays):
         dx, dweight = arrays.output(case.input), arrays.flat_output(case.weight_shape)
+        sums = arrays.table_output(2, case.c) if mask is not None else None
         kernels.grouped_conv_bwd(
             run, *case.geometry_arguments(),
             arrays.activation(store(case.dy, dtype)), arrays.activation(store(case.x, dtype)),
             arrays.flat(store(case.weight, dtype)),
             None if finish is None else arrays.activation(store(case.y, dtype)),
             None if finish is None else arrays.table(table(finish)),
-            dx, dweight,
+            None if mask is None else arrays.table(table(mask)),
+            dx, dweight, sums,
         )  # fmt: skip
-        return [dx, dweight]
+        return [dx, dweight] if mask is None else [dx, dweight, sums]
 
     return both_ways(kernels, isa, dtype, call, case.winograd)
 
@@ -256,10 +259,13 @@ def test_conv_bwd_weight_exact(kernels, isa, dtype, width, winograd):
 @each_algorithm
 def test_conv_bwd_is_both_gradients(kernels, isa, dtype, width, winograd):
     for geometry, case in cases(width, winograd):
-        for finish in (None, case.finish):
-            dx, dweight = run_bwd(kernels, isa, dtype, case, finish)
-            assert_same(dx, run_bwd_input(kernels, isa, dtype, case, finish, None)[0], f"dx at {geometry}")
-            want = run_bwd_weight(kernels, isa, dtype, case, finish, None)[0]
+        for finish, mask in ((None, None), (case.finish, None), (case.finish, case.mask)):
+            dx, dweight, *sums = run_bwd(kernels, isa, dtype, case, finish, mask)
+            want = run_bwd_input(kernels, isa, dtype, case, finish, mask)
+            for got, expected, what in zip((dx, *sums), want, ("dx", "sums"), strict=mask is not None):
+                assert_same(got, expected, f"{what} at {geometry}")
+            act_table = None if mask is None else mask[:2]
+            want = run_bwd_weight(kernels, isa, dtype, case, finish, act_table)[0]
             assert_same(dweight, want, f"dweight at {geometry}")
 
 
@@ -407,13 +413,13 @@ def test_norm_fold(kernels):
         np.testing.assert_allclose(affine[1], (0 if b is None else b) - mean * a, rtol=6e-8)
 
 
-def run_norm_apply(kernels, isa, dtype, x, affine, residual, relu):
+def run_norm_apply(kernels, isa, dtype, x, affine, residual, residual_affine, relu):
     def call(run, arrays):
         y = arrays.output(x.shape)
         more = None if residual is None else arrays.activation(store(residual, dtype))
-        kernels.batch_norm_apply(
-            run, x.shape, arrays.activation(store(x, dtype)), arrays.table(table(affine)), more, relu, y
-        )
+        scaled = None if residual_affine is None else arrays.table(table(residual_affine))
+        stored = arrays.activation(store(x, dtype))
+        kernels.batch_norm_apply(run, x.shape, stored, arrays.table(table(affine)), more, scaled, relu, y)
         return [y]
 
     return both_ways(kernels, isa, dtype, call)[0]
@@ -423,14 +429,17 @@ def run_norm_apply(kernels, isa, dtype, x, affine, residual, relu):
 def test_norm_apply_exact(kernels, isa, dtype, channels):
     for rng, shape in norm_cases(channels):
         x, residual = integers(rng, -9, 9, shape), integers(rng, -9, 9, shape)
-        affine = np.stack([integers(rng, -3, 3, channels), integers(rng, -9, 9, channels)])
+        affine, scaled = (
+            np.stack([integers(rng, -3, 3, channels), integers(rng, -9, 9, channels)]) for _ in range(2)
+        )
         if x.size:
             x.flat[0] = np.nan
             residual.flat[-1] = np.nan
-        for with_residual, relu in itertools.product((False, True), repeat=2):
-            more = residual if with_residual else None
-            got = run_norm_apply(kernels, isa, dtype, x, affine, more, relu)
-            want = affine[0] * x + affine[1] + (residual if with_residual else 0)
+        for kind, relu in itertools.product(("none", "plain", "scaled"), (False, True)):
+            more, table_of_more = None if kind == "none" else residual, scaled if kind == "scaled" else None
+            got = run_norm_apply(kernels, isa, dtype, x, affine, more, table_of_more, relu)
+            added = {"none": 0, "plain": residual, "scaled": scaled[0] * residual + scaled[1]}[kind]
+            want = affine[0] * x + affine[1] + added
             want = np.where(want <= 0, 0.0, want) if relu else want
             assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {shape}")
 
@@ -481,14 +490,24 @@ class NormBackward:
     def g(self):
         return np.where(self.kept, self.dz, 0.0)
 
-    def reduce(self, kernels, isa, dtype):
+    def reduce(self, kernels, isa, dtype, with_g=False, other=None):
+        """dgamma, dbeta, finish, then g if wanted, then dgamma and finish of `other`, a NormBackward too."""
+
         def call(run, arrays):
             c = self.shape[-1]
             outputs = [arrays.table_output(c), arrays.table_output(c), arrays.table_output(6, c)]
             dz, x, z = (optional(arrays.activation, self, name, dtype) for name in ("dz", "x", "z"))
             vectors = (optional(arrays.table, self, name) for name in ("mean", "rstd", "gamma", "affine"))
-            kernels.batch_norm_bwd_reduce(run, self.shape, dz, x, *vectors, z, *outputs)
-            return outputs
+            g = [arrays.output(self.shape)] if with_g else []
+            more, branch = [], []
+            if other is not None:
+                more = [arrays.table_output(c), arrays.table_output(6, c)]
+                branch = [optional(arrays.activation, other, "x", dtype)]
+                branch += [optional(arrays.table, other, name) for name in ("mean", "rstd", "gamma")]
+            kernels.batch_norm_bwd_reduce(
+                run, self.shape, dz, x, *vectors, z, *outputs, *(g or [None]), branch + more
+            )
+            return [*outputs, *g, *more]
 
         return both_ways(kernels, isa, dtype, call)
 
@@ -520,7 +539,10 @@ def optional(place, case, name, dtype=None):
 def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
     for rng, shape in norm_cases(channels):
         case = NormBackward(rng, shape, mask)
-        dgamma, dbeta, finish = case.reduce(kernels, isa, dtype)
+        dgamma, dbeta, finish, written = case.reduce(kernels, isa, dtype, with_g=True)
+        assert_same(value(written, dtype), case.g(), f"g at {shape}")
+        for one, same in zip(case.reduce(kernels, isa, dtype), (dgamma, dbeta, finish), strict=True):
+            assert_same(one, same, f"without g at {shape}")
         g, rows = case.g().reshape(-1, channels), max(1, int(np.prod(shape[:3])))
         want_dbeta = g.sum(0)
         want_dgamma = (g * (case.x.reshape(-1, channels) - case.mean)).sum(0) * case.rstd
@@ -530,6 +552,36 @@ def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
         want = np.stack([a, -a * case.rstd * want_dgamma / rows, -a * want_dbeta / rows, case.mean])
         np.testing.assert_allclose(finish[:4], want, rtol=1.2e-7, atol=0)
         assert_same(finish[4:], case.mask_table(), f"mask at {shape}")
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_bwd_reduce_of_two_branches(kernels, isa, dtype, channels):
+    """Each branch gets what it gets alone."""
+    for rng, shape in norm_cases(channels):
+        case, other = NormBackward(rng, shape, "from z"), NormBackward(rng, shape, "from z")
+        other.dz, other.z, other.kept = case.dz, case.z, case.kept
+        got = case.reduce(kernels, isa, dtype, with_g=True, other=other)
+        alone = case.reduce(kernels, isa, dtype, with_g=True)
+        dgamma, dbeta, finish = other.reduce(kernels, isa, dtype)
+        names = ("dgamma", "dbeta", "finish", "g", "other dgamma", "other finish")
+        for one, want, what in zip(got, (*alone, dgamma, finish), names, strict=True):
+            assert_same(one, want, f"{what} at {shape}")
+        assert_same(got[1], dbeta, f"dbeta at {shape}")
+
+
+def test_norm_bwd_finish(kernels):
+    rng = np.random.default_rng(1)
+    c, count = 37, 1000
+    sums, mean = table(rng.standard_normal((2, c))), table(rng.standard_normal(c))
+    rstd, gamma = table(rng.random(c)), table(rng.standard_normal(c))
+    for g in (gamma, None):
+        dgamma, dbeta, finish = (np.full(shape, np.nan, np.float32) for shape in (c, c, (6, c)))
+        run = kernels.Run("portable", "float32", 3)
+        kernels.batch_norm_bwd_finish(run, c, sums, mean, rstd, g, count, dgamma, dbeta, finish)
+        assert np.array_equal(dbeta, sums[0]) and np.array_equal(dgamma, sums[1])
+        scale = rstd.astype(np.float64) * (1 if g is None else g)
+        want = [scale, -scale * rstd * sums[1] / count, -scale * sums[0] / count, mean]
+        np.testing.assert_allclose(finish, [*want, np.zeros(c), np.ones(c)], rtol=6e-8)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -141,7 +141,10 @@ def test_training_step_equals_stock(case):
         type(module) is gconv.Conv2d and not backend.dense_to_torch(module.groups, module.in_channels)
         for module in fused.modules()
     )
-    assert calls["gconv::conv_bn_relu_fwd_train"] == calls["gconv::conv_bn_relu_bwd"] == ours, calls
+    chains = sum(isinstance(module, models.Bottleneck) for module in fused.modules())
+    assert calls.get("gconv::conv_bn_relu_fwd_train", 0) == ours - chains, calls
+    assert calls.get("gconv::conv_bn_relu_bwd", 0) == ours - chains, calls
+    assert calls.get("gconv::grouped_conv_bwd", 0) >= chains, calls
     assert list(actual) == list(exact)
     for key, want in exact.items():
         if key.endswith("num_batches_tracked"):

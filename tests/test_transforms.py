@@ -177,10 +177,12 @@ def samples(ops):
             (dy, x, list(WEIGHT), *conv, y, finish, act, False),
         ],
         "grouped_conv_bwd": [
-            (dy, x, weight, *conv, None, None, True, True, True),
-            (dy, x, weight, *conv, None, None, True, False, False),
-            (dy, x, weight, *conv, None, None, False, True, False),
-            (dy, x, weight, *conv, y, finish, True, True, False),
+            (dy, x, weight, *conv, None, None, None, True, True, True),
+            (dy, x, weight, *conv, None, None, None, True, False, False),
+            (dy, x, weight, *conv, None, None, None, False, True, False),
+            (dy, x, weight, *conv, y, finish, None, True, True, False),
+            (dy, x, weight, *conv, y, finish, act4, True, True, False),
+            (dy, x, weight, *conv, None, None, act4, False, True, True),
         ],
         "batch_norm_stats": [(y,)],
         "batch_norm_fold": [(mean, var, gamma, beta, 1e-3), (mean, var, None, None, 1e-3)],
@@ -189,12 +191,21 @@ def samples(ops):
             (*running, mean, var, None, 24, None),
             (*running[:2], None, mean, var, None, 24, 0.1),
         ],
-        "batch_norm_apply": [(y, affine, None, False), (y, affine, r, True)],
-        "batch_norm_bwd_reduce": [
-            (dy, y, mean, rstd, gamma, affine, None),
-            (dy, y, mean, rstd, None, None, r),
-            (dy, y, mean, rstd, None, None, None),
+        "batch_norm_apply": [
+            (y, affine, None, None, False),
+            (y, affine, r, None, True),
+            (y, affine, r, values(2, 6, seed=3), True),
         ],
+        "batch_norm_bwd_reduce": [
+            (dy, y, mean, rstd, gamma, affine, None, False),
+            (dy, y, mean, rstd, None, None, r, True),
+            (dy, y, mean, rstd, None, None, None, False),
+        ],
+        "batch_norm_bwd_reduce_pair": [
+            (dy, r, y, mean, rstd, gamma, values(*OUTPUT, seed=4), beta, var, None),
+            (dy, r, y, mean, rstd, None, values(*OUTPUT, seed=4), beta, var, gamma),
+        ],
+        "batch_norm_bwd_finish": [(affine, mean, rstd, gamma, 24), (affine, mean, rstd, None, 24)],
         "batch_norm_bwd_apply": [(dy, y, finish, None, False), (dy, y, finish, r, True)],
         "conv_bn_relu_fwd_train": [
             (x, weight, *conv, None, None, None, 1e-3, False, *(None,) * 5),
@@ -215,9 +226,9 @@ def samples(ops):
 
 CASES = [(name, i) for name, i in (
     ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
-    ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 4), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
-    ("batch_norm_update_running", 3), ("batch_norm_apply", 2),
-    ("batch_norm_bwd_reduce", 3), ("batch_norm_bwd_apply", 2),
+    ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 6), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
+    ("batch_norm_update_running", 3), ("batch_norm_apply", 3), ("batch_norm_bwd_reduce", 3),
+    ("batch_norm_bwd_reduce_pair", 2), ("batch_norm_bwd_finish", 2), ("batch_norm_bwd_apply", 2),
     ("conv_bn_relu_fwd_train", 2), ("conv_bn_relu_bwd", 3),
 )]  # fmt: skip
 MUTABLE = ("batch_norm_update_running", "conv_bn_relu_fwd_train")

@@ -24,6 +24,15 @@ void for_merged(int64_t channels, int64_t ith, int64_t nth, F&& f) {
     f(c, std::min(MERGED_CHANNELS, end - c));
 }
 
+// Column c of `finish`: what the backward of a normalisation by the statistics of 1/per_row values makes of
+// its sums. The mask is for whoever has one to put in its place.
+void finish_channel(double dgamma, double dbeta, double mean, double rstd, double gamma, double per_row,
+                    float* finish, int64_t channels) {
+  const double scale = gamma * rstd;
+  const double column[6] = {scale, -scale * rstd * dgamma * per_row, -scale * dbeta * per_row, mean, 0, 1};
+  for (int row = 0; row < 6; ++row) finish[row * channels] = static_cast<float>(column[row]);
+}
+
 // A sum and what it lacks; beside an infinity the latter is NaN and means nothing.
 double compensated(float high, float low) {
   return std::isfinite(high) ? static_cast<double>(high) + low : high;
@@ -88,7 +97,7 @@ void batch_norm_apply_cpu(const BatchNormApplyParams& p, int64_t ith, int64_t nt
 }
 
 int64_t batch_norm_bwd_reduce_workspace(const BatchNormBwdReduceParams& p) {
-  return BatchNormSlabs(p.shape).slabs * 4 * p.shape.c;
+  return BatchNormSlabs(p.shape).slabs * partial_sums(p) * p.shape.c;
 }
 
 void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
@@ -97,31 +106,49 @@ void batch_norm_bwd_reduce_cpu(const BatchNormBwdReduceParams& p, int64_t ith, i
 
 void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
   const BatchNormSlabs plan(p.shape);
-  const int64_t channels = p.shape.c;
+  const int64_t channels = p.shape.c, floats = partial_sums(p) * channels;
   const double per_row = plan.rows == 0 ? 0.0 : 1.0 / static_cast<double>(plan.rows);
   const bool mask_from_x = p.affine != nullptr && p.z.data == nullptr;
   for_merged(channels, ith, nth, [&](int64_t first, int64_t width) {
-    double sum_g[MERGED_CHANNELS] = {}, sum_gx[MERGED_CHANNELS] = {};
-    for (int64_t s = 0; s < plan.slabs; ++s) {
-      const float* partial = p.workspace + s * 4 * channels + first;
-      for (int64_t c = 0; c < width; ++c) {
-        sum_g[c] += compensated(partial[c], partial[channels + c]);
-        sum_gx[c] += compensated(partial[2 * channels + c], partial[3 * channels + c]);
+    const auto sum = [&](int which, double* sums) {
+      std::fill(sums, sums + width, 0.0);
+      for (int64_t s = 0; s < plan.slabs; ++s) {
+        const float* partial = p.workspace + s * floats + 2 * which * channels + first;
+        for (int64_t c = 0; c < width; ++c) sums[c] += compensated(partial[c], partial[channels + c]);
       }
-    }
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t c = first + i;
-      const double rstd = p.rstd[c], scale = (p.gamma ? p.gamma[c] : 1.0) * rstd;
-      p.dbeta[c] = static_cast<float>(sum_g[i]);
-      p.dgamma[c] = static_cast<float>(sum_gx[i] * rstd);
-      p.finish[c] = static_cast<float>(scale);
-      p.finish[channels + c] = static_cast<float>(-scale * rstd * (sum_gx[i] * rstd) * per_row);
-      p.finish[2 * channels + c] = static_cast<float>(-scale * sum_g[i] * per_row);
-      p.finish[3 * channels + c] = p.mean[c];
-      p.finish[4 * channels + c] = mask_from_x ? p.affine[c] : 0.f;
-      p.finish[5 * channels + c] = mask_from_x ? p.affine[channels + c] : 1.f;
-    }
+    };
+    double sum_g[MERGED_CHANNELS], sum_gx[MERGED_CHANNELS];
+    sum(0, sum_g);
+    for (int64_t i = 0; i < width; ++i) p.dbeta[first + i] = static_cast<float>(sum_g[i]);
+    const auto finish = [&](const BatchNormBwdBranch& branch, int which) {
+      sum(which, sum_gx);
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t c = first + i;
+        const double rstd = branch.rstd[c], dgamma = sum_gx[i] * rstd;
+        branch.dgamma[c] = static_cast<float>(dgamma);
+        finish_channel(dgamma, sum_g[i], branch.mean[c], rstd, branch.gamma ? branch.gamma[c] : 1.0, per_row,
+                       branch.finish + c, channels);
+      }
+    };
+    finish(p.main, 1);
+    if (p.other.x.data) finish(p.other, 2);
+    if (mask_from_x)
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t c = first + i;
+        p.main.finish[4 * channels + c] = p.affine[c];
+        p.main.finish[5 * channels + c] = p.affine[channels + c];
+      }
   });
+}
+
+void batch_norm_bwd_finish_cpu(const BatchNormBwdFinishParams& p, int64_t ith, int64_t nth) {
+  const double per_row = 1.0 / static_cast<double>(p.count);
+  for (int64_t c = p.c * ith / nth; c < p.c * (ith + 1) / nth; ++c) {
+    p.dbeta[c] = p.sums[c];
+    p.dgamma[c] = p.sums[p.c + c];
+    finish_channel(p.dgamma[c], p.dbeta[c], p.mean[c], p.rstd[c], p.gamma ? p.gamma[c] : 1.0, per_row,
+                   p.finish + c, p.c);
+  }
 }
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {

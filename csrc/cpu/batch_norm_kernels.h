@@ -97,6 +97,16 @@ GCONV_INLINE Vec sum_rows(F&& f) {
     return add(add(f(0), f(1)), add(f(2), f(3)));
 }
 
+// s + a[0]*b[0] + ... + a[ROWS - 1]*b[ROWS - 1], as a tree. Which product joins which sum is said here: left
+// to the compiler it would differ between kernels that must agree.
+template <int ROWS>
+GCONV_INLINE Vec sum_products(Vec s, const Vec* a, const Vec* b) {
+  if constexpr (ROWS == 1)
+    return fma(a[0], b[0], s);
+  else
+    return add(s, add(fma(a[0], b[0], mul(a[1], b[1])), fma(a[2], b[2], mul(a[3], b[3]))));
+}
+
 constexpr int64_t PANEL = BatchNormSlabs::PANEL;
 
 // Mean and M2 of x - pivot in rows [begin, end) of channels [c0, c1), merged into the slab's, where `before`
@@ -195,24 +205,31 @@ GCONV_INLINE void write(T* p, Vec v, int lanes, bool stream) {
     store_lanes(p, v, lanes);
 }
 
-template <typename T, bool RESIDUAL, bool RELU>
+// What apply adds.
+enum class Residual { none, plain, scaled };
+
+template <typename T, Residual RESIDUAL, bool RELU>
 void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   const Rows<T> x(p.shape, p.x), residual(p.shape, p.residual), y(p.shape, p.y);
   const float *a = p.affine, *b = p.affine + p.shape.c;
+  const float *scale = p.residual_affine, *shift = scale == nullptr ? nullptr : scale + p.shape.c;
   const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
   const bool stream = streams<T>(p.y, rows, p.shape.c);
   const Share share(rows, ith, nth);
   for (int64_t r = share.begin; r < share.end; ++r) {
     const auto in = x.template group<1>(r, share.end, 0);
     typename Rows<T>::template Group<1> more{};
-    if constexpr (RESIDUAL) more = residual.template group<1>(r, share.end, 0);
+    if constexpr (RESIDUAL != Residual::none) more = residual.template group<1>(r, share.end, 0);
     T* out = y.row(r);
     for_channels(0, p.shape.c, [&](int64_t c, int lanes) {
       prefetch(in.next[0] + c);
       Vec v = fma(load_lanes(a + c, lanes), load_lanes(in.at[0] + c, lanes), load_lanes(b + c, lanes));
-      if constexpr (RESIDUAL) {
+      if constexpr (RESIDUAL != Residual::none) {
         prefetch(more.next[0] + c);
-        v = add(v, load_lanes(more.at[0] + c, lanes));
+        Vec r = load_lanes(more.at[0] + c, lanes);
+        if constexpr (RESIDUAL == Residual::scaled)
+          r = fma(load_lanes(scale + c, lanes), r, load_lanes(shift + c, lanes));
+        v = add(v, r);
       }
       if constexpr (RELU) v = relu(v);
       write(out + c, v, lanes, stream);
@@ -221,12 +238,19 @@ void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   if (stream) stream_end();
 }
 
+template <typename T, Residual RESIDUAL>
+void apply_to(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
+  p.relu ? apply_rows<T, RESIDUAL, true>(p, ith, nth) : apply_rows<T, RESIDUAL, false>(p, ith, nth);
+}
+
 template <typename T>
 void apply(T*, const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
-  if (p.residual.data)
-    p.relu ? apply_rows<T, true, true>(p, ith, nth) : apply_rows<T, true, false>(p, ith, nth);
+  if (p.residual.data == nullptr)
+    apply_to<T, Residual::none>(p, ith, nth);
+  else if (p.residual_affine == nullptr)
+    apply_to<T, Residual::plain>(p, ith, nth);
   else
-    p.relu ? apply_rows<T, false, true>(p, ith, nth) : apply_rows<T, false, false>(p, ith, nth);
+    apply_to<T, Residual::scaled>(p, ith, nth);
 }
 
 // Where the ReLU's mask comes from.
@@ -250,66 +274,86 @@ GCONV_INLINE void add_exactly(float* high, float* low, Vec b, int lanes) {
   store_lanes(low, add(load_lanes(low, lanes), lost), lanes);
 }
 
-template <typename T, Mask MASK>
+// BRANCHES: 2 where another normalisation shares the gradient.
+template <typename T, Mask MASK, bool WANT_G, int BRANCHES>
 void bwd_reduce_slabs(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
   constexpr int64_t BLOCK_ROWS = 64;  // summed in plain float32
-  const Rows<T> dz(p.shape, p.dz), x(p.shape, p.x), z(p.shape, p.z);
+  constexpr int SUMS = 1 + BRANCHES;  // sum g, and sum g*(x - mean) of each branch
+  const Rows<T> dz(p.shape, p.dz), z(p.shape, p.z), g_out(p.shape, p.g);
+  const Rows<T> x[2] = {Rows<T>(p.shape, p.main.x), Rows<T>(p.shape, p.other.x)};
   const int64_t channels = p.shape.c;
-  for_slabs(
-      p.shape, ith, nth, [&](const auto&, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
-        alignas(64) float block_g[PANEL], block_gx[PANEL];
-        const int64_t width = c1 - c0;
-        const float* mean = p.mean + c0;
-        const float* a = MASK == Mask::from_x ? p.affine + c0 : nullptr;
-        const float* b = MASK == Mask::from_x ? a + channels : nullptr;
-        float* sums[4];
-        for (int i = 0; i < 4; ++i) {
-          sums[i] = p.workspace + (slab * 4 + i) * channels + c0;
-          std::fill(sums[i], sums[i] + width, 0.f);
-        }
-        for (int64_t block = begin; block < end; block += BLOCK_ROWS) {
-          std::fill(block_g, block_g + width, 0.f);
-          std::fill(block_gx, block_gx + width, 0.f);
-          for_rows(block, std::min(block + BLOCK_ROWS, end), [&](int64_t r, auto rows) {
-            constexpr int ROWS = decltype(rows)::value;
-            const auto dz_rows = dz.template group<ROWS>(r, end, c0);
-            const auto x_rows = x.template group<ROWS>(r, end, c0);
-            typename Rows<T>::template Group<ROWS> z_rows{};
-            if constexpr (MASK == Mask::from_z) z_rows = z.template group<ROWS>(r, end, c0);
-            for_channels(0, width, [&](int64_t c, int lanes) {
-              const Vec centre = load_lanes(mean + c, lanes);
-              Vec g[ROWS], gx[ROWS];
-              for (int i = 0; i < ROWS; ++i) {
-                prefetch(dz_rows.next[i] + c);
-                prefetch(x_rows.next[i] + c);
-                if constexpr (MASK == Mask::from_z) prefetch(z_rows.next[i] + c);
-                const Vec value = load_lanes(x_rows.at[i] + c, lanes);
-                g[i] =
-                    masked<MASK>(load_lanes(dz_rows.at[i] + c, lanes), value, z_rows.at[i], a, b, c, lanes);
-                gx[i] = mul(g[i], sub(value, centre));
+  const bool stream = WANT_G && streams<T>(p.g, p.shape.n * p.shape.h * p.shape.w, channels);
+  for_slabs(p.shape, ith, nth,
+            [&](const auto&, int64_t slab, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
+              alignas(64) float in_block[SUMS][PANEL];
+              const int64_t width = c1 - c0;
+              const float* mean[2] = {p.main.mean + c0, BRANCHES == 2 ? p.other.mean + c0 : nullptr};
+              const float* a = MASK == Mask::from_x ? p.affine + c0 : nullptr;
+              const float* b = MASK == Mask::from_x ? a + channels : nullptr;
+              float* sums = p.workspace + slab * 2 * SUMS * channels + c0;
+              for (int i = 0; i < 2 * SUMS; ++i)
+                std::fill(sums + i * channels, sums + i * channels + width, 0.f);
+              for (int64_t block = begin; block < end; block += BLOCK_ROWS) {
+                for (auto& sum : in_block) std::fill(sum, sum + width, 0.f);
+                for_rows(block, std::min(block + BLOCK_ROWS, end), [&](int64_t r, auto rows) {
+                  constexpr int ROWS = decltype(rows)::value;
+                  const auto dz_rows = dz.template group<ROWS>(r, end, c0);
+                  typename Rows<T>::template Group<ROWS> x_rows[BRANCHES], z_rows{}, g_rows{};
+                  for (int k = 0; k < BRANCHES; ++k) x_rows[k] = x[k].template group<ROWS>(r, end, c0);
+                  if constexpr (MASK == Mask::from_z) z_rows = z.template group<ROWS>(r, end, c0);
+                  if constexpr (WANT_G) g_rows = g_out.template group<ROWS>(r, end, c0);
+                  for_channels(0, width, [&](int64_t c, int lanes) {
+                    Vec g[ROWS], off[BRANCHES][ROWS];
+                    for (int i = 0; i < ROWS; ++i) {
+                      prefetch(dz_rows.next[i] + c);
+                      if constexpr (MASK == Mask::from_z) prefetch(z_rows.next[i] + c);
+                      Vec value[BRANCHES];
+                      for (int k = 0; k < BRANCHES; ++k) {
+                        prefetch(x_rows[k].next[i] + c);
+                        value[k] = load_lanes(x_rows[k].at[i] + c, lanes);
+                        off[k][i] = sub(value[k], load_lanes(mean[k] + c, lanes));
+                      }
+                      const Vec raw = load_lanes(dz_rows.at[i] + c, lanes);
+                      g[i] = masked<MASK>(raw, value[0], z_rows.at[i], a, b, c, lanes);
+                      if constexpr (WANT_G) write(g_rows.at[i] + c, g[i], lanes, stream);
+                    }
+                    float* sum_g = in_block[0] + c;
+                    const Vec total = sum_rows<ROWS>([&](int i) { return g[i]; });
+                    store_lanes(sum_g, add(load_lanes(sum_g, lanes), total), lanes);
+                    for (int k = 0; k < BRANCHES; ++k) {
+                      float* sum_gx = in_block[1 + k] + c;
+                      store_lanes(sum_gx, sum_products<ROWS>(load_lanes(sum_gx, lanes), g, off[k]), lanes);
+                    }
+                  });
+                });
+                for_channels(0, width, [&](int64_t c, int lanes) {
+                  for (int k = 0; k < SUMS; ++k)
+                    add_exactly(sums + 2 * k * channels + c, sums + (2 * k + 1) * channels + c,
+                                load_lanes(in_block[k] + c, lanes), lanes);
+                });
               }
-              const Vec g_sum = sum_rows<ROWS>([&](int i) { return g[i]; });
-              const Vec gx_sum = sum_rows<ROWS>([&](int i) { return gx[i]; });
-              store_lanes(block_g + c, add(load_lanes(block_g + c, lanes), g_sum), lanes);
-              store_lanes(block_gx + c, add(load_lanes(block_gx + c, lanes), gx_sum), lanes);
             });
-          });
-          for_channels(0, width, [&](int64_t c, int lanes) {
-            add_exactly(sums[0] + c, sums[1] + c, load_lanes(block_g + c, lanes), lanes);
-            add_exactly(sums[2] + c, sums[3] + c, load_lanes(block_gx + c, lanes), lanes);
-          });
-        }
-      });
+  if (stream) stream_end();
+}
+
+template <typename T, Mask MASK>
+void bwd_reduce_masked(const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
+  if (p.other.x.data)
+    p.g.data ? bwd_reduce_slabs<T, MASK, true, 2>(p, ith, nth)
+             : bwd_reduce_slabs<T, MASK, false, 2>(p, ith, nth);
+  else
+    p.g.data ? bwd_reduce_slabs<T, MASK, true, 1>(p, ith, nth)
+             : bwd_reduce_slabs<T, MASK, false, 1>(p, ith, nth);
 }
 
 template <typename T>
 void bwd_reduce(T*, const BatchNormBwdReduceParams& p, int64_t ith, int64_t nth) {
   if (p.z.data)
-    bwd_reduce_slabs<T, Mask::from_z>(p, ith, nth);
+    bwd_reduce_masked<T, Mask::from_z>(p, ith, nth);
   else if (p.affine)
-    bwd_reduce_slabs<T, Mask::from_x>(p, ith, nth);
+    bwd_reduce_masked<T, Mask::from_x>(p, ith, nth);
   else
-    bwd_reduce_slabs<T, Mask::none>(p, ith, nth);
+    bwd_reduce_masked<T, Mask::none>(p, ith, nth);
 }
 
 template <typename T, Mask MASK, bool WANT_G>

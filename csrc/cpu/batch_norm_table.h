@@ -30,7 +30,10 @@ struct BatchNormSlabs {
 
 // The passes as one instruction set provides them. The partial results of stats lie in workspace as
 // [slabs][2][C], mean and M2 of x - pivot, followed by the pivot [C]; those of bwd_reduce as [slabs][4][C],
-// sum g and sum g*(x - mean), each a float32 and what it lacks.
+// sum g and sum g*(x - mean), each a float32 and what it lacks; with another branch [slabs][6][C], its sum
+// last.
+inline int64_t partial_sums(const BatchNormBwdReduceParams& p) { return p.other.x.data ? 6 : 4; }
+
 struct BatchNormTable {
   Stage<BatchNormStatsParams> stats;
   Stage<BatchNormApplyParams> apply;

@@ -1,0 +1,602 @@
+"""The bottleneck block of ResNet and ResNeXt as one chain with one autograd Function: 1x1, grouped 3x3 and
+1x1 convolution, each with its batch normalisation, a shortcut and ReLU (He et al. 2015, arXiv 1512.03385,
+figure 5; Xie et al. 2017, arXiv 1611.05431, figure 3(c)).
+
+Training stores each convolution's raw output with its statistics, and the next convolution normalises it as
+it loads it: nothing normalised is stored. The backward likewise finishes a gradient, with the backward of
+normalisation and ReLU, where the gradients of the convolution before load it. Between the convolutions there
+is no pass over an activation; the block's end has one in each direction.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+
+from gconv import backend, pointwise_conv
+from gconv.autograd import (
+    applier,
+    call,
+    channels_last,
+    decide,
+    first_order,
+    in_format,
+    suggests_channels_last,
+    untracked,
+    unwatched,
+    vjp_by_reference,
+    vmap_by,
+)
+from gconv.batch_norm import (
+    PIXELS,
+    apply_affine,
+    as_float,
+    batch_norm_apply_ref,
+    batch_norm_fold_ref,
+    batch_norm_stats_ref,
+    bwd_finish,
+    bwd_reduce,
+    bwd_reduce_pair,
+    check_count,
+    check_eps,
+    check_residual,
+    fold,
+    kernels_run,
+    only,
+    relu_mask,
+    state_of,
+    update_state,
+    uses_batch_statistics,
+)
+from gconv.conv_bn_relu import fuse_modules_forward, not_fusable, run_conv_bn_relu
+from gconv.grouped_conv import (
+    autocast,
+    bwd,
+    check_tensors,
+    conv_apply,
+    conv_output_size,
+    fwd,
+    fwd_stats,
+    in_channels_last,
+    pair,
+    per_channel,
+    wide,
+)
+
+
+class Conf(NamedTuple):
+    """The chain's constants: strides of the 1x1 convolutions, (stride, padding, dilation, groups) of the 3x3,
+    and whether the shortcut is x, a tensor given, or convolution and normalisation of x."""
+
+    first: tuple
+    middle: tuple
+    last: tuple
+    down: tuple | None
+    shortcut: str  # "x", "given" or "down"
+    eps: tuple  # of the four normalisations, in the order first, middle, last, down
+    batch: tuple  # whether each normalises by the statistics of the batch
+
+
+def bottleneck_ref(
+    x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downsample=None, residual=None
+):
+    """The definition of `bottleneck`: conv2d, the modules `bns`, ReLU, one after the other."""
+    first, middle, last = weights
+    h = torch.relu(bns[0](F.conv2d(x, first)))
+    h = torch.relu(bns[1](F.conv2d(h, middle, None, stride, padding, dilation, groups)))
+    y = bns[2](F.conv2d(h, last))
+    if downsample is not None:
+        residual = downsample[1](F.conv2d(x, downsample[0], None, stride))
+    return torch.relu(y + (x if residual is None else residual))
+
+
+# ------------------------------------------------------------------------------------------------ the stages
+#
+# Arguments come in fours, in the order first, middle, last, down; without a convolution in the shortcut the
+# last of each four is None. The `table` [4, K] of a normalisation holds its affine a, b, its mean and rstd.
+
+
+def _forward_stages(x, residual, weights, gammas, betas, means, variances, conf):
+    """(z, raw outputs, tables, variances of the batch or None)."""
+    ys, tables, found = [None] * 4, [None] * 4, [None] * 4
+
+    def layer(i, run, run_stats, source, act, *geometry):
+        if conf.batch[i]:
+            ys[i], mean, found[i] = run_stats(source, weights[i], *geometry, act)
+            variance = found[i]
+        else:
+            ys[i] = run(source, weights[i], *geometry, act, None, None, False)
+            mean, variance = means[i], variances[i]
+        rstd, affine = fold(mean, variance, gammas[i], betas[i], conf.eps[i])
+        tables[i] = torch.stack((affine[0], affine[1], mean, rstd))
+        return ys[i], tables[i][:2]
+
+    pointwise = (pointwise_conv.fwd, pointwise_conv.fwd_stats)
+    h, act = layer(0, *pointwise, x, None, conf.first)
+    h, act = layer(1, fwd, fwd_stats, h, act, *conf.middle)
+    h, act = layer(2, *pointwise, h, act, conf.last)
+    if conf.shortcut == "down":
+        more, scaled = layer(3, *pointwise, x, None, conf.down)
+    else:
+        more, scaled = x if conf.shortcut == "x" else residual, None
+    return apply_affine(h, act, more, scaled, True), ys, tables, found
+
+
+def _constant_finish(table):
+    """`finish` of a normalisation by constants: its backward is a scale. Masks nothing."""
+    zero = torch.zeros_like(table[0])
+    return torch.stack((table[0], zero, zero, table[2], zero, zero + 1))
+
+
+def _end_of_block(dz, z, ys, tables, gammas, conf, want_sums, want_g):
+    """(g, dgammas, dbeta, finishes) of the last and the shortcut's normalisation, g being dz masked by the
+    block's ReLU; one pass over dz and z."""
+    dgammas, finishes, dbeta, g = [None, None], [None, None], None, None
+    needed = [i for i, want in zip((2, 3), want_sums) if want]
+    sources = [(ys[i], tables[i][2], tables[i][3], gammas[i]) for i in needed]
+    if len(needed) == 2:
+        *dgammas, dbeta, finishes[0], finishes[1], g = bwd_reduce_pair(dz, z, *sources[0], *sources[1])
+    elif needed:
+        at = needed[0] - 2
+        dgammas[at], dbeta, finishes[at], g = bwd_reduce(dz, *sources[0], None, z, want_g)
+    elif want_g:
+        g = torch.ops.aten.threshold_backward(dz, z, 0)
+    for at, i in enumerate((2, 3)):
+        if tables[i] is not None and not conf.batch[i]:
+            finishes[at] = _constant_finish(tables[i])
+    return g, dgammas, dbeta, finishes
+
+
+def _backward_stages(dz, x, weights, gammas, ys, tables, z, wanted, conf):
+    """(dx, dresidual, dweights, dgammas, dbetas), what is not wanted None or anything."""
+    want_x, want_residual, want_weights, want_gammas, want_betas = wanted
+    want_norm = [a or b for a, b in zip(want_gammas, want_betas)]
+    # What each gradient is needed for, from the block's start to its end.
+    into_first = want_x or want_weights[0]
+    through_middle = into_first or want_norm[0]
+    into_middle = through_middle or want_weights[1]
+    through_last = into_middle or want_norm[1]
+    into_last = through_last or want_weights[2]
+    down = conf.shortcut == "down"
+    into_down = down and (want_x or want_weights[3])
+    dweights, dgammas, dbetas = [None] * 4, [None] * 4, [None] * 4
+    layouts = [want and in_channels_last(w) for want, w in zip(want_weights, weights)]
+
+    want_g = into_last or into_down or want_residual or (want_x and conf.shortcut == "x")
+    want_sums = (want_norm[2] or (into_last and conf.batch[2]), want_norm[3] or (into_down and conf.batch[3]))
+    g, (dgammas[2], dgammas[3]), dbeta, finishes = _end_of_block(
+        dz, z, ys, tables, gammas, conf, want_sums, want_g
+    )
+    dbetas[2] = dbetas[3] = dbeta
+
+    def finish(i, sums):
+        n, _, h, w = ys[i].shape
+        dgammas[i], dbetas[i], table = bwd_finish(sums, tables[i][2], tables[i][3], gammas[i], n * h * w)
+        return table if conf.batch[i] else _constant_finish(tables[i])
+
+    dx, dresidual = None, g
+    if into_down:
+        rest = (want_x, want_weights[3], layouts[3])
+        dx, dweights[3], _ = pointwise_conv.bwd(
+            g, x, weights[3], conf.down, ys[3], finishes[1], None, None, *rest
+        )
+    elif conf.shortcut == "x":
+        dx = g
+    if into_last:
+        rest = (through_last, want_weights[2], layouts[2])
+        d, dweights[2], sums = pointwise_conv.bwd(
+            g, ys[1], weights[2], conf.last, ys[2], finishes[0], tables[1], None, *rest
+        )
+    if through_last:
+        table = finish(1, sums)
+    if into_middle:
+        rest = (through_middle, want_weights[1], layouts[1])
+        d, dweights[1], sums = bwd(d, ys[0], weights[1], *conf.middle, ys[1], table, tables[0], *rest)
+    if through_middle:
+        table = finish(0, sums)
+    if into_first:
+        rest = (want_x, want_weights[0], layouts[0])
+        added = dx if want_x else None
+        dx, dweights[0], _ = pointwise_conv.bwd(
+            d, x, weights[0], conf.first, ys[0], table, None, added, *rest
+        )
+    return dx, dresidual, dweights, dgammas, dbetas
+
+
+# -------------------------------------------------------------------------------------- the same, composed
+
+
+def _composed_layers(x, weights, conf, normalize):
+    """The chain up to its last sum, from differentiable parts: the last branch, the shortcut's convolution or
+    None, each normalised by `normalize(i, y)`, which adds the ReLU in between."""
+    h = normalize(0, F.conv2d(x, weights[0], None, conf.first))
+    h = normalize(1, conv_apply(h, weights[1], None, None, None, False, *conf.middle))
+    h = normalize(2, F.conv2d(h, weights[2], None, conf.last))
+    down = conf.shortcut == "down"
+    return h, normalize(3, F.conv2d(x, weights[3], None, conf.down)) if down else None
+
+
+def _train_composed(*args):
+    """The outputs of `Bottleneck`."""
+    x, residual, weights, gammas, betas, means, variances, conf = _in_fours(args)
+    ys, tables, found = [None] * 4, [None] * 4, [None] * 4
+
+    def normalize(i, y):
+        ys[i] = y
+        mean, variance = means[i], variances[i]
+        if conf.batch[i]:
+            mean, found[i] = batch_norm_stats_ref(y)
+            variance = found[i]
+        rstd, affine = batch_norm_fold_ref(mean, variance, gammas[i], betas[i], conf.eps[i])
+        tables[i] = torch.stack((affine[0], affine[1], mean, rstd))
+        return batch_norm_apply_ref(y, affine, None, None, i < 2)
+
+    h, more = _composed_layers(x, weights, conf, normalize)
+    more = x if conf.shortcut == "x" else residual if more is None else more
+    return torch.relu(h + more), *ys, *tables, *found
+
+
+def _normalized(y, gamma, beta, table, eps, by_batch):
+    """gamma*(y - mean)*rstd + beta in plain PyTorch, the statistics those of y or the table's."""
+    h = y.to(wide(y))
+    if by_batch:
+        var, mean = torch.var_mean(h, PIXELS, correction=0, keepdim=True)
+        h = (h - mean) * torch.rsqrt(var + eps)
+    else:
+        h = (h - per_channel(table[2])) * per_channel(table[3])
+    h = h if gamma is None else per_channel(gamma) * h
+    return (h if beta is None else h + per_channel(beta)).to(y.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- Functions
+
+
+def _in_fours(args):
+    """(x, residual, weights, gammas, betas, means, variances, conf) of the flat arguments of `Bottleneck`."""
+    x, residual, *rest, conf = args
+    return x, residual, *(rest[i : i + 4] for i in range(0, 20, 4)), conf
+
+
+class Bottleneck(Function):
+    """(z, y1, y2, y3, yd, four tables, four variances): z = relu(bn3(y3) + shortcut) and what its backward
+    needs; z alone is differentiable. gammas and betas float32 [K] or None; means and variances those of
+    normalisations by constants, else None."""
+
+    @staticmethod
+    def forward(*args):
+        z, ys, tables, variances = call(_forward_stages, *_in_fours(args))
+        return z, *ys, *tables, *variances
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, weights, gammas, betas, _, _, ctx.conf = _in_fours(inputs)
+        z, *rest = output
+        ctx.mark_non_differentiable(*[t for t in rest if t is not None])
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights, *gammas, *betas, *rest[:8], z)
+
+    @staticmethod
+    def backward(ctx, dz, *unused):
+        nothing = (None,) * (len(ctx.needs_input_grad) - 14)
+        if dz is None:
+            return *(None,) * 14, *nothing
+        wanted = tuple(ctx.needs_input_grad[:14])
+        run = BottleneckBackward.forward if first_order() else _backward_apply
+        return *run(dz, *ctx.saved_tensors, wanted, ctx.conf), *nothing
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return vmap_by(_train_composed, info, in_dims, args)
+
+
+class BottleneckBackward(Function):
+    """Gradients to the first 14 arguments of `Bottleneck`, None where not wanted. Its own derivative is that
+    of the composition."""
+
+    @staticmethod
+    def _parts(args):
+        """(dz, x, weights, gammas, betas, ys, tables, z, wanted, conf)"""
+        dz, x, *rest, z, wanted, conf = args
+        return dz, x, *(rest[i : i + 4] for i in range(0, 20, 4)), z, wanted, conf
+
+    @staticmethod
+    def forward(*args):
+        dz, x, weights, gammas, _, ys, tables, z, wanted, conf = BottleneckBackward._parts(args)
+        in_fours = (*wanted[:2], *(wanted[i : i + 4] for i in range(2, 14, 4)))
+        stages = (channels_last(dz), x, weights, gammas, ys, tables, z, in_fours, conf)
+        dx, dresidual, *grads = call(_backward_stages, *stages)
+        return only(wanted, (dx, dresidual, *(grad for four in grads for grad in four)))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.wanted, ctx.conf = inputs
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def composed(*args):
+        dz, x, weights, gammas, betas, ys, tables, z, wanted, conf = BottleneckBackward._parts(args)
+        shut = [relu_mask(ys[i], tables[i], None, True) for i in range(2)]
+
+        def forward(x, *rest):
+            weights, gammas, betas = (rest[i : i + 4] for i in range(0, 12, 4))
+
+            def normalize(i, y):
+                h = _normalized(y, gammas[i], betas[i], tables[i], conf.eps[i], conf.batch[i])
+                return torch.where(shut[i], 0, h) if i < 2 else h
+
+            h, more = _composed_layers(x, weights, conf, normalize)
+            return h if conf.shortcut == "given" else h + (x if more is None else more)
+
+        g = torch.where(z <= 0, 0, dz)
+        want = (wanted[0], *wanted[2:])
+        dx, *grads = vjp_by_reference(forward, (x, *weights, *gammas, *betas), want, (g,))
+        return dx, g if wanted[1] else None, *grads
+
+    @staticmethod
+    def backward(ctx, *grads):
+        args = (*ctx.saved_tensors, ctx.wanted, ctx.conf)
+        needs = ctx.needs_input_grad[:14]
+        result = vjp_by_reference(BottleneckBackward.composed, args, needs, grads)
+        return *result[:14], *(None,) * (len(args) - 14)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return vmap_by(BottleneckBackward.composed, info, in_dims, args)
+
+
+_train_apply = applier(Bottleneck)
+_backward_apply = applier(BottleneckBackward)
+
+
+# ------------------------------------------------------------------------------------------- the functions
+
+
+def _infer(x, residual, weights, gammas, betas, means, variances, conf):
+    """z by constants alone, each normalisation in its convolution's epilogue."""
+    norms = zip(means, variances, gammas, betas, conf.eps)
+    affines = [None if norm[0] is None else fold(*norm)[1] for norm in norms]
+    h = pointwise_conv.fwd(x, weights[0], conf.first, None, affines[0], None, True)
+    h = fwd(h, weights[1], *conf.middle, None, affines[1], None, True)
+    if conf.shortcut == "down":
+        residual = pointwise_conv.fwd(x, weights[3], conf.down, None, affines[3], None, False)
+    more = x if conf.shortcut == "x" else residual
+    return pointwise_conv.fwd(h, weights[2], conf.last, None, affines[2], more, True)
+
+
+class Layer(NamedTuple):
+    """One convolution and its normalisation: weight [K, C/groups, R, S], `bn` as in `conv_bn_relu`, pairs of
+    ints and an int."""
+
+    weight: torch.Tensor
+    bn: nn.Module
+    stride: tuple
+    padding: tuple = (0, 0)
+    dilation: tuple = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size) -> tuple:
+        """[N, K, OH, OW] of an input of this size."""
+        return conv_output_size(_Sized(size), self.weight, self.stride, self.padding, self.dilation)
+
+
+class _Sized(NamedTuple):
+    shape: tuple
+
+
+NAMES = ("first", "middle", "last", "downsample")
+
+
+def _sizes(x, layers) -> tuple | None:
+    """The size after each layer (first, middle, last, perhaps downsample), or None if they do not fit."""
+    sizes, size, channels = [], tuple(x.shape), x.shape[1]
+    for i, layer in enumerate(layers):
+        if i == 3:
+            size, channels = tuple(x.shape), x.shape[1]
+        kernel, weight = (3, 3) if i == 1 else (1, 1), layer.weight
+        if weight.dim() != 4 or tuple(weight.shape[2:]) != kernel or weight.shape[0] == 0:
+            return None
+        if weight.shape[1] * layer.groups != channels or weight.shape[0] % layer.groups:
+            return None
+        if i != 1 and (layer.groups != 1 or layer.padding != (0, 0)):
+            return None
+        size, channels = layer.output_size(size), weight.shape[0]
+        if size[2] < 1 or size[3] < 1:
+            return None
+        sizes.append(size)
+    return tuple(sizes) if len(layers) == 3 or sizes[3] == sizes[2] else None
+
+
+def _reason(x, layers, sizes) -> str | None:
+    """Why the layers cannot run as a chain, or None."""
+    middle = layers[1]
+    geometry = (middle.stride, middle.padding, middle.dilation, middle.groups)
+    decision = decide("bottleneck", x, middle.weight, None, *geometry)
+    if decision.backend != "cpu":
+        return decision.reason
+    if sizes is None:
+        return "convolutions that are not 1x1, 3x3 and 1x1, or do not fit together"
+    for name, layer, size in zip(NAMES, layers, sizes):
+        weight, bn = layer.weight, layer.bn
+        if weight.dtype != x.dtype or not backend.same_device(weight, x):
+            return f"{name}: weight: want {x.dtype} on {x.device}, got {weight.dtype} on {weight.device}"
+        if not kernels_run(x, size, uses_batch_statistics(bn), *state_of(bn)):
+            return f"{name}: an empty batch or uncommon parameters of its normalisation"
+    return None
+
+
+def _chain(x, layers, sizes, residual):
+    """The chain on the kernels."""
+    padded = [*layers, *(None,) * (4 - len(layers))]
+    states = [(None,) * 4 if layer is None else state_of(layer.bn) for layer in padded]
+    batch = tuple(layer is not None and uses_batch_statistics(layer.bn) for layer in padded)
+    for layer, by_batch, size in zip(layers, batch, sizes):
+        check_eps("bottleneck", layer.bn.eps, by_batch)
+        if by_batch:
+            check_count("bottleneck", size)
+    first, middle, last, down = padded
+    keep = any(map(suggests_channels_last, (x, first.weight, middle.weight, last.weight)))
+    x = channels_last(x)
+    conf = Conf(
+        first=first.stride,
+        middle=middle[2:],
+        last=last.stride,
+        down=None if down is None else down.stride,
+        shortcut="down" if down is not None else "x" if residual is None else "given",
+        eps=tuple(0.0 if layer is None else layer.bn.eps for layer in padded),
+        batch=batch,
+    )
+    weights = [None if layer is None else layer.weight for layer in padded]
+    gammas, betas = [as_float(state[2]) for state in states], [as_float(state[3]) for state in states]
+    means, variances = (
+        [None if by_batch else as_float(state[k]) for state, by_batch in zip(states, batch)] for k in (0, 1)
+    )
+    tensors = (x, residual, *weights, *gammas, *betas, *means, *variances)
+    if not any(batch) and unwatched(*tensors):
+        z = call(_infer, x, residual, weights, gammas, betas, means, variances, conf)
+        return in_format(z, keep)
+    run = Bottleneck.forward if untracked() else _train_apply
+    z, *rest = run(*tensors, conf)
+    for i, layer in enumerate(layers):
+        if batch[i]:
+            n, _, h, w = sizes[i]
+            update_state(layer.bn, *states[i][:2], rest[4 + i][2], rest[8 + i], n * h * w)
+    return in_format(z, keep)
+
+
+def _layer_by_layer(run, x, layers, residual):
+    """The same by `run(x, layer, residual, relu)`."""
+    h = run(run(x, layers[0], None, True), layers[1], None, True)
+    if len(layers) == 4:
+        residual = run(x, layers[3], None, False)
+    return run(h, layers[2], x if residual is None else residual, True)
+
+
+def not_chained(reason, x) -> None:
+    """Says in a trace that a bottleneck runs layer by layer. No fallback: each layer decides for itself."""
+    decision = backend.Decision("torch", "layers", f"layer by layer: {reason}")
+    backend.record(decision, "bottleneck", x)
+
+
+def _run_layer(x, layer, residual, relu):
+    return run_conv_bn_relu(x, layer.weight, layer.bn, None, *layer[2:], residual, relu, True)
+
+
+def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downsample=None, residual=None):
+    """relu(bn3(conv1x1(relu(bn2(conv3x3(relu(bn1(conv1x1(x)))))))) + shortcut), the block of ResNet and
+    ResNeXt (He et al. 2015, arXiv 1512.03385; Xie et al. 2017, arXiv 1611.05431), as one operation.
+
+    In training the convolutions' raw outputs are stored and normalised by their own statistics where the next
+    convolution loads them; for the backward x, the raw outputs and the result are kept, and the running
+    statistics of each normalisation move once. By constants (in eval mode, FrozenBatchNorm2d) without
+    gradients each normalisation is the epilogue of its convolution. Both kinds may be mixed. What the kernels
+    do not cover (see `grouped_conv`) runs layer by layer, as `gconv.trace` says.
+
+    Args:
+        x: [N, C, H, W].
+        weights: of the three convolutions: [A, C, 1, 1], [B, A/groups, 3, 3] and [K, B, 1, 1], dtype of x.
+        bns: their nn.BatchNorm2d or FrozenBatchNorm2d, as in `conv_bn_relu`: parameters, buffers and mode are
+            used, their state changes as by calling them, their hooks do not run.
+        stride, padding, dilation, groups: of the 3x3 convolution, as in `grouped_conv`.
+        downsample: (weight [K, C, 1, 1], bn): the shortcut is bn(conv1x1(x)) of the same stride.
+        residual: [N, K, OH, OW]: the shortcut itself. Without either it is x.
+
+    Returns:
+        [N, K, OH, OW], dtype of x; channels_last if x or one of the weights is, else contiguous.
+
+    Raises:
+        ValueError: what does not fit together, naming the argument, what is wanted and what was given; one
+            value per channel in training.
+
+    Determinism: the kernels are bit-identical from run to run and for any number of threads.
+    """
+    for name, three in (("weights", weights), ("bns", bns)):
+        if len(three) != 3:
+            raise ValueError(f"bottleneck: {name}: want three, got {len(three)}")
+    if downsample is not None and residual is not None:
+        raise ValueError("bottleneck: residual: want either downsample or residual, got both")
+    more = () if downsample is None else (downsample[0],)
+    for weight in (*weights, *more):
+        check_tensors("bottleneck", x, weight, None)
+    x, residual, *weights = autocast(x, residual, *weights, *more)
+    stride = pair("bottleneck: stride", stride, 1)
+    padding, dilation = pair("bottleneck: padding", padding, 0), pair("bottleneck: dilation", dilation, 1)
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"bottleneck: groups: want an int of at least 1, got {groups!r}")
+    first, middle, last = weights[:3]
+    layers = [
+        Layer(first, bns[0], (1, 1)),
+        Layer(middle, bns[1], stride, padding, dilation, groups),
+        Layer(last, bns[2], (1, 1)),
+    ]
+    if downsample is not None:
+        layers.append(Layer(weights[3], downsample[1], stride))
+    z = _run(x, layers, residual)
+    return _layer_by_layer(_run_layer, x, layers, residual) if z is None else z
+
+
+def _run(x, layers, residual):
+    """The chain, or None, said in a trace, where the layers have to run one by one."""
+    sizes = _sizes(x, layers) if x.dim() == 4 else None
+    reason = _reason(x, layers, sizes)
+    if reason is not None:
+        not_chained(reason, x)
+        return None
+    check_residual("bottleneck", residual, sizes[2], x)
+    if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
+        raise ValueError(f"bottleneck: x: want {list(sizes[2])} as the output, got {list(x.shape)}")
+    z = _chain(x, layers, sizes, residual)
+    backend.record(backend.Decision("cpu", "cpu.bottleneck"), "bottleneck", x, z)
+    return z
+
+
+def _modules_reason(pairs) -> str | None:
+    """Why these convolutions and normalisations must be called as they are, or None."""
+    for name, (conv, bn) in zip(NAMES, pairs):
+        reason = not_fusable(conv, bn)
+        if reason is None and conv.bias is not None:
+            reason = "conv: has a bias"
+        if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+            reason = f"conv: padding {conv.padding} with {conv.padding_mode}"
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
+    """`bottleneck` of modules: what blocks made of torch's modules call.
+
+    Where a module has hooks, a replaced forward or a type that is not fused, or a convolution has a bias,
+    the block runs layer by layer (`fuse_modules_forward`), and `gconv.trace` says why. Global module hooks
+    are not run for the fused modules.
+
+    Args:
+        x: [N, C, H, W].
+        pairs: ((conv1, bn1), (conv2, bn2), (conv3, bn3)).
+        downsample: (conv, bn) of the shortcut.
+        residual: [N, K, OH, OW]: the shortcut itself. Without either it is x.
+
+    Returns:
+        [N, K, OH, OW]; dtype and memory format as in `bottleneck`.
+
+    Raises:
+        ValueError: as in `bottleneck`.
+    """
+    pairs = (*pairs, downsample) if downsample is not None else tuple(pairs)
+    reason = _modules_reason(pairs)
+    if reason is not None:
+        not_chained(reason, x)
+    else:
+        here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
+        layers = [
+            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups)
+            for weight, (conv, bn) in zip(weights, pairs)
+        ]
+        z = _run(here, layers, given)
+        if z is not None:
+            return z
+    return _layer_by_layer(lambda x, pair, *rest: fuse_modules_forward(x, *pair, *rest), x, pairs, residual)

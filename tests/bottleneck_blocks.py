@@ -1,0 +1,102 @@
+"""A bottleneck of torch's modules twice, stock and as a chain: what the tests of the chain compare."""
+
+import copy
+import math
+
+import checks
+import torch
+from checks import LAYOUTS, place
+from fused_checks import FrozenBatchNorm2d, randomize
+from torch import nn
+
+import gconv
+from gconv.functional import fuse_bottleneck_forward
+
+
+class Block(nn.Module):
+    """A bottleneck of torch's modules, called one by one or as a chain."""
+
+    def __init__(self, channels, groups=1, stride=1, dilation=1, down=False, frozen=(), **bn_options):
+        super().__init__()
+        c, a, b, k = channels
+
+        def norm(name, width):
+            return FrozenBatchNorm2d(width) if name in frozen else nn.BatchNorm2d(width, **bn_options)
+
+        middle = {"padding": dilation, "dilation": dilation, "groups": groups, "bias": False}
+        self.conv1, self.bn1 = nn.Conv2d(c, a, 1, bias=False), norm("bn1", a)
+        self.conv2, self.bn2 = nn.Conv2d(a, b, 3, stride, **middle), norm("bn2", b)
+        self.conv3, self.bn3 = nn.Conv2d(b, k, 1, bias=False), norm("bn3", k)
+        self.relu = nn.ReLU()
+        self.downsample = None
+        if down:
+            self.downsample = nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), norm("downsample", k))
+        self.stock = True
+
+    def pairs(self):
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
+    def all_pairs(self):
+        return (*self.pairs(), *([] if self.downsample is None else [tuple(self.downsample)]))
+
+    def forward(self, x, residual=None):
+        if not self.stock:
+            down = None if self.downsample is None else tuple(self.downsample)
+            return fuse_bottleneck_forward(x, self.pairs(), down, residual)
+        h = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(h)))))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(y + (shortcut if residual is None else residual))
+
+
+def twins(key, *args, training=True, **kwargs):
+    """(stock, ours) of the same state."""
+    stock = Block(*args, **kwargs).train(training)
+    for i, pair in enumerate(stock.all_pairs()):
+        randomize(*pair, (key, i))
+    ours = copy.deepcopy(stock)
+    ours.stock = False
+    return stock, ours
+
+
+def inner_margin(block, x):
+    """Distance of the nearest value from the kink of an inner ReLU, in float64."""
+    exact, nearest = copy.deepcopy(block).double(), [math.inf]
+
+    def watch(module, args):
+        nearest[0] = min(nearest[0], args[0].detach().abs().min().item())
+
+    handle = exact.relu.register_forward_pre_hook(watch)
+    exact.conv3.register_forward_hook(lambda *_: handle.remove())  # the last ReLU is compare's business
+    with torch.no_grad(), checks.one_thread():
+        exact(x.detach().double())
+    return nearest[0]
+
+
+def block_input(block, size, key, dtype=torch.float32):
+    """An input whose values stay clear of the inner ReLUs' kinks, where rounding would decide on a gradient.
+    At lower precision no data do: there stock has the same trouble, and more of it."""
+    n, h, w = size
+    for attempt in range(50):
+        gen = checks.generator("block input", key, attempt)
+        x = torch.randn(n, block.conv1.in_channels, h, w, generator=gen).to(dtype)
+        if dtype != torch.float32 or inner_margin(block, x) > 2e-6:
+            return place(x, checks.rotate(LAYOUTS, key)).requires_grad_()
+    raise AssertionError("no input is clear of the kinks")
+
+
+def assert_chained(calls=1):
+    assert gconv.backend.counts() == {"cpu.bottleneck": calls}, gconv.backend.counts()
+
+
+# channels (in, first, middle, out), options, input (N, H, W)
+BLOCKS = (
+    ((16, 8, 8, 16), {"groups": 1}, (2, 7, 9)),
+    ((24, 16, 16, 24), {"groups": 8}, (2, 9, 6)),
+    ((64, 64, 64, 64), {"groups": 32}, (1, 8, 8)),
+    ((16, 32, 32, 48), {"groups": 32, "stride": 2, "down": True}, (2, 11, 8)),
+    ((17, 12, 20, 33), {"groups": 4, "stride": 2, "down": True}, (1, 13, 7)),
+    ((12, 10, 15, 20), {"groups": 5, "down": True}, (3, 5, 6)),
+    ((20, 16, 16, 20), {"groups": 8, "dilation": 2}, (2, 9, 10)),
+    ((8, 64, 64, 24), {"groups": 2, "dilation": 3, "stride": 2, "down": True}, (2, 14, 9)),
+)  # fmt: skip

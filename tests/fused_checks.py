@@ -1,0 +1,116 @@
+"""What the tests of fused blocks share: a stock module and ours side by side, each result held to float64."""
+
+import copy
+
+import checks
+import torch
+from checks import KINK_MARGIN, assert_accurate
+from torch import nn
+
+import gconv
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """torchvision's and detectron2's: statistics and affine are buffers."""
+
+    def __init__(self, features, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(
+                name, torch.ones(features) if name in ("weight", "running_var") else torch.zeros(features)
+            )
+
+    def forward(self, x):
+        scale = (self.weight * (self.running_var + self.eps).rsqrt()).view(1, -1, 1, 1)
+        return (x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)).to(
+            x.dtype
+        )
+
+
+def randomize(conv, bn, key):
+    """Parameters and buffers away from their trivial initial values."""
+    gen = checks.generator("parameters", key)
+    with torch.no_grad():
+        for t in (*conv.parameters(),):
+            t.copy_(torch.randn(t.shape, generator=gen) * (2 / t[0].numel()) ** 0.5)
+        for name, t in (*bn.named_parameters(), *bn.named_buffers()):
+            if name == "running_var":
+                t.copy_(torch.rand(t.shape, generator=gen) + 0.5)
+            elif t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=gen) * 0.5 + (name == "weight"))
+
+
+def run(module, x, dz, residual, steps=1):
+    """Named results of `steps` calls with their backward: the last output and input gradients, the summed
+    parameter gradients and the running statistics."""
+    leaf = x.detach().requires_grad_(x.requires_grad)
+    extra = None if residual is None else residual.detach().requires_grad_(residual.requires_grad)
+    for _ in range(steps):
+        z = module(leaf) if extra is None else module(leaf, extra)
+        if dz is None:
+            return {"z": z.detach()}
+        leaf.grad = None
+        if extra is not None:
+            extra.grad = None
+        if z.requires_grad:
+            z.backward(dz.to(z.dtype))
+    results = {"z": z.detach(), "dx": leaf.grad, "dresidual": None if extra is None else extra.grad}
+    results |= {f"d{name}": p.grad for name, p in module.named_parameters()}
+    results |= dict(module.named_buffers())
+    return results
+
+
+def reformatted(memory_format, *tensors):
+    return [
+        None
+        if t is None
+        else t.detach().contiguous(memory_format=memory_format).requires_grad_(t.requires_grad)
+        for t in tensors
+    ]
+
+
+def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=None, key=""):
+    """Runs both modules, stock also in float64, and holds ours to the oracle. Returns our results."""
+    exact_module = copy.deepcopy(stock).double()
+    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (x, residual)]
+    precision = autocast or dtype
+    with torch.no_grad(), checks.one_thread():
+        z = run(copy.deepcopy(exact_module), wide[0], None, wide[1])["z"]
+    dz = torch.randn(z.shape, generator=checks.generator("dz", key, tuple(z.shape)))
+    # Where rounding may decide on which side of ReLU a value falls, neither gradient is wrong: none is sent
+    # there.
+    dz = (
+        torch.where(z.abs() < KINK_MARGIN[precision], 0, dz).to(precision) if stock.relu else dz.to(precision)
+    )
+    with checks.one_thread():
+        exact = run(exact_module, wide[0], dz.double(), wide[1], steps)
+    cast = torch.autocast("cpu", autocast, enabled=autocast is not None)
+    own = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with cast, checks.one_thread():
+            own.append(
+                run(copy.deepcopy(stock).to(dtype), *reformatted(memory_format, x, dz, residual), steps)
+            )
+    gconv.backend.reset_counts()
+    with cast:
+        got = run(ours, x, dz, residual, steps)
+    for name, want in exact.items():
+        if want is None:
+            assert got[name] is None, f"{name}: want no gradient"
+        elif not want.is_floating_point():
+            assert torch.equal(got[name], want), f"{name}: want {want}, got {got[name]}"
+        else:
+            assert got[name].dtype == own[0][name].dtype, (
+                f"{name}: want {own[0][name].dtype}, got {got[name].dtype}"
+            )
+            statistics = "running" in name
+            baselines = [o[name] for o in own]
+            assert_accurate(
+                got[name],
+                want,
+                baselines,
+                name,
+                None if statistics and precision == torch.float32 else precision,
+            )
+    return got
