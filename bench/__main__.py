@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         torch.set_num_threads(options.threads)
-    from .train import WorkerDied
+    from .workers import WorkerDied
 
     began = time.perf_counter()
     try:

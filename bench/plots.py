@@ -7,10 +7,11 @@ import io
 
 import numpy as np
 
+from .networks import CONTESTANTS
 from .rivals import LABELS, RIVALS
 from .train import Training
 
-__all__ = ["TITLES", "by_mode", "missing", "roofline", "times", "training"]
+__all__ = ["STEPS", "TITLES", "by_mode", "missing", "networks", "roofline", "times", "training"]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#767676"
@@ -111,6 +112,7 @@ def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 TITLES = {"inference": "inference", "training": "training (forward + backward)"}
+STEPS = {"inference": "inference", "training": "a training step"}
 
 
 def roofline(rows: list[dict]) -> bytes:
@@ -227,4 +229,52 @@ def times(rows: list[dict]) -> bytes:
         ax.set_ylim(bottom, top * (top / bottom) ** 0.12)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def networks(rows: list[dict]) -> bytes:
+    """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
+    step takes at its peak, light what was resident before."""
+    modes = by_mode([row for row in rows if row.get("ms")])
+    tallest = max(len(group) for group in modes.values())
+    figure, axes = _figure(11, (0.9 + 0.36 * tallest) * len(modes) + 0.6, columns=2, rows=len(modes))
+    for (left, right), (mode, group) in zip(axes, modes.items()):
+        at = np.arange(len(group))
+        batch = group[0]["batch"]
+        colours = [COLOURS.get(row["contestant"], SKY) for row in group]
+        ms = np.array([row["ms_per_image"] for row in group])
+        low, high = (np.array([row[f"ms_{end}"] / batch for row in group]) for end in ("p20", "p80"))
+        whiskers = np.maximum([ms - low, high - ms], 0)
+        left.barh(at, ms, 0.66, color=colours, xerr=whiskers, error_kw={"elinewidth": 1.2})
+        for i, row in enumerate(group):
+            ours = row["contestant"] == "gconv"
+            text = f"{row['ms_per_image']:.3g} ms" + (f"  {row['ratio']:.2f}×" if ours else "")
+            left.text(max(ms[i], high[i]) + 0.012 * ms.max(), i, text, va="center", fontsize=9,
+                      fontweight="bold" if ours else "normal")  # fmt: skip
+        left.set_xlim(0, max(ms.max(), high.max()) * 1.32)
+        left.set_title(f"{STEPS[mode]}: ms per image", fontsize=11, loc="left")
+        peak, step = (np.array([row.get(key) or 0.0 for row in group]) for key in ("peak_mb", "step_mb"))
+        right.barh(at, peak, 0.66, color=colours, alpha=0.3)
+        right.barh(at, step, 0.66, left=peak - step, color=colours)
+        for i, row in enumerate(group):
+            if not row.get("peak_mb"):
+                continue
+            ratio = row.get("memory_ratio")
+            ours = row["contestant"] == "gconv"
+            text = f"{step[i]:.0f} of {peak[i]:.0f}" + (f"  {ratio:.2f}×" if ours and ratio else "")
+            right.text(peak[i] + 0.012 * peak.max(), i, text, va="center", fontsize=9,
+                       fontweight="bold" if ours else "normal")  # fmt: skip
+        right.set_xlim(0, max(peak.max(), 1) * 1.38)
+        right.set_title(f"{STEPS[mode]}: memory at the peak, MiB; dark: the step's", fontsize=11, loc="left")
+        for ax, names in ((left, True), (right, False)):
+            ax.set_yticks(at, [CONTESTANTS[row["contestant"]].label for row in group] if names else [])
+            ax.invert_yaxis()
+            ax.tick_params(axis="y", length=0)
+            ax.grid(True, axis="x", alpha=0.25)
+            ax.set_axisbelow(True)
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']}, {first['size']}×{first['size']}, batch {first['batch']}, {first['dtype']}, "
+        f"{first['threads']} threads; × : against the fastest other", fontsize=12,
+    )  # fmt: skip
     return _png(figure)

@@ -21,6 +21,7 @@ from gconv.bench import (
     shapes,
     timing,
     train,
+    workers,
 )
 from gconv.bench.__main__ import main
 
@@ -534,7 +535,7 @@ def test_training_runs_in_processes_of_their_own(monkeypatch, capsys):
 
 def test_a_training_process_that_dies_says_why(monkeypatch):
     monkeypatch.setattr(train.digits, "load", _toy_digits)
-    with pytest.raises(train.WorkerDied, match=r"stock torch.nn ended with status 1:(.|\n)*batch"):
+    with pytest.raises(workers.WorkerDied, match=r"stock torch.nn ended with status 1:(.|\n)*batch"):
         train.run(train.Options(epochs=1, batch=-1, threads=1))
 
 
