@@ -26,8 +26,9 @@ __all__ = [
 MODES = ("inference", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COLUMNS = (
-    ("model", "left", 15), ("layer", "left", 5), ("channels, per group, image", "left", 26), ("mode", "left", 9),
-    ("match", "right", 7), ("gconv ms", "right", 8), ("best ms", "right", 7), ("of the others", "left", 19),
+    ("model", "left", 15), ("layer", "left", 5), ("channels, per group, image", "left", 26),
+    ("mode", "left", 9), ("match", "right", 7), ("gconv ms", "right", 8), ("best ms", "right", 7),
+    ("of the others", "left", 19),
     ("speed-up", "right", 8), ("95 %", "right", 11), ("GFLOP/s", "right", 7), ("GB/s", "right", 5),
     ("% GEMM", "right", 6), ("% roof", "right", 6),
 )  # fmt: skip

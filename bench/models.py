@@ -108,10 +108,10 @@ def ours_and_best(rows: list[dict], mode: str) -> tuple[dict | None, dict | None
 
 def _start(label: str, options: Options, modes: str, folder: str, *who: str) -> Worker:
     return Worker(
-        label, "benchmark", "gconv.bench.models_worker", "--model", options.model, "--size", str(options.size),
-        "--batch", str(options.batch), "--dtype", options.dtype, "--modes", modes,
-        "--state", os.path.join(folder, "state.pt"), "--folder", folder,
-        "--threads", str(torch.get_num_threads()), *who,
+        label, "benchmark", "gconv.bench.models_worker",
+        "--model", options.model, "--size", str(options.size), "--batch", str(options.batch),
+        "--dtype", options.dtype, "--modes", modes, "--state", os.path.join(folder, "state.pt"),
+        "--folder", folder, "--threads", str(torch.get_num_threads()), *who,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from . import machine
 from .rivals import RIVALS
 
 __all__ = [
-    "ALL", "COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append", "is_total", "latest_run", "load",
-    "newest_record", "path_of", "where",
+    "ALL", "COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append", "is_total", "latest_run",
+    "load", "newest_record", "path_of", "where",
 ]  # fmt: skip
 
 # An installed copy inside a checkout records into the checkout.
@@ -43,14 +43,15 @@ ALL, EACH = "all", "each"
 # one step above what was resident before it; memory_ratio: this one's over that of `best`.
 MODEL_COLUMNS = (
     *_WHERE, "model", "size", "batch", "dtype", "mode", "conditions", "contestant", "precision", "kernel",
-    "own_convolutions", "convolutions", "fallbacks", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80", "ms_per_image",
-    "images_per_s", "best", "ratio", "ratio_low", "ratio_high", "step_mb", "peak_mb", "memory_ratio",
-    "compile_s", "gflop", "gflops", "copy_gbps", "gemm_gflops", "rounds", "dropped", "noisy", "note",
+    "own_convolutions", "convolutions", "fallbacks", "match", "error_ratio", "worst", "ms", "ms_p20",
+    "ms_p80", "ms_per_image", "images_per_s", "best", "ratio", "ratio_low", "ratio_high", "step_mb",
+    "peak_mb", "memory_ratio", "compile_s", "gflop", "gflops", "copy_gbps", "gemm_gflops", "rounds",
+    "dropped", "noisy", "note",
 )  # fmt: skip
 # relative: images per second over those of the same layer at the reference batch and as many threads.
 SWEEP_COLUMNS = (
-    *_WHERE, *_WHAT, "contestant", "kernel", "ms", "ms_p20", "ms_p80", "images_per_s", "reference",
-    "relative", "relative_low", "relative_high", "rounds", "dropped", "noisy",
+    *_WHERE, *_WHAT, "contestant", "kernel", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80",
+    "images_per_s", "reference", "relative", "relative_low", "relative_high", "rounds", "dropped", "noisy",
 )  # fmt: skip
 SCHEMAS = {"": COLUMNS, "-models": MODEL_COLUMNS, "-sweep": SWEEP_COLUMNS}  # by the end of the file's name
 

@@ -123,8 +123,8 @@ def _stage_layers(
 
 
 def _mobilenet_v2_layers() -> tuple[ConvShape, ...]:
-    """The depthwise 3x3 layers of MobileNetV2 (arXiv 1801.04381, table 2): "d384" has 384 channels, "d192d" is
-    strided. (There a ReLU6 follows, here a ReLU.)"""
+    """The depthwise 3x3 layers of MobileNetV2 (arXiv 1801.04381, table 2): "d384" has 384 channels, "d192d"
+    is strided. (There a ReLU6 follows, here a ReLU.)"""
     stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
               (6, 320, 1, 1))  # fmt: skip
     counts: dict[tuple[int, int, int], int] = {}

@@ -7,9 +7,9 @@ A rival may be an object of this process or live in another one, where `turn` ru
 
 Interference is recognised by its cause first: the kernel counts how often it took a core away from the
 process of a turn (involuntary context switches) and for how long the host did (steal time). A round in which
-either moved by more than a little for its length is dropped for all rivals alike. Jumps the guest cannot see (a call more than
-JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds survive, all
-are kept and the result is marked noisy.
+either moved by more than a little for its length is dropped for all rivals alike. Jumps the guest cannot see
+(a call more than JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds
+survive, all are kept and the result is marked noisy.
 """
 
 from __future__ import annotations

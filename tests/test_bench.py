@@ -320,8 +320,12 @@ def test_compare_by_time(run, tmp_path):
 def test_readme_table_is_generated_between_the_markers(run, tmp_path, capsys):
     record, page = str(tmp_path / "r.csv"), tmp_path / "README.md"
     records.append(record, [run.rows[0] | {"date": "2001-01-01T00:00:00Z", "layer": "old"}, *run.rows])
-    page.write_text(f"before\n{readme.START}\nstale\n{readme.END}\nafter\n", encoding="utf-8")
-    arguments = ["readme", "--readme", str(page), "--record", record]
+    (start, end), (models_start, models_end) = readme.MARKERS["layers"], readme.MARKERS["models"]
+    networks = f"{models_start}\nstale\n{models_end}"
+    page.write_text(f"before\n{start}\nstale\n{end}\n{networks}\nafter\n", encoding="utf-8")
+    empty = str(tmp_path / "none.csv")
+    records.append(empty, [], records.MODEL_COLUMNS)
+    arguments = ["readme", "--readme", str(page), "--record", record, "--models-record", empty]
     assert main([*arguments, "--check"]) == 1
     assert "stale" in page.read_text(encoding="utf-8")
     assert main(arguments) == 0
@@ -354,7 +358,7 @@ def training():
 def test_report_is_one_self_contained_page(run, training, tmp_path):
     pytest.importorskip("jinja2", reason="the page is made with jinja2")
     pytest.importorskip("matplotlib", reason="the pictures are made with matplotlib")
-    path = report.write(str(tmp_path), run, training, run.facts)
+    path = report.write(str(tmp_path), report.Findings(run.facts, layers=run, training=training))
     text = Path(path).read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', text) == []
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
@@ -400,7 +404,7 @@ def test_wrong_result_gets_no_figure_and_fails(run, training, tmp_path, monkeypa
     assert row["match"] is False and row["gconv_ms"] is None and row["ratio"] is None
     assert row["eager_nchw_ms"] > 0
     assert "WRONG RESULT on t1" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "wrong result" in readme.table([row])
+    assert "wrong result" in readme.layers_table([row])
 
 
 def test_wrong_usage_is_one_line(capsys):
