@@ -4,7 +4,7 @@ then timed."""
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from . import machine, records, roofs
 from .match import NONSENSE, Problem, compare, exact_results
 from .rivals import LABELS, RIVALS, Rival, Unavailable, build
 from .screen import Cell, Screen
-from .shapes import ConvShape, is_whole
+from .shapes import ConvShape, is_whole, whose
 from .timing import Plan, Result, interleave, peak_memory_mb, ratio_interval, redrawn_medians
 
 __all__ = [
@@ -49,7 +49,8 @@ class Options:
 @dataclass
 class Run:
     """rows as in records.COLUMNS, with one for each mode that sums up all layers where all of a model were
-    measured; roofs; the machine's facts; and why a rival was left out, by its label."""
+    measured, or, of whole networks, as in records.MODEL_COLUMNS; roofs; the machine's facts; and why a rival
+    was left out, by its label."""
 
     rows: list[dict]
     roofs: roofs.Roofs
@@ -102,14 +103,7 @@ def _measure(
             del rivals[name]
     kernel, fallback = kernel_of(rivals["gconv"])
     row = {
-        "model": shape.model,
-        "layer": shape.layer,
-        "count": shape.count,
-        "in_channels": shape.in_channels,
-        "out_channels": shape.out_channels,
-        "groups": shape.groups,
-        "size": shape.size,
-        "stride": shape.stride,
+        **asdict(shape),
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": mode,
@@ -217,13 +211,13 @@ def ratio_mood(row: dict) -> str:
     return "good" if row["ratio_low"] > 1 else "bad" if row["ratio_high"] < 1 else ""
 
 
-def describe(row: dict) -> str:
+def describe(row: dict, per_group: str = "", stride: str = " /") -> str:
     """Channels in and out, channels per group, image, and the stride where it is not 1."""
     if records.is_total(row):
         return f"all {row['count']} layers"
     return (
-        f"{row['in_channels']}→{row['out_channels']}, {row['in_channels'] // row['groups']}, "
-        f"{row['size']}×{row['size']}" + (f" /{row['stride']}" if row["stride"] > 1 else "")
+        f"{row['in_channels']}→{row['out_channels']}, {row['in_channels'] // row['groups']}{per_group}, "
+        f"{row['size']}×{row['size']}" + (f"{stride}{row['stride']}" if row["stride"] > 1 else "")
     )
 
 
@@ -255,14 +249,14 @@ def run(options: Options) -> Run:
     dtype = DTYPES[options.dtype]
     rows: list[dict] = []
     skipped: dict[str, str] = {}
-    models = list(dict.fromkeys(shape.model for shape in options.shapes))
+    models = [shape.model for shape in options.shapes]
     title = (
-        f"conv 3x3 + BN + ReLU, {models[0] if len(models) == 1 else 'layers of several networks'}, "
+        f"conv 3x3 + BN + ReLU, {whose(models)}, "
         f"batch {options.batch}, {options.dtype}, "
         f"{facts['threads']} threads of {facts['device']} ({facts['isa'] or 'no extension'})"
     )
     count = len(options.shapes) * len(options.modes)
-    columns, drop = (_COLUMNS, 0) if len(models) > 1 else (_COLUMNS[1:], 1)
+    columns, drop = (_COLUMNS, 0) if len(set(models)) > 1 else (_COLUMNS[1:], 1)
     with Screen(title, columns, count, "layers", _OPTIONAL) as screen, warnings.catch_warnings():
         warnings.simplefilter("ignore", gconv.FallbackWarning)  # the note of a row says it
         screen.step("roofs: copy and GEMM")

@@ -14,14 +14,14 @@ from gconv.models import get_model_builder
 
 from . import machine, networks, records, roofs
 from .agreement import check_network
-from .layers import MODES, ratio_mood
+from .layers import MODES, Run, ratio_mood
 from .match import ALLOWED, NONSENSE, Verdict
 from .networks import CONTESTANTS, DTYPES, Contestant, Job
 from .screen import Cell, Screen
 from .timing import Plan, Result, Turn, interleave, ratio_interval
 from .workers import Worker, WorkerDied
 
-__all__ = ["Options", "Run", "default_size", "ours_and_best", "pick", "run"]
+__all__ = ["Options", "default_size", "ours_and_best", "pick", "run"]
 
 EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
 CONDITIONS = "a process each, reused memory"
@@ -46,21 +46,6 @@ class Options:
 
     def job(self, mode: str) -> Job:
         return Job(self.model, self.size, self.batch, self.dtype, mode)
-
-
-@dataclass
-class Run:
-    """rows as in records.MODEL_COLUMNS; roofs; the machine's facts; and why a contestant was left out, by its
-    label."""
-
-    rows: list[dict]
-    roofs: roofs.Roofs
-    facts: dict
-    skipped: dict[str, str]
-
-    @property
-    def wrong(self) -> list[dict]:
-        return [row for row in self.rows if not row["match"]]
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 
 from .networks import CONTESTANTS
 from .rivals import LABELS, RIVALS
+from .shapes import whose
 from .train import Training
 
 __all__ = ["STEPS", "TITLES", "by_mode", "missing", "networks", "roofline", "times", "training"]
@@ -54,6 +55,13 @@ def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
+
+
+def _titled(figure, what: str, row: dict, end: str = "") -> bytes:
+    """The finished picture under the title of the run that a row is from."""
+    title = f"{what}, batch {row['batch']}, {row['dtype']}, {row['threads']} threads{end}"
+    figure.suptitle(title, fontsize=12)
+    return _png(figure)
 
 
 def _plain_ticks(axis) -> None:
@@ -102,6 +110,10 @@ def training(result: Training) -> bytes:
         for epoch in range(1, result.options.epochs):
             ax.axvline(epoch * per_epoch, color=BLACK, alpha=0.08, linewidth=0.8)
     return _png(figure)
+
+
+def _layer_name(row: dict, rows: list[dict], between: str) -> str:
+    return row["layer"] if len({r["model"] for r in rows}) == 1 else f"{row['model']}{between}{row['layer']}"
 
 
 def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
@@ -158,7 +170,12 @@ def roofline(rows: list[dict]) -> bytes:
                 )
                 ax.plot(i, ours, marker="D", markersize=7, color=BLUE, linestyle="none")
                 ax.annotate(
-                    r["layer"], (i, ours), xytext=(8, 2), textcoords="offset points", fontsize=9, color=BLUE
+                    _layer_name(r, rows, " "),
+                    (i, ours),
+                    xytext=(8, 2),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=BLUE,
                 )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -176,12 +193,9 @@ def roofline(rows: list[dict]) -> bytes:
         label="best of the others",
     )  # fmt: skip
     axes[0, 0].legend(handles=[*ours, *best], frameon=False, fontsize=9, loc="lower right")
-    first = rows[0]
-    figure.suptitle(
-        f"Roofline of conv 3×3 + BN + ReLU: {first['model']}, batch {first['batch']}, {first['dtype']}, "
-        f"{first['threads']} threads", fontsize=12,
-    )  # fmt: skip
-    return _png(figure)
+    return _titled(
+        figure, f"Roofline of conv 3×3 + BN + ReLU: {whose(row['model'] for row in rows)}", rows[0]
+    )
 
 
 def times(rows: list[dict]) -> bytes:
@@ -189,7 +203,9 @@ def times(rows: list[dict]) -> bytes:
     above."""
     modes = by_mode(rows)
     names = [n for n in (*RIVALS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
-    figure, axes = _figure(10, 3.5 * len(modes), rows=len(modes))
+    # Names of networks need more room than those of one network's layers.
+    width = max(10.0, 1.1 * max(map(len, modes.values()))) if len({r["model"] for r in rows}) > 1 else 10.0
+    figure, axes = _figure(width, 3.5 * len(modes), rows=len(modes))
     step = 0.6 / max(1, len(names) - 1)
     for ax, (mode, group) in zip(axes[:, 0], modes.items()):
         at = np.arange(len(group))
@@ -219,7 +235,11 @@ def times(rows: list[dict]) -> bytes:
         _plain_ticks(ax.yaxis)
         ax.set_xlim(-0.5, len(group) - 0.5)
         ax.set_xticks(
-            at, [f"{r['layer']}\n{r['in_channels'] // r['groups']} per group, {r['size']}²" for r in group]
+            at,
+            [
+                f"{_layer_name(r, rows, chr(10))}\n{r['in_channels'] // r['groups']} per group, {r['size']}²"
+                for r in group
+            ],
         )
         ax.set_ylabel("ms (log scale)")
         ax.set_title(f"{TITLES[mode]}: ms, and gconv's speed-up over the best other", fontsize=11, loc="left")
@@ -273,8 +293,5 @@ def networks(rows: list[dict]) -> bytes:
             ax.grid(True, axis="x", alpha=0.25)
             ax.set_axisbelow(True)
     first = rows[0]
-    figure.suptitle(
-        f"{first['model']}, {first['size']}×{first['size']}, batch {first['batch']}, {first['dtype']}, "
-        f"{first['threads']} threads; × : against the fastest other", fontsize=12,
-    )  # fmt: skip
-    return _png(figure)
+    what = f"{first['model']}, {first['size']}×{first['size']}"
+    return _titled(figure, what, first, "; × : against the fastest other")

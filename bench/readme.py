@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from . import records
-from .layers import best_ms, gemm_percent
+from .layers import best_ms, describe, gemm_percent
 from .models import ours_and_best
 from .networks import CONTESTANTS
 from .rivals import LABELS
+from .shapes import whose
 
 __all__ = ["MARKERS", "layers_part", "layers_table", "models_table", "rows_of", "update"]
 
@@ -20,12 +21,8 @@ STEPS = {"inference": "inference", "training": "training step"}
 
 
 def _shape(row: dict) -> str:
-    if records.is_total(row):
-        return f"all {row['count']} layers, against the best of each"
-    return (
-        f"{row['in_channels']}→{row['out_channels']}, {row['in_channels'] // row['groups']} per group, "
-        f"{row['size']}×{row['size']}" + (f", stride {row['stride']}" if row["stride"] > 1 else "")
-    )
+    against = ", against the best of each" if records.is_total(row) else ""
+    return describe(row, " per group", ", stride ") + against
 
 
 def _cells(row: dict) -> str:
@@ -52,10 +49,10 @@ def layers_table(rows: list[dict]) -> str:
     if not rows:
         return "No run has been recorded yet: `python -m gconv.bench layers --record`."
     first = rows[0]
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = {row["model"] for row in rows}
     lines = [
-        f"The 3×3 layers of {', '.join(models)} as conv + BN + ReLU, {first['dtype']}, batch "
-        f"{first['batch']}, {_where(first)}. In the same run a matrix product reached "
+        f"Conv 3×3 + BN + ReLU: {whose(models)}, {first['dtype']}, batch {first['batch']}, "
+        f"{_where(first)}. In the same run a matrix product reached "
         f"{first['gemm_gflops']:.0f} GFLOP/s and a copy {first['copy_gbps']:.1f} GB/s. "
         f"Medians in ms, {first['conditions']}; the speed-up is over the best of the others in that run.",
     ]

@@ -9,7 +9,7 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 
-from . import layers, models, plots, records, sweep
+from . import layers, models, plots, records, shapes, sweep
 from .agreement import FACTOR
 from .networks import CONTESTANTS
 from .rivals import LABELS, RIVALS
@@ -56,7 +56,7 @@ class Findings:
     facts: dict
     layers: layers.Run | None = None
     training: Training | None = None
-    networks: models.Run | None = None
+    networks: layers.Run | None = None
     sweep: sweep.Run | None = None
 
     @property
@@ -69,7 +69,7 @@ class Findings:
 def save(folder: str, found: Findings) -> None:
     """Keeps everything the page is made from in `folder`/results.json."""
 
-    def plain(run: layers.Run | models.Run | None) -> dict | None:
+    def plain(run: layers.Run | None) -> dict | None:
         return run and {"rows": run.rows, "roofs": asdict(run.roofs), "skipped": run.skipped}
 
     data = {
@@ -90,14 +90,14 @@ def load(folder: str) -> Findings:
         data = json.load(file)
     facts = data["facts"]
 
-    def run(kind: type, kept: dict | None):
-        return kept and kind(kept["rows"], Roofs(**kept["roofs"]), facts, kept["skipped"])
+    def run(kept: dict | None) -> layers.Run | None:
+        return kept and layers.Run(kept["rows"], Roofs(**kept["roofs"]), facts, kept["skipped"])
 
     return Findings(
         facts,
-        run(layers.Run, data["layers"]),
+        run(data["layers"]),
         data["training"] and Training.from_dict(data["training"]),
-        run(models.Run, data["networks"]),
+        run(data["networks"]),
         data["sweep"] and sweep.Run(data["sweep"]["rows"], facts),
     )
 
@@ -238,7 +238,8 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         sweep=plots.by_mode(rows_of(found.sweep, records.SWEEP_COLUMNS)),
         cliff=sweep.CLIFF,
         rows=rows,
-        networks_of_rows=list(dict.fromkeys(row["model"] for row in rows)),
+        whose=shapes.whose(row["model"] for row in rows) if rows else None,
+        several=len({row["model"] for row in rows}) > 1,
         modes=plots.by_mode(rows),
         titles=plots.TITLES,
         steps=plots.STEPS,

@@ -4,10 +4,10 @@ avoid."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MODELS", "WIDTHS", "ConvShape", "is_whole", "select"]
+__all__ = ["MODELS", "WIDTHS", "ConvShape", "is_whole", "select", "whose"]
 
 # Floating-point operations of forward + backward in units of the forward: y, dx and dweight cost the same.
 TRAINING_FLOPS = 3
@@ -183,6 +183,12 @@ def _find(model: str, layer: str) -> ConvShape:
 def is_whole(shapes: Sequence[ConvShape]) -> bool:
     """Whether these are all layers of one model, so that their sum is a figure of that model."""
     return bool(shapes) and len(shapes) > 1 and tuple(shapes) == MODELS.get(shapes[0].model)
+
+
+def whose(models: Iterable[str]) -> str:
+    """Whose layers these are, from the models of all of them."""
+    names = set(models)
+    return names.pop() if len(names) == 1 else "layers of several networks"
 
 
 def select(model: str, layers: str | None = None) -> tuple[ConvShape, ...]:

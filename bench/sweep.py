@@ -5,7 +5,7 @@ batch at as many threads."""
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -91,14 +91,7 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen) -> l
     rows = []
     for entrant in entrants:
         row = {
-            "model": shape.model,
-            "layer": shape.layer,
-            "count": shape.count,
-            "in_channels": shape.in_channels,
-            "out_channels": shape.out_channels,
-            "groups": shape.groups,
-            "size": shape.size,
-            "stride": shape.stride,
+            **asdict(shape),
             "batch": entrant.batch,
             "threads": entrant.threads,
             "dtype": options.dtype,

@@ -11,6 +11,7 @@ import torch
 from gconv.bench import (
     agreement,
     compare,
+    layers,
     match,
     models,
     models_worker,
@@ -243,7 +244,7 @@ def test_a_wrong_result_gets_no_figure(state, tmp_path):
     row = models._row(competing[0], "training", models.Options(MODEL), result, "eager_nchw", {"finite": True})
     assert row["match"] is False and "ms" not in row and "ratio" not in row and "logits" in row["note"]
     facts = {"date": "2001-01-01T00:00:00Z"}
-    assert report.Findings(facts, networks=models.Run([row], None, facts, {})).bad
+    assert report.Findings(facts, networks=layers.Run([row], None, facts, {})).bad
     filled = dict.fromkeys(records.MODEL_COLUMNS) | row | {"gemm_gflops": 1.0} | facts
     assert "| wrong result |" in readme.models_table([filled])
 
