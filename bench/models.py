@@ -24,6 +24,7 @@ from .workers import Worker, WorkerDied
 __all__ = ["Options", "default_size", "ours_and_best", "pick", "run"]
 
 EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
+LEAST_MB = 4.0  # of a step: engines that allocate when they load take nothing, and are no measure
 CONDITIONS = "a process each, reused memory"
 _COLUMNS = (
     ("mode", "left", 9), ("contestant", "left", 19), ("precision", "left", 17), ("match", "right", 7),
@@ -237,7 +238,8 @@ def _measure(mode: str, options: Options, folder: str, screen: Screen, skipped: 
         row["gflop"] = flops / 1e9
         if row.get("ms"):
             row["gflops"] = flops / row["ms"] / 1e6
-            row["memory_ratio"] = row["step_mb"] / base if base and row.get("step_mb") is not None else None
+            if base and base >= LEAST_MB and row.get("step_mb") is not None:
+                row["memory_ratio"] = row["step_mb"] / base
     return rows
 
 

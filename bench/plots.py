@@ -59,8 +59,8 @@ def _png(figure) -> bytes:
 
 def _titled(figure, what: str, row: dict, end: str = "") -> bytes:
     """The finished picture under the title of the run that a row is from."""
-    title = f"{what}, batch {row['batch']}, {row['dtype']}, {row['threads']} threads{end}"
-    figure.suptitle(title, fontsize=12)
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    figure.suptitle(f"{what}, batch {row['batch']}, {row['dtype']}, {threads}{end}", fontsize=12)
     return _png(figure)
 
 
@@ -112,8 +112,8 @@ def training(result: Training) -> bytes:
     return _png(figure)
 
 
-def _layer_name(row: dict, rows: list[dict], between: str) -> str:
-    return row["layer"] if len({r["model"] for r in rows}) == 1 else f"{row['model']}{between}{row['layer']}"
+def _of_several(rows: list[dict]) -> bool:
+    return len({row["model"] for row in rows}) > 1
 
 
 def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
@@ -135,7 +135,7 @@ def roofline(rows: list[dict]) -> bytes:
     speeds = [
         r["flops"] / r[key] / 1e6 for r in rows for key in ("gconv_ms", f"{r['best']}_ms") if r.get(key)
     ]
-    low, high = min(speeds) / 1.6, max(r["gemm_gflops"] for r in rows) * 1.6
+    low, high = min(speeds) / 1.6, max(*speeds, *(r["gemm_gflops"] for r in rows)) * 1.6
     for ax, (mode, group) in zip(axes[0], modes.items()):
         copy, gemm = group[0]["copy_gbps"], group[0]["gemm_gflops"]
         intensity = np.array([r["flops"] / r["bytes"] for r in group])
@@ -170,7 +170,7 @@ def roofline(rows: list[dict]) -> bytes:
                 )
                 ax.plot(i, ours, marker="D", markersize=7, color=BLUE, linestyle="none")
                 ax.annotate(
-                    _layer_name(r, rows, " "),
+                    f"{r['in_channels'] // r['groups']}, {r['size']}²" if _of_several(rows) else r["layer"],
                     (i, ours),
                     xytext=(8, 2),
                     textcoords="offset points",
@@ -203,8 +203,9 @@ def times(rows: list[dict]) -> bytes:
     above."""
     modes = by_mode(rows)
     names = [n for n in (*RIVALS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
+    several = _of_several(rows)
     # Names of networks need more room than those of one network's layers.
-    width = max(10.0, 1.1 * max(map(len, modes.values()))) if len({r["model"] for r in rows}) > 1 else 10.0
+    width = max(10.0, 1.1 * max(map(len, modes.values()))) if several else 10.0
     figure, axes = _figure(width, 3.5 * len(modes), rows=len(modes))
     step = 0.6 / max(1, len(names) - 1)
     for ax, (mode, group) in zip(axes[:, 0], modes.items()):
@@ -237,9 +238,11 @@ def times(rows: list[dict]) -> bytes:
         ax.set_xticks(
             at,
             [
-                f"{_layer_name(r, rows, chr(10))}\n{r['in_channels'] // r['groups']} per group, {r['size']}²"
+                (f"{r['model']}\n" if several else "")
+                + f"{r['layer']}\n{r['in_channels'] // r['groups']} per group, {r['size']}²"
                 for r in group
             ],
+            fontsize=8 if several else 9,
         )
         ax.set_ylabel("ms (log scale)")
         ax.set_title(f"{TITLES[mode]}: ms, and gconv's speed-up over the best other", fontsize=11, loc="left")
@@ -256,8 +259,10 @@ def networks(rows: list[dict]) -> bytes:
     """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
     step takes at its peak, light what was resident before."""
     modes = by_mode([row for row in rows if row.get("ms")])
-    tallest = max(len(group) for group in modes.values())
-    figure, axes = _figure(11, (0.9 + 0.36 * tallest) * len(modes) + 0.6, columns=2, rows=len(modes))
+    heights = [0.9 + 0.36 * len(group) for group in modes.values()]
+    figure, axes = _figure(
+        11, sum(heights) + 0.6, columns=2, rows=len(modes), gridspec_kw={"height_ratios": heights}
+    )
     for (left, right), (mode, group) in zip(axes, modes.items()):
         at = np.arange(len(group))
         batch = group[0]["batch"]
@@ -294,4 +299,4 @@ def networks(rows: list[dict]) -> bytes:
             ax.set_axisbelow(True)
     first = rows[0]
     what = f"{first['model']}, {first['size']}×{first['size']}"
-    return _titled(figure, what, first, "; × : against the fastest other")
+    return _titled(figure, what, first, "; ×: relative to the fastest other")

@@ -75,7 +75,7 @@ def _model_cells(row: dict, ours: bool) -> str:
     if not row["match"]:
         return "wrong result | – | – | – | –"
     speed = f"**{row['ratio']:.2f}×**" if ours else f"{row['ratio']:.2f}×"
-    memory = "–" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}×"
+    memory = "–" if row.get("memory_ratio") is None else f"{row['memory_ratio']:.2f}×"
     megabytes = "–" if row["step_mb"] is None else f"{row['step_mb']:.0f}"
     return f"{row['ms_per_image']:.1f} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
 

@@ -140,6 +140,7 @@ def _network_headline(rows: list[dict], mode: str) -> dict:
     text += (
         f"{ours['ms_per_image']:.1f} ms per image, {best['ms_per_image']:.1f} with the fastest other "
         f"({CONTESTANTS[best['contestant']].label}): {ours['ratio']:.2f}×"
+        + (", slower" if ours["ratio"] < 1 else "")
     )
     if ours.get("memory_ratio") is not None:
         text += f", with {ours['memory_ratio']:.2f}× its peak memory of a step"
@@ -243,7 +244,10 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         modes=plots.by_mode(rows),
         titles=plots.TITLES,
         steps=plots.STEPS,
-        rivals=[name for name in RIVALS if any(row[f"{name}_ms"] for row in rows)],
+        ran={
+            mode: [name for name in RIVALS if any(row[f"{name}_ms"] for row in group)]
+            for mode, group in plots.by_mode(rows).items()
+        },
         labels=LABELS | {name: contestant.label for name, contestant in CONTESTANTS.items()},
         roofs=found.layers.roofs if found.layers else None,
         pictures={name: _inline(png) for name, png in drawn.items()},
