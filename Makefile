@@ -13,7 +13,7 @@ ARGS ?=
 BUILD := $(CURDIR)/build
 REPORT := $(CURDIR)/gconv-report
 # Found once, on first use: the interpreter's path, with the packages of the test suite or of the demo alone.
-PY = $(eval PY := $(shell $(PYTHON) .ci/environment.py $(if $(filter demo bench,$(MAKECMDGOALS)),demo,test)))$(or $(PY),$(error no usable Python, see the line above))
+PY = $(eval PY := $(shell $(PYTHON) .ci/environment.py $(if $(filter demo bench bench-models,$(MAKECMDGOALS)),demo,test)))$(or $(PY),$(error no usable Python, see the line above))
 # Two makes in one checkout take turns; flock is part of util-linux and absent elsewhere.
 LOCK := $(if $(shell command -v flock),flock $(BUILD)/.lock)
 # Run from build/: started in the checkout, Python would import ./gconv instead of the installed package.
@@ -22,7 +22,7 @@ PYTEST = $(PY) -m pytest --rootdir=$(CURDIR) -c $(CURDIR)/pyproject.toml
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
-.PHONY: help build develop demo test bench sanitize aarch64-check lint format clean
+.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check lint format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ test: build ## run the whole test suite
 
 bench: build ## time the layers (ARGS passes options on)
 	@$(INSTALLED) $(PY) -m gconv.bench layers --out $(REPORT) $(ARGS)
+
+bench-models: build ## time whole networks: inference and training steps (ARGS passes options on)
+	@$(INSTALLED) $(PY) -m gconv.bench models --out $(REPORT) $(ARGS)
+
+rivals: ## add onnxruntime and OpenVINO to build/deps: the benchmark then compares with them too
+	@mkdir -p $(BUILD)
+	@$(PYTHON) .ci/environment.py rivals >/dev/null
 
 sanitize: ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p $(BUILD)

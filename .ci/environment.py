@@ -1,8 +1,10 @@
-"""Chooses the Python that make uses, fills in what it lacks, and prints its path: environment.py demo|test
+"""Chooses the Python that make uses, fills in what it lacks, and prints its path: environment.py
+demo|test|rivals
 
 The Python that runs this file is used as it is when it imports a torch that gconv supports; modules it lacks
 go to build/deps (torch is never among them), and where the network is down the run goes on without them. Any
-other Python gets .venv with the pinned versions of the requirements files beside this one.
+other Python gets .venv with the pinned versions of the requirements files beside this one. The goal "rivals"
+adds the inference engines that the benchmark compares with where they are installed, to build/deps too.
 """
 
 import json
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
 DEPS = ROOT / "build" / "deps"
 NOT_NEEDED = {"torch", "triton", "ninja", "wheel", "scipy"}  # of a Python at hand: there already, or optional
+RIVALS = ["onnxruntime==1.31.1", "onnx==1.23.2", "onnxscript==0.7.2", "openvino==2026.4.1"]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyPI's own torch for x86 carries gigabytes of CUDA
 CHECK_TORCH = "import torch; raise SystemExit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))"
 CHECK_PACKAGES = """
@@ -104,18 +107,41 @@ def fill_venv(goal):
 def fill_deps(goal):
     os.environ["PYTHONPATH"] = str(DEPS)
     missing = lacking(sys.executable, [name for name in pins(goal) if name not in NOT_NEEDED])
-    if not missing:
-        return
-    say(f"{sys.executable} lacks {', '.join(missing)}; adding them in build/deps")
+    if missing and not add_to_deps(sys.executable, missing, missing):
+        say(f"going on without {', '.join(missing)}: install them beside torch for the whole {goal}")
+
+
+def add_to_deps(python, names, requirements):
+    """Whether pip could add the requirements, which name these packages."""
+    say(f"{python} lacks {', '.join(names)}; adding them in build/deps")
     quick = ["--retries", "1", "--timeout", "10"]
     # The plan holds what is missing and nothing that is there, so the Python at hand keeps its own numpy.
-    plan = pip_install(sys.executable, *quick, "--dry-run", "--report", "-", *missing, stdout=subprocess.PIPE)
-    if plan.returncode == 0:
-        found = [item["metadata"] for item in json.loads(plan.stdout)["install"]]
-        exact = [f"{item['name']}=={item['version']}" for item in found if item["name"] != "torch"]
-        if pip_install(sys.executable, *quick, "--no-deps", "--target", DEPS, *exact).returncode == 0:
-            return
-    say(f"going on without {', '.join(missing)}: install them beside torch for the whole {goal}")
+    plan = pip_install(python, *quick, "--dry-run", "--report", "-", *requirements, stdout=subprocess.PIPE)
+    if plan.returncode != 0:
+        return False
+    found = [item["metadata"] for item in json.loads(plan.stdout)["install"]]
+    exact = [f"{item['name']}=={item['version']}" for item in found if item["name"] != "torch"]
+    return pip_install(python, *quick, "--no-deps", "--target", DEPS, *exact).returncode == 0
+
+
+def add_rivals(python):
+    os.environ["PYTHONPATH"] = str(DEPS)
+    missing = lacking(python, [requirement.split("==")[0] for requirement in RIVALS])
+    if not missing:
+        say("the benchmark's rivals are all there")
+    elif not add_to_deps(python, missing, [r for r in RIVALS if r.split("==")[0] in missing]):
+        raise SystemExit(f"gconv: pip could not add {', '.join(missing)} (message above)")
+
+
+def choose(goal):
+    """The Python to use, filled with what the goal needs."""
+    if has_torch(sys.executable):
+        fill_deps(goal)
+        return sys.executable
+    if not has_torch(VENV_PYTHON):
+        make_venv(goal)
+    fill_venv(goal)
+    return VENV_PYTHON
 
 
 def main():
@@ -123,14 +149,10 @@ def main():
     if sys.version_info < (3, 10):  # noqa: UP036  a clear line instead of a SyntaxError further on
         raise SystemExit(f"gconv: want Python >= 3.10, got {sys.version.split()[0]} ({sys.executable})")
     DEPS.mkdir(parents=True, exist_ok=True)
-    if has_torch(sys.executable):
-        fill_deps(goal)
-        print(sys.executable)
-        return
-    if not has_torch(VENV_PYTHON):
-        make_venv(goal)
-    fill_venv(goal)
-    print(VENV_PYTHON)
+    python = choose("demo" if goal == "rivals" else goal)
+    if goal == "rivals":
+        add_rivals(python)
+    print(python)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`python -m gconv.bench`: trains beside stock PyTorch, times layers against its best, and reports both."""
+"""`python -m gconv.bench`: trains beside stock PyTorch, times layers and whole networks against its best, and
+reports it all."""
 
 from __future__ import annotations
 
@@ -16,14 +17,28 @@ examples
   python -m gconv.bench layers --quick                    all layers, few repeats
   python -m gconv.bench layers --layers s1,s2d --mode training --no-compile
   python -m gconv.bench layers --dtype bfloat16 --record  append the rows to bench/records/<machine>.csv
+  python -m gconv.bench layers --model widths             1 to 112 channels per group, of several networks
+  python -m gconv.bench models --record                   ResNeXt-50 whole: inference and training steps
+  python -m gconv.bench models --dtype bfloat16 --mode training --without torch.compile
+  python -m gconv.bench sweep --batch 1,32                images per second against those of N = 8
   python -m gconv.bench train --seed 1                    only the training comparison
   python -m gconv.bench report --out gconv-report         draw the page again from its results.json
-  python -m gconv.bench readme --check                    fail if README.md's table is not the newest record's
+  python -m gconv.bench readme --check                    fail if README.md is not up to date
   python -m gconv.bench compare before.csv after.csv      fail on a regression
 
 exit status: 0 all is well; 1 a wrong result, loss curves that differ, a regression, an outdated table;
 2 wrong usage or something missing.
 """
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part.strip()) for part in text.split(","))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,29 +57,25 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", "train on real images and time the layers, then one HTML page of both")
     layers = command("layers", "time conv + BN + ReLU on named layers of a real model")
+    models = command("models", "time whole networks: inference and training steps, time and memory")
+    sweep = command("sweep", "time layers at several batches and numbers of threads against each other")
     train = command(
         "train", "train a small ResNeXt on digits with stock torch.nn and gconv and compare the loss curves"
     )
-    for parser_ in (demo, layers, train):
+    for parser_ in (demo, layers, models, sweep, train):
         parser_.add_argument(
             "--out", default="gconv-report", help="folder for the page, the pictures and results.json"
         )
+    for parser_ in (demo, layers, models, train):
         parser_.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
-    for parser_ in (demo, layers):
+    for parser_ in (demo, layers, sweep):
         parser_.add_argument(
-            "--model", default="resnext50_32x4d", help="whose layers; a wrong name lists them"
+            "--model",
+            default="resnext50_32x4d",
+            help='whose layers; a wrong name lists them; "widths": of several networks',
         )
         parser_.add_argument("--layers", default=None, help="some of them, as in s1,s2d; all if not given")
-        parser_.add_argument("--batch", type=int, default=8, help="images per call")
         parser_.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-        parser_.add_argument("--mode", choices=("inference", "training", "both"), default="both")
-        parser_.add_argument(
-            "--no-compile", action="store_true", help="leave out torch.compile (it compiles for seconds)"
-        )
-        parser_.add_argument(
-            "--repeats", type=int, default=None, help="exactly so many rounds instead of a time budget"
-        )
-        parser_.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
         parser_.add_argument(
             "--flush", action="store_true", help="overwrite 64 MiB before every call: cold caches"
         )
@@ -73,9 +84,33 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="give freed memory back before every call: page faults",
         )
+    for parser_ in (demo, layers, models):
+        parser_.add_argument("--batch", type=_count, default=8, help="images per call")
+    for parser_ in (demo, layers):
         parser_.add_argument(
-            "--record", action="store_true", help="append the rows to bench/records/<machine>.csv"
+            "--no-compile", action="store_true", help="leave out torch.compile (it compiles for seconds)"
         )
+    for parser_ in (demo, layers, models, sweep):
+        parser_.add_argument("--mode", choices=("inference", "training", "both"), default="both")
+        parser_.add_argument(
+            "--repeats", type=_count, default=None, help="exactly so many rounds instead of a time budget"
+        )
+        parser_.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
+        parser_.add_argument(
+            "--record", action="store_true", help="append the rows to the record in bench/records"
+        )
+    models.add_argument("--model", default="resnext50_32x4d", help="one of gconv.models")
+    models.add_argument("--size", type=_count, default=None, help="of the images; 224, or 32 for digits")
+    models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    models.add_argument("--seconds", type=float, default=60.0, help="of timing, for each mode")
+    models.add_argument(
+        "--without", default=None, help="contestants to leave out, as in torch.compile,onnxruntime"
+    )
+    sweep.add_argument("--batch", type=_counts, default=(1, 8, 32), help="as in 1,8,32")
+    sweep.add_argument(
+        "--threads", type=_counts, default=None, help="as in 1,2; one and all of torch's if not given"
+    )
+    sweep.add_argument("--reference", type=_count, default=8, help="the batch that others are compared with")
     for parser_ in (demo, train):
         parser_.add_argument("--epochs", type=int, default=8)
         parser_.add_argument("--seed", type=int, default=0)
@@ -83,18 +118,19 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "draw the page of a finished run again")
     report.add_argument("--out", default="gconv-report", help="the folder with its results.json")
 
-    readme = command("readme", "write the newest record into the benchmark table of README.md")
+    readme = command("readme", "write the newest records into the benchmark tables of README.md")
     readme.add_argument(
         "--readme", default=None, help="the file with the markers; the checkout's if not given"
     )
     readme.add_argument(
-        "--record", default=None, help="a CSV record; the newest of bench/records if not given"
+        "--record", default=None, help="a record of layers; the newest of bench/records if not given"
     )
+    readme.add_argument("--models-record", default=None, help="the same of whole networks")
     readme.add_argument(
         "--check", action="store_true", help="change nothing, fail if the table is out of date"
     )
 
-    compare = command("compare", "compare two records and fail on a regression")
+    compare = command("compare", "compare two records of layers or of networks and fail on a regression")
     compare.add_argument("before")
     compare.add_argument("after")
     compare.add_argument(
@@ -106,23 +142,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _layer_options(options: argparse.Namespace, seconds: float):
-    from . import layers, rivals, shapes, timing
+def _plan(options: argparse.Namespace, seconds: float, **changes):
+    from . import timing
 
-    plan = timing.Plan(seconds=seconds)
+    plan = timing.Plan(seconds=seconds, **changes)
     if options.quick:
         plan = timing.Plan(min_rounds=3, seconds=seconds / 5)
     if options.repeats is not None:
         plan = timing.Plan(min_rounds=options.repeats, max_rounds=options.repeats)
-    plan.flush, plan.fresh = options.flush, options.fresh_memory
-    return layers.Options(
-        shapes=shapes.select(options.model, options.layers),
-        batch=options.batch,
-        dtype=options.dtype,
-        modes=layers.MODES if options.mode == "both" else (options.mode,),
-        rivals=tuple(name for name in rivals.RIVALS if not (options.no_compile and name == "compile")),
-        plan=plan,
-    )
+    plan.flush = getattr(options, "flush", False)
+    plan.fresh = getattr(options, "fresh_memory", False)
+    return plan
+
+
+def _modes(options: argparse.Namespace) -> tuple[str, ...]:
+    from .layers import MODES
+
+    return MODES if options.mode == "both" else (options.mode,)
 
 
 def _train(options: argparse.Namespace):
@@ -142,23 +178,40 @@ def _train(options: argparse.Namespace):
     return result
 
 
-def _layers(options: argparse.Namespace, seconds: float):
-    from . import layers
+def _say_what_ran(result) -> None:
+    """What is to be known beside the rows of a finished run."""
     from .screen import say
 
-    result = layers.run(_layer_options(options, seconds))
-    roofs = result.roofs
-    say(
-        f"roofs of this run: copy {roofs.copy_gbps:.1f} GB/s, matrix product {roofs.gemm_gflops:.0f} "
-        f"GFLOP/s ({roofs.dtype})"
-    )
-    for label, reason in result.skipped.items():
-        say(f"left out: {label}: {reason}", "dim")
-    if any(row["noisy"] for row in result.rows):
+    if hasattr(result, "roofs"):
+        roofs = result.roofs
+        say(
+            f"roofs of this run: copy {roofs.copy_gbps:.1f} GB/s, matrix product {roofs.gemm_gflops:.0f} "
+            f"GFLOP/s ({roofs.dtype})"
+        )
+        for label, reason in result.skipped.items():
+            say(f"left out: {label}: {reason}", "dim")
+    if any(row.get("noisy") for row in result.rows):
         say(
             "* more than half of the rounds were disturbed by something else on this machine; all were kept",
             "dim",
         )
+
+
+def _layers(options: argparse.Namespace, seconds: float):
+    from . import layers, rivals, shapes
+    from .screen import say
+
+    result = layers.run(
+        layers.Options(
+            shapes=shapes.select(options.model, options.layers),
+            batch=options.batch,
+            dtype=options.dtype,
+            modes=_modes(options),
+            rivals=tuple(n for n in rivals.RIVALS if not (options.no_compile and n == "compile")),
+            plan=_plan(options, seconds),
+        )
+    )
+    _say_what_ran(result)
     for note in dict.fromkeys(
         f"{row['layer']} {row['mode']}: {row['note']}" for row in result.rows if row["note"]
     ):
@@ -168,36 +221,104 @@ def _layers(options: argparse.Namespace, seconds: float):
     return result
 
 
-def _finish(options: argparse.Namespace, layers, training) -> int:
+def _models(options: argparse.Namespace):
+    from . import models
+    from .networks import CONTESTANTS
+    from .screen import say
+
+    result = models.run(
+        models.Options(
+            model=options.model,
+            size=options.size or models.default_size(options.model),
+            batch=options.batch,
+            dtype=options.dtype,
+            modes=_modes(options),
+            contestants=models.pick(options.model, options.without),
+            plan=_plan(options, options.seconds, min_rounds=5),
+        )
+    )
+    _say_what_ran(result)
+    for row in result.rows:
+        if row.get("convolutions"):
+            say(
+                f"{row['mode']}: {row['own_convolutions']} of {row['convolutions']} convolutions ran on "
+                f"gconv's kernels ({row['kernel']}); "
+                + (f"fell back: {row['fallbacks']}" if row["fallbacks"] else "nothing fell back")
+            )
+        if row["note"]:
+            mood = "dim" if row["match"] else "bad"
+            say(f"{CONTESTANTS[row['contestant']].label}, {row['mode']}: {row['note']}", mood)
+    for row in result.wrong:
+        say(f"FAILED: wrong result in {row['mode']}: {row['note']}", "bad")
+    return result
+
+
+def _sweep(options: argparse.Namespace):
+    import torch
+
+    from . import shapes, sweep
+    from .screen import say
+
+    threads = options.threads or tuple(sorted({1, torch.get_num_threads()}))
+    result = sweep.run(
+        sweep.Options(
+            shapes=shapes.select(options.model, options.layers),
+            batches=options.batch,
+            threads=threads,
+            reference=options.reference,
+            dtype=options.dtype,
+            modes=_modes(options),
+            plan=_plan(options, 5.0),
+        )
+    )
+    _say_what_ran(result)
+    timed = [row for row in result.rows if row.get("relative")]
+    say(
+        f"{len(timed) - len(result.cliffs)} of {len(timed)} rates are at least {sweep.CLIFF:g} of those at "
+        f"N = {options.reference}"
+    )
+    for row in result.wrong:
+        say(f"FAILED: wrong result on {row['layer']} {row['mode']} at N = {row['batch']}", "bad")
+    return result
+
+
+def _finish(options: argparse.Namespace, **found) -> int:
     from . import machine, records, report
     from .screen import say
 
-    facts = layers.facts if layers else machine.facts()
-    if layers:
-        path = os.path.join(options.out, "layers.csv")
+    facts = next((run.facts for run in found.values() if hasattr(run, "facts")), None) or machine.facts()
+    findings = report.Findings(facts, **found)
+    parts = (
+        ("layers", findings.layers, records.COLUMNS),
+        ("models", findings.networks, records.MODEL_COLUMNS),
+        ("sweep", findings.sweep, records.SWEEP_COLUMNS),
+    )
+    for name, run, columns in parts:
+        if not run:
+            continue
+        path = os.path.join(options.out, f"{name}.csv")
         if os.path.exists(path):
             os.remove(path)
-        records.append(path, layers.rows)
+        records.append(path, run.rows, columns)
         if options.record:
-            path = os.path.join(records.FOLDER, facts["machine"] + ".csv")
-            records.append(path, layers.rows)
+            path = records.path_of(facts["machine"], columns)
+            records.append(path, run.rows, columns)
             say(f"recorded: {path}")
-    page = report.write(options.out, layers, training, facts)
+    page = report.write(options.out, findings)
     say()
     say(f"report: {page}", "good")
-    bad = bool(layers and layers.wrong) or bool(training and not training.ok)
-    if bad:
+    if findings.bad:
         say("FAILED: see above", "bad")
-    return int(bad)
+    return int(findings.bad)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if getattr(options, "threads", 0):
+    if options.command != "sweep" and getattr(options, "threads", 0):
         import torch
 
         torch.set_num_threads(options.threads)
-    from .train import WorkerDied
+    from .workers import WorkerDied
 
     began = time.perf_counter()
     try:
@@ -206,17 +327,21 @@ def main(arguments: list[str] | None = None) -> int:
             # A slow machine gets fewer repeats per layer, not a longer demo.
             left = DEMO_SECONDS - (time.perf_counter() - began)
             layers = _layers(options, seconds=min(2.0, max(0.4, left / 14 - COMPILE_SECONDS)))
-            status = _finish(options, layers, training)
+            status = _finish(options, layers=layers, training=training)
             print(f"done in {time.perf_counter() - began:.0f} s")
             return status
         if options.command == "layers":
-            return _finish(options, _layers(options, seconds=5.0), None)
+            return _finish(options, layers=_layers(options, seconds=5.0))
+        if options.command == "models":
+            return _finish(options, networks=_models(options))
+        if options.command == "sweep":
+            return _finish(options, sweep=_sweep(options))
         if options.command == "train":
-            return _finish(options, None, _train(options))
+            return _finish(options, training=_train(options))
         if options.command == "report":
             from . import report
 
-            print(report.write(options.out, *report.load(options.out)))
+            print(report.write(options.out, report.load(options.out)))
             return 0
         if options.command == "readme":
             return _readme(options)
@@ -227,16 +352,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    from . import machine, readme
+    from . import machine, readme, records
 
     path = options.readme or os.path.join(machine.checkout() or ".", "README.md")
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    wanted = readme.update(text, readme.newest_rows(options.record))
+    wanted = readme.update(
+        text,
+        readme.rows_of(options.record, records.COLUMNS),
+        readme.rows_of(options.models_record, records.MODEL_COLUMNS),
+    )
     if options.check:
         if wanted != text:
             print(
-                f"{path}: the benchmark table is not that of the newest record: run `python -m "
+                f"{path}: the benchmark tables are not those of the newest records: run `python -m "
                 "gconv.bench readme`"
             )
         return int(wanted != text)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Check", "check_curves", "check_gradients", "check_predictions"]
+from .match import ALLOWED, Verdict, compare
+
+__all__ = ["Check", "check_curves", "check_gradients", "check_network", "check_predictions"]
 
 FACTOR = 5.0  # gconv's drift may be this many times stock's own
 LOOKAHEAD = 8  # steps: at which step an element first falls on the other side of the kink is chance
@@ -127,3 +129,27 @@ def check_predictions(stock: nn.Module, ours: nn.Module, x: Tensor) -> Check:
         f"{allowed:.1e} allowed; {differing} of {len(x)} images are classified otherwise than in float64"
     )
     return Check("predictions", error <= allowed, text)
+
+
+def check_network(
+    got: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    torchs: list[dict[str, Tensor]],
+    allowed: float = ALLOWED,
+) -> Verdict:
+    """A whole network's logits and, in training, every parameter's gradient ("d <name>") and the running
+    statistics, against float64: error <= allowed x torch's own (the larger of `torchs`) and KINK for a
+    gradient, in the root mean square, or ULPS of float32 for all else, in the mean and at the worst
+    element."""
+
+    def is_gradient(key: str) -> bool:
+        return key.startswith("d ")
+
+    return compare(
+        got,
+        exact,
+        torchs,
+        allowed,
+        floor=lambda key: KINK if is_gradient(key) else ULPS * torch.finfo(torch.float32).eps,
+        kinds=lambda key: ("rms",) if is_gradient(key) else ("rms", "max"),
+    )

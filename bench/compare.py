@@ -1,4 +1,4 @@
-"""Compares two records of the layer benchmark, row by row, and fails on a regression."""
+"""Compares two records of layers, or two of whole networks, row by row, and fails on a regression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from . import records
 
 __all__ = ["Finding", "compare", "show"]
 
-KEY = ("model", "layer", "mode", "dtype", "batch", "threads", "conditions")
+# What names a row, in layers' records and in whole networks'.
+LAYER_KEY = ("model", "layer", "mode", "dtype", "batch", "threads", "conditions")
+MODEL_KEY = ("model", "size", "mode", "dtype", "batch", "threads", "conditions")
 TOLERANCE = 0.05
 
 
@@ -28,10 +30,16 @@ class Finding:
 
 
 def _rows(path: str) -> dict[tuple, dict]:
-    """The newest row for each key."""
+    """gconv's newest row for each key, its time as "gconv_ms"."""
     rows: dict[tuple, dict] = {}
     for row in sorted(records.load(path), key=lambda row: row["date"]):
-        rows[tuple(row[key] for key in KEY)] = row
+        if "relative" in row:
+            raise ValueError(f"compare: {path}: want a record of layers or of networks, got one of a sweep")
+        if "layer" in row:
+            rows[tuple(row[key] for key in LAYER_KEY)] = row
+        elif row["contestant"] == "gconv":
+            times = {f"gconv_ms{end}": row[f"ms{end}"] for end in ("", "_p20", "_p80")}
+            rows[tuple(row[key] for key in MODEL_KEY)] = row | times
     return rows
 
 
@@ -77,12 +85,10 @@ def show(findings: list[Finding], metric: str) -> str:
     def text(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}{unit}"
 
-    table = [("layer", "mode", "dtype", "before", "after", "finding")]
+    table = [("model", "layer or size", "mode", "dtype", "before", "after", "finding")]
     for f in findings:
-        _, layer, mode, dtype, *_ = f.key
-        table.append(
-            (layer, mode, dtype, text(f.before), text(f.after), f.kind.upper() if f.regression else f.kind)
-        )
+        kind = f.kind.upper() if f.regression else f.kind
+        table.append((*map(str, f.key[:4]), text(f.before), text(f.after), kind))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table]
     bad = sum(f.regression for f in findings)

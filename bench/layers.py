@@ -4,30 +4,36 @@ then timed."""
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
 import torch
 
 import gconv
 
-from . import machine, roofs
+from . import machine, records, roofs
 from .match import NONSENSE, Problem, compare, exact_results
 from .rivals import LABELS, RIVALS, Rival, Unavailable, build
 from .screen import Cell, Screen
-from .shapes import ConvShape
-from .timing import Plan, interleave, peak_memory_mb, ratio_interval
+from .shapes import ConvShape, is_whole, whose
+from .timing import Plan, Result, interleave, peak_memory_mb, ratio_interval, redrawn_medians
 
-__all__ = ["DTYPES", "MODES", "Options", "Run", "run"]
+__all__ = [
+    "DTYPES", "MODES", "Options", "Run", "best_ms", "describe", "gemm_percent", "kernel_of", "ratio_mood",
+    "run", "total",
+]  # fmt: skip
 
 MODES = ("inference", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COLUMNS = (
-    ("layer", "left", 5), ("channels, per group, image", "left", 26), ("mode", "left", 9),
-    ("match", "right", 7), ("gconv ms", "right", 8), ("best ms", "right", 7), ("of the others", "left", 19),
+    ("model", "left", 15), ("layer", "left", 5), ("channels, per group, image", "left", 26),
+    ("mode", "left", 9), ("match", "right", 7), ("gconv ms", "right", 8), ("best ms", "right", 7),
+    ("of the others", "left", 19),
     ("speed-up", "right", 8), ("95 %", "right", 11), ("GFLOP/s", "right", 7), ("GB/s", "right", 5),
-    ("% roof", "right", 6),
+    ("% GEMM", "right", 6), ("% roof", "right", 6),
 )  # fmt: skip
-_OPTIONAL = ("GB/s", "95 %", "GFLOP/s", "% roof", "channels, per group, image")
+_OPTIONAL = ("GB/s", "95 %", "GFLOP/s", "% roof", "channels, per group, image", "% GEMM")
+TOTAL_DRAWS = 1000
 
 
 @dataclass
@@ -42,7 +48,9 @@ class Options:
 
 @dataclass
 class Run:
-    """rows as in records.COLUMNS; roofs; the machine's facts; and why a rival was left out, by its label."""
+    """rows as in records.COLUMNS, with one for each mode that sums up all layers where all of a model were
+    measured, or, of whole networks, as in records.MODEL_COLUMNS; roofs; the machine's facts; and why a rival
+    was left out, by its label."""
 
     rows: list[dict]
     roofs: roofs.Roofs
@@ -54,7 +62,7 @@ class Run:
         return [row for row in self.rows if not row["match"]]
 
 
-def _kernel(rival: Rival) -> tuple[str, str]:
+def kernel_of(rival: Rival) -> tuple[str, str]:
     """Which code ran gconv's call, from its own trace, and why it fell back, if it did."""
     with gconv.trace() as trace:
         rival.prepare(0)
@@ -64,8 +72,10 @@ def _kernel(rival: Rival) -> tuple[str, str]:
     return " ".join(kernels), "; ".join(reasons)
 
 
-def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen, skipped: dict[str, str]) -> dict:
-    """One row, without what needs the roofs."""
+def _measure(
+    shape: ConvShape, mode: str, options: Options, screen: Screen, skipped: dict[str, str]
+) -> tuple[dict, Result]:
+    """One row, without what needs the roofs, and the times behind it."""
     dtype = DTYPES[options.dtype]
     problem = Problem.make(shape, options.batch, dtype)
     checked = problem.without_kinks() if mode == "training" else problem
@@ -91,16 +101,9 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen, skip
         if not other.ok:
             skipped[f"{LABELS[name]}, {what}"] = f"wrong result: {other.text}"
             del rivals[name]
-    kernel, fallback = _kernel(rivals["gconv"])
+    kernel, fallback = kernel_of(rivals["gconv"])
     row = {
-        "model": shape.model,
-        "layer": shape.layer,
-        "count": shape.count,
-        "in_channels": shape.in_channels,
-        "out_channels": shape.out_channels,
-        "groups": shape.groups,
-        "size": shape.size,
-        "stride": shape.stride,
+        **asdict(shape),
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": mode,
@@ -132,6 +135,43 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen, skip
         row["gflops"] = row["flops"] / ours.p50 / 1e6
         row["gbps"] = row["bytes"] / ours.p50 / 1e6
         row["gconv_peak_mb"] = _peak(rivals["gconv"])
+    return row, result
+
+
+def total(rows: list[dict], results: list[Result]) -> dict | None:
+    """The row of all layers of one mode, each as often as the model has it: gconv's medians summed, against
+    the sum of every layer's best. None if a result was wrong. The interval comes from redrawing the rounds
+    of every layer on its own."""
+    if not all(row["match"] for row in rows):
+        return None
+
+    def weighted(key: str) -> float:
+        return sum(row["count"] * row[key] for row in rows)
+
+    first = rows[0]
+    keys = ("model", "batch", "dtype", "mode", "conditions")
+    row = {key: first[key] for key in keys}
+    row |= {"layer": records.ALL, "best": records.EACH, "match": True, "note": ""}
+    row |= {key: weighted(key) for key in ("gconv_ms", "gconv_ms_p20", "gconv_ms_p80", "flops", "bytes")}
+    row |= {"count": sum(row["count"] for row in rows), "kernel": "", "worst": ""}
+    row["error_ratio"] = max(row["error_ratio"] for row in rows)
+    for name in RIVALS:
+        if all(row.get(f"{name}_ms") for row in rows):
+            row |= {f"{name}_ms{end}": weighted(f"{name}_ms{end}") for end in ("", "_p20", "_p80")}
+    best, ours = (
+        sum(
+            row["count"] * redrawn_medians(result.timings[row["best"] if other else "gconv"], TOTAL_DRAWS, i)
+            for i, (row, result) in enumerate(zip(rows, results))
+        )
+        for other in (True, False)
+    )
+    row["ratio"] = sum(row["count"] * row[f"{row['best']}_ms"] for row in rows) / row["gconv_ms"]
+    row["ratio_low"], row["ratio_high"] = (float(q) for q in np.percentile(best / ours, [2.5, 97.5]))
+    row["gflops"] = row["flops"] / row["gconv_ms"] / 1e6
+    row["gbps"] = row["bytes"] / row["gconv_ms"] / 1e6
+    row["rounds"] = min(row["rounds"] for row in rows)
+    row["dropped"] = max(row["dropped"] for row in rows)
+    row["noisy"] = any(row["noisy"] for row in rows)
     return row
 
 
@@ -140,12 +180,28 @@ def _peak(rival: Rival) -> float | None:
     return peak_memory_mb(rival.run)
 
 
-def _against_roofs(row: dict, measured: roofs.Roofs) -> None:
-    row["copy_gbps"], row["gemm_gflops"] = measured.copy_gbps, measured.gemm_gflops
-    row["roof_ms"] = roofs.roof_ms(row["flops"], row["bytes"], measured)
-    row["bound"] = roofs.bound_by(row["flops"], row["bytes"], measured)
-    if row.get("gconv_ms"):
-        row["roof_percent"] = 100 * row["roof_ms"] / row["gconv_ms"]
+def _against_roofs(rows: list[dict], measured: roofs.Roofs) -> None:
+    for row in rows:
+        row["copy_gbps"], row["gemm_gflops"] = measured.copy_gbps, measured.gemm_gflops
+        if records.is_total(row):
+            layers = [r for r in rows if r["mode"] == row["mode"] and not records.is_total(r)]
+            row["roof_ms"] = sum(r["count"] * r["roof_ms"] for r in layers)
+            row["bound"] = "both" if len({r["bound"] for r in layers}) > 1 else layers[0]["bound"]
+        else:
+            row["roof_ms"] = roofs.roof_ms(row["flops"], row["bytes"], measured)
+            row["bound"] = roofs.bound_by(row["flops"], row["bytes"], measured)
+        if row.get("gconv_ms"):
+            row["roof_percent"] = 100 * row["roof_ms"] / row["gconv_ms"]
+
+
+def gemm_percent(row: dict) -> float:
+    """The rate of the nominal operations, as a share of the matrix product's in the same run."""
+    return 100 * row["gflops"] / row["gemm_gflops"]
+
+
+def best_ms(row: dict) -> float:
+    """The best of the others; in a row that sums up layers, the best of each."""
+    return row["ratio"] * row["gconv_ms"] if records.is_total(row) else row[row["best"] + "_ms"]
 
 
 def ratio_mood(row: dict) -> str:
@@ -155,30 +211,33 @@ def ratio_mood(row: dict) -> str:
     return "good" if row["ratio_low"] > 1 else "bad" if row["ratio_high"] < 1 else ""
 
 
-def _cells(row: dict, shape: ConvShape) -> list[Cell]:
-    best = Cell(f"{row[row['best'] + '_ms']:.2f}")
-    head = [Cell(row["layer"]), Cell(shape.describe()), Cell(row["mode"])]
+def describe(row: dict, per_group: str = "", stride: str = " /") -> str:
+    """Channels in and out, channels per group, image, and the stride where it is not 1."""
+    if records.is_total(row):
+        return f"all {row['count']} layers"
+    return (
+        f"{row['in_channels']}→{row['out_channels']}, {row['in_channels'] // row['groups']}{per_group}, "
+        f"{row['size']}×{row['size']}" + (f"{stride}{row['stride']}" if row["stride"] > 1 else "")
+    )
+
+
+def _cells(row: dict) -> list[Cell]:
+    best = Cell(f"{best_ms(row):.2f}")
+    head = [Cell(row["model"]), Cell(row["layer"]), Cell(describe(row)), Cell(row["mode"])]
+    label = Cell("best of each layer" if records.is_total(row) else LABELS[row["best"]])
     if not row["match"]:
-        blank = Cell("–")
-        return [
-            *head,
-            Cell("✗", "bad"),
-            blank,
-            best,
-            Cell(LABELS[row["best"]]),
-            Cell("wrong", "bad"),
-            *[blank] * 4,
-        ]
+        return [*head, Cell("✗", "bad"), Cell("–"), best, label, Cell("wrong", "bad"), *[Cell("–")] * 5]
     return [
         *head,
         Cell(f"✓ {row['error_ratio']:.2f}×", "good"),
         Cell(f"{row['gconv_ms']:.2f}" + ("*" if row["noisy"] else "")),
         best,
-        Cell(LABELS[row["best"]]),
+        label,
         Cell(f"{row['ratio']:.2f}×", ratio_mood(row)),
         Cell(f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}", "dim"),
         Cell(f"{row['gflops']:.0f}"),
         Cell(f"{row['gbps']:.1f}"),
+        Cell(f"{gemm_percent(row):.0f}"),
         Cell(f"{row['roof_percent']:.0f}"),
     ]
 
@@ -186,31 +245,37 @@ def _cells(row: dict, shape: ConvShape) -> list[Cell]:
 def run(options: Options) -> Run:
     """Checks and times every layer of the options and shows the rows as they come."""
     facts = machine.facts()
+    where = records.where(facts)
     dtype = DTYPES[options.dtype]
     rows: list[dict] = []
     skipped: dict[str, str] = {}
+    models = [shape.model for shape in options.shapes]
     title = (
-        f"conv 3x3 + BN + ReLU, {options.shapes[0].model}, batch {options.batch}, {options.dtype}, "
+        f"conv 3x3 + BN + ReLU, {whose(models)}, "
+        f"batch {options.batch}, {options.dtype}, "
         f"{facts['threads']} threads of {facts['device']} ({facts['isa'] or 'no extension'})"
     )
-    total = len(options.shapes) * len(options.modes)
-    with Screen(title, _COLUMNS, total, "layers", _OPTIONAL) as screen, warnings.catch_warnings():
+    count = len(options.shapes) * len(options.modes)
+    columns, drop = (_COLUMNS, 0) if len(set(models)) > 1 else (_COLUMNS[1:], 1)
+    with Screen(title, columns, count, "layers", _OPTIONAL) as screen, warnings.catch_warnings():
         warnings.simplefilter("ignore", gconv.FallbackWarning)  # the note of a row says it
         screen.step("roofs: copy and GEMM")
         measured = roofs.measure(dtype)
         for mode in options.modes:
+            group, results = [], []
             for shape in options.shapes:
-                row = _measure(shape, mode, options, screen, skipped)
-                _against_roofs(row, measured)
-                rows.append(facts_of_row(facts) | row)
-                screen.row(_cells(row, shape))
+                row, result = _measure(shape, mode, options, screen, skipped)
+                group.append(where | row)
+                results.append(result)
+                _against_roofs(group[-1:], measured)
+                screen.row(_cells(group[-1])[drop:])
+            summed = total(group, results) if is_whole(options.shapes) else None
+            if summed:
+                group.append(where | summed)
+                _against_roofs(group, measured)
+                screen.row(_cells(group[-1])[drop:])
+            rows += group
         screen.step("roofs again")
         measured = measured.better(roofs.measure(dtype))
-    for row in rows:
-        _against_roofs(row, measured)
+    _against_roofs(rows, measured)
     return Run(rows, measured, facts, skipped)
-
-
-def facts_of_row(facts: dict) -> dict:
-    keys = ("date", "commit", "machine", "device", "cores", "isa", "threads", "gconv", "torch", "python")
-    return {key: facts[key] for key in keys}

@@ -21,6 +21,10 @@ NONSENSE = 100.0  # a rival is left out only if it is plainly wrong
 KINK = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+KINDS = ("rms", "max")
+SHOWN = 14  # failures that a verdict names
+
+
 @dataclass
 class Problem:
     """One layer with its data: what every rival is given. The modules share names, so state dicts go both
@@ -160,22 +164,27 @@ def compare(
     exact: dict[str, Tensor],
     torchs: list[dict[str, Tensor]],
     allowed: float = ALLOWED,
+    floor: Callable[[str], float] | None = None,
+    kinds: Callable[[str], tuple[str, ...]] = lambda key: KINDS,
 ) -> Verdict:
     """Checks every tensor of `exact`: error <= allowed x torch's own (the larger of `torchs`) + one ulp,
-    RMS and max."""
+    RMS and max. `floor(key)` stands in for the ulp, `kinds(key)` says which of the two errors count."""
     worst_ratio, worst, failed = 0.0, "", []
     for key, want in exact.items():
         if key not in got or got[key] is None:
             return Verdict(False, float("inf"), key, f"✗ {key} is missing")
-        ulp = torch.finfo(got[key].dtype).eps
+        least = floor(key) if floor else torch.finfo(got[key].dtype).eps
         own = [max(pair) for pair in zip(*(_errors(result[key], want) for result in torchs))]
-        for kind, error, base in zip(("rms", "max"), _errors(got[key], want), own):
-            # The ulp keeps a lucky, exactly rounded result of torch from making the ratio meaningless.
-            ratio = error / (base + ulp)
+        for kind, error, base in zip(KINDS, _errors(got[key], want), own):
+            if kind not in kinds(key):
+                continue
+            # The floor keeps a lucky, exactly rounded result of torch from making the ratio meaningless.
+            ratio = error / (base + least)
             if not ratio <= worst_ratio:
                 worst_ratio, worst = ratio, f"{key} ({kind})"
-            if not error <= allowed * base + ulp:
+            if not error <= allowed * base + least:
                 failed.append(f"{key} {kind} {error:.1e}, torch {base:.1e}")
     if failed:
-        return Verdict(False, worst_ratio, worst, "✗ " + "; ".join(failed))
+        more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        return Verdict(False, worst_ratio, worst, "✗ " + "; ".join(failed[:SHOWN]) + more)
     return Verdict(True, worst_ratio, worst, f"✓ {worst_ratio:.2f}× torch's error, worst in {worst}")

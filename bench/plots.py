@@ -7,10 +7,12 @@ import io
 
 import numpy as np
 
+from .networks import CONTESTANTS
 from .rivals import LABELS, RIVALS
+from .shapes import whose
 from .train import Training
 
-__all__ = ["TITLES", "by_mode", "missing", "roofline", "times", "training"]
+__all__ = ["STEPS", "TITLES", "by_mode", "missing", "networks", "roofline", "times", "training"]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#767676"
@@ -53,6 +55,13 @@ def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
+
+
+def _titled(figure, what: str, row: dict, end: str = "") -> bytes:
+    """The finished picture under the title of the run that a row is from."""
+    threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    figure.suptitle(f"{what}, batch {row['batch']}, {row['dtype']}, {threads}{end}", fontsize=12)
+    return _png(figure)
 
 
 def _plain_ticks(axis) -> None:
@@ -103,6 +112,10 @@ def training(result: Training) -> bytes:
     return _png(figure)
 
 
+def _of_several(rows: list[dict]) -> bool:
+    return len({row["model"] for row in rows}) > 1
+
+
 def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
     modes: dict[str, list[dict]] = {}
     for row in rows:
@@ -111,6 +124,7 @@ def by_mode(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 TITLES = {"inference": "inference", "training": "training (forward + backward)"}
+STEPS = {"inference": "inference", "training": "a training step"}
 
 
 def roofline(rows: list[dict]) -> bytes:
@@ -121,7 +135,7 @@ def roofline(rows: list[dict]) -> bytes:
     speeds = [
         r["flops"] / r[key] / 1e6 for r in rows for key in ("gconv_ms", f"{r['best']}_ms") if r.get(key)
     ]
-    low, high = min(speeds) / 1.6, max(r["gemm_gflops"] for r in rows) * 1.6
+    low, high = min(speeds) / 1.6, max(*speeds, *(r["gemm_gflops"] for r in rows)) * 1.6
     for ax, (mode, group) in zip(axes[0], modes.items()):
         copy, gemm = group[0]["copy_gbps"], group[0]["gemm_gflops"]
         intensity = np.array([r["flops"] / r["bytes"] for r in group])
@@ -156,7 +170,12 @@ def roofline(rows: list[dict]) -> bytes:
                 )
                 ax.plot(i, ours, marker="D", markersize=7, color=BLUE, linestyle="none")
                 ax.annotate(
-                    r["layer"], (i, ours), xytext=(8, 2), textcoords="offset points", fontsize=9, color=BLUE
+                    f"{r['in_channels'] // r['groups']}, {r['size']}²" if _of_several(rows) else r["layer"],
+                    (i, ours),
+                    xytext=(8, 2),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=BLUE,
                 )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -174,12 +193,9 @@ def roofline(rows: list[dict]) -> bytes:
         label="best of the others",
     )  # fmt: skip
     axes[0, 0].legend(handles=[*ours, *best], frameon=False, fontsize=9, loc="lower right")
-    first = rows[0]
-    figure.suptitle(
-        f"Roofline of conv 3×3 + BN + ReLU: {first['model']}, batch {first['batch']}, {first['dtype']}, "
-        f"{first['threads']} threads", fontsize=12,
-    )  # fmt: skip
-    return _png(figure)
+    return _titled(
+        figure, f"Roofline of conv 3×3 + BN + ReLU: {whose(row['model'] for row in rows)}", rows[0]
+    )
 
 
 def times(rows: list[dict]) -> bytes:
@@ -187,7 +203,10 @@ def times(rows: list[dict]) -> bytes:
     above."""
     modes = by_mode(rows)
     names = [n for n in (*RIVALS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
-    figure, axes = _figure(10, 3.5 * len(modes), rows=len(modes))
+    several = _of_several(rows)
+    # Names of networks need more room than those of one network's layers.
+    width = max(10.0, 1.1 * max(map(len, modes.values()))) if several else 10.0
+    figure, axes = _figure(width, 3.5 * len(modes), rows=len(modes))
     step = 0.6 / max(1, len(names) - 1)
     for ax, (mode, group) in zip(axes[:, 0], modes.items()):
         at = np.arange(len(group))
@@ -217,7 +236,13 @@ def times(rows: list[dict]) -> bytes:
         _plain_ticks(ax.yaxis)
         ax.set_xlim(-0.5, len(group) - 0.5)
         ax.set_xticks(
-            at, [f"{r['layer']}\n{r['in_channels'] // r['groups']} per group, {r['size']}²" for r in group]
+            at,
+            [
+                (f"{r['model']}\n" if several else "")
+                + f"{r['layer']}\n{r['in_channels'] // r['groups']} per group, {r['size']}²"
+                for r in group
+            ],
+            fontsize=8 if several else 9,
         )
         ax.set_ylabel("ms (log scale)")
         ax.set_title(f"{TITLES[mode]}: ms, and gconv's speed-up over the best other", fontsize=11, loc="left")
@@ -228,3 +253,50 @@ def times(rows: list[dict]) -> bytes:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
     return _png(figure)
+
+
+def networks(rows: list[dict]) -> bytes:
+    """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
+    step takes at its peak, light what was resident before."""
+    modes = by_mode([row for row in rows if row.get("ms")])
+    heights = [0.9 + 0.36 * len(group) for group in modes.values()]
+    figure, axes = _figure(
+        11, sum(heights) + 0.6, columns=2, rows=len(modes), gridspec_kw={"height_ratios": heights}
+    )
+    for (left, right), (mode, group) in zip(axes, modes.items()):
+        at = np.arange(len(group))
+        batch = group[0]["batch"]
+        colours = [COLOURS.get(row["contestant"], SKY) for row in group]
+        ms = np.array([row["ms_per_image"] for row in group])
+        low, high = (np.array([row[f"ms_{end}"] / batch for row in group]) for end in ("p20", "p80"))
+        whiskers = np.maximum([ms - low, high - ms], 0)
+        left.barh(at, ms, 0.66, color=colours, xerr=whiskers, error_kw={"elinewidth": 1.2})
+        for i, row in enumerate(group):
+            ours = row["contestant"] == "gconv"
+            text = f"{row['ms_per_image']:.3g} ms" + (f"  {row['ratio']:.2f}×" if ours else "")
+            left.text(max(ms[i], high[i]) + 0.012 * ms.max(), i, text, va="center", fontsize=9,
+                      fontweight="bold" if ours else "normal")  # fmt: skip
+        left.set_xlim(0, max(ms.max(), high.max()) * 1.32)
+        left.set_title(f"{STEPS[mode]}: ms per image", fontsize=11, loc="left")
+        peak, step = (np.array([row.get(key) or 0.0 for row in group]) for key in ("peak_mb", "step_mb"))
+        right.barh(at, peak, 0.66, color=colours, alpha=0.3)
+        right.barh(at, step, 0.66, left=peak - step, color=colours)
+        for i, row in enumerate(group):
+            if not row.get("peak_mb"):
+                continue
+            ratio = row.get("memory_ratio")
+            ours = row["contestant"] == "gconv"
+            text = f"{step[i]:.0f} of {peak[i]:.0f}" + (f"  {ratio:.2f}×" if ours and ratio else "")
+            right.text(peak[i] + 0.012 * peak.max(), i, text, va="center", fontsize=9,
+                       fontweight="bold" if ours else "normal")  # fmt: skip
+        right.set_xlim(0, max(peak.max(), 1) * 1.38)
+        right.set_title(f"{STEPS[mode]}: memory at the peak, MiB; dark: the step's", fontsize=11, loc="left")
+        for ax, names in ((left, True), (right, False)):
+            ax.set_yticks(at, [CONTESTANTS[row["contestant"]].label for row in group] if names else [])
+            ax.invert_yaxis()
+            ax.tick_params(axis="y", length=0)
+            ax.grid(True, axis="x", alpha=0.25)
+            ax.set_axisbelow(True)
+    first = rows[0]
+    what = f"{first['model']}, {first['size']}×{first['size']}"
+    return _titled(figure, what, first, "; ×: relative to the fastest other")

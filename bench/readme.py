@@ -1,39 +1,58 @@
-"""The benchmark table of README.md, generated from a record between two markers."""
+"""The benchmark tables of README.md, generated from the records between pairs of markers."""
 
 from __future__ import annotations
 
 from . import records
+from .layers import best_ms, describe, gemm_percent
+from .models import ours_and_best
+from .networks import CONTESTANTS
 from .rivals import LABELS
+from .shapes import whose
 
-__all__ = ["END", "START", "table", "update"]
+__all__ = ["MARKERS", "layers_part", "layers_table", "models_table", "rows_of", "update"]
 
-START, END = "<!-- bench:layers:start -->", "<!-- bench:layers:end -->"
+MODEL, SEVERAL = "resnext50_32x4d", "several"
+
+MARKERS = {
+    part: (f"<!-- bench:{part}:start -->", f"<!-- bench:{part}:end -->") for part in ("layers", "models")
+}
 HEADINGS = {"inference": "Inference", "training": "Training (forward + backward)"}
+STEPS = {"inference": "inference", "training": "training step"}
 
 
 def _shape(row: dict) -> str:
-    return (
-        f"{row['in_channels']}→{row['out_channels']}, {row['in_channels'] // row['groups']} per group, "
-        f"{row['size']}×{row['size']}" + (f", stride {row['stride']}" if row["stride"] > 1 else "")
-    )
+    against = ", against the best of each" if records.is_total(row) else ""
+    return describe(row, " per group", ", stride ") + against
 
 
 def _cells(row: dict) -> str:
     if not row["match"]:
-        return "wrong result | – | – | –"
-    best = f"{row[row['best'] + '_ms']:.2f} ({LABELS[row['best']]})"
-    return f"{row['gconv_ms']:.2f} | {best} | **{row['ratio']:.2f}×** | {row['roof_percent']:.0f} %"
+        return "wrong result | – | – | – | –"
+    best = f"{best_ms(row):.2f}"
+    if not records.is_total(row):
+        best += f" ({LABELS[row['best']]})"
+    return (
+        f"{row['gconv_ms']:.2f} | {best} | **{row['ratio']:.2f}×** | {gemm_percent(row):.0f} % | "
+        f"{row['roof_percent']:.0f} %"
+    )
 
 
-def table(rows: list[dict]) -> str:
+def _where(row: dict) -> str:
+    return (
+        f"{row['threads']} threads of {row['device']} ({row['isa']}), torch {row['torch']}, "
+        f"{row['date'][:10]}, commit {row['commit']}"
+    )
+
+
+def layers_table(rows: list[dict]) -> str:
     """Markdown for the rows of one run (of one model, batch and dtype): a table for each mode."""
     if not rows:
         return "No run has been recorded yet: `python -m gconv.bench layers --record`."
     first = rows[0]
+    models = {row["model"] for row in rows}
     lines = [
-        f"{first['model']}'s 3×3 layers as conv + BN + ReLU, {first['dtype']}, batch {first['batch']}, "
-        f"{first['threads']} threads of {first['device']} ({first['isa']}), torch {first['torch']}, "
-        f"{first['date'][:10]}, commit {first['commit']}. In the same run a matrix product reached "
+        f"Conv 3×3 + BN + ReLU: {whose(models)}, {first['dtype']}, batch {first['batch']}, "
+        f"{_where(first)}. In the same run a matrix product reached "
         f"{first['gemm_gflops']:.0f} GFLOP/s and a copy {first['copy_gbps']:.1f} GB/s. "
         f"Medians in ms, {first['conditions']}; the speed-up is over the best of the others in that run.",
     ]
@@ -43,25 +62,111 @@ def table(rows: list[dict]) -> str:
             continue
         lines += [
             "",
-            f"| {heading} | shape | gconv | best other | speed-up | of the roof |",
-            "|---|---|--:|--:|--:|--:|",
+            f"| {heading} | shape | gconv | best other | speed-up | of the matrix product | of the roof |",
+            "|---|---|--:|--:|--:|--:|--:|",
         ]
-        lines += [f"| {row['layer']} | {_shape(row)} | {_cells(row)} |" for row in group]
+        for row in group:
+            name = row["layer"] if len(models) == 1 else f"{row['model']} {row['layer']}"
+            lines.append(f"| {name} | {_shape(row)} | {_cells(row)} |")
     return "\n".join(lines)
 
 
-def update(text: str, rows: list[dict]) -> str:
-    """`text` with what stands between the markers replaced. ValueError if the markers are not there once
-    each, in order."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"readme: want the markers {START} and {END} once each, in this order")
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    return f"{head}{START}\n{table(rows)}\n{END}{tail}"
+def _model_cells(row: dict, ours: bool) -> str:
+    if not row["match"]:
+        return "wrong result | – | – | – | –"
+    speed = f"**{row['ratio']:.2f}×**" if ours else f"{row['ratio']:.2f}×"
+    memory = "–" if row.get("memory_ratio") is None else f"{row['memory_ratio']:.2f}×"
+    megabytes = "–" if row["step_mb"] is None else f"{row['step_mb']:.0f}"
+    return f"{row['ms_per_image']:.1f} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
 
 
-def newest_rows(record: str | None = None) -> list[dict]:
-    """The newest float32 run of a record, or of the newest record there is."""
-    path = record or records.newest_record()
-    rows = [row for row in records.load(path) if row["dtype"] == "float32"] if path else []
-    return records.latest_run(rows)
+def models_table(rows: list[dict]) -> str:
+    """Markdown for the newest run of every model, size, batch and dtype: a table for each mode, the fastest
+    contestant first."""
+    if not rows:
+        return "No run has been recorded yet: `python -m gconv.bench models --record`."
+    lines = []
+    kinds: dict[tuple, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row[key] for key in ("model", "size", "batch", "dtype")), []).append(row)
+    for group in map(records.latest_run, kinds.values()):
+        first = group[0]
+        lines += [
+            "",
+            f"{first['model']}, {first['size']}×{first['size']}, {first['dtype']}, batch {first['batch']}, "
+            f"{_where(first)}. In the same run a matrix product reached {first['gemm_gflops']:.0f} GFLOP/s. "
+            f"Medians, {first['conditions']}; speed and memory are relative to the fastest other contestant.",
+        ]
+        for mode, heading in STEPS.items():
+            of_mode = sorted(
+                (row for row in group if row["mode"] == mode), key=lambda row: row["ms"] or float("inf")
+            )
+            if not of_mode:
+                continue
+            ours, _ = ours_and_best(of_mode, mode)
+            lines += [
+                "",
+                f"| {first['dtype']} {heading} | precision | ms per image | images/s | speed | MB of a step "
+                "| of the best's |",
+                "|---|---|--:|--:|--:|--:|--:|",
+            ]
+            for row in of_mode:
+                label = CONTESTANTS[row["contestant"]].label if row["contestant"] in CONTESTANTS else "?"
+                cells = _model_cells(row, row is ours)
+                lines.append(f"| {label} | {row['precision']} | {cells} |")
+    return "\n".join(lines[1:])
+
+
+def totals_line(rows: list[dict]) -> str:
+    """One sentence with the sums of a run whose layers have no table."""
+    sums = [row for row in rows if records.is_total(row)]
+    if not sums:
+        return ""
+    first = sums[0]
+    found = ", ".join(
+        f"{row['mode']} {row['gconv_ms']:.1f} ms against {best_ms(row):.1f}, **{row['ratio']:.2f}×**"
+        for row in sums
+    )
+    return (
+        f"In {first['dtype']} ({first['date'][:10]}, commit {first['commit']}) all {first['count']} layers "
+        f"of {first['model']} together: {found}."
+    )
+
+
+def layers_part(rows: list[dict]) -> str:
+    """What README.md says of a record of layers: the newest float32 run of ResNeXt-50, or of another model
+    where there is none; the sums of its other dtypes; and the newest run of several networks' layers."""
+    runs: dict[str, list[dict]] = {}
+    for row in rows:
+        runs.setdefault(row["date"], []).append(row)
+    newest: dict[tuple[str, str], list[dict]] = {}
+    for _, run in sorted(runs.items()):
+        names = {row["model"] for row in run}
+        newest[SEVERAL if len(names) > 1 else names.pop(), run[0]["dtype"]] = run
+    singles = [key for key in newest if key[0] != SEVERAL and key[1] == "float32"]
+    head = (MODEL, "float32") if (MODEL, "float32") in newest else singles[-1] if singles else None
+    parts = [layers_table(newest[head] if head else [])]
+    others = (run for key, run in newest.items() if head and key[0] == head[0] and key != head)
+    parts += filter(None, map(totals_line, others))
+    if (SEVERAL, "float32") in newest:
+        parts.append(layers_table(newest[SEVERAL, "float32"]))
+    return "\n\n".join(parts)
+
+
+def update(text: str, layers: list[dict], networks: list[dict]) -> str:
+    """`text` with what stands between the markers replaced, from the rows of a record of each. ValueError if
+    a pair of markers is not there once, in order."""
+    for part, table in (("layers", layers_part(layers)), ("models", models_table(networks))):
+        start, end = MARKERS[part]
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+            raise ValueError(f"readme: want the markers {start} and {end} once each, in this order")
+        head, rest = text.split(start)
+        _, tail = rest.split(end)
+        text = f"{head}{start}\n{table}\n{end}{tail}"
+    return text
+
+
+def rows_of(record: str | None, columns: tuple[str, ...]) -> list[dict]:
+    """All rows of a record, or of the newest one with these columns; none where there is no record."""
+    path = record or records.newest_record(columns=columns)
+    return records.load(path, columns) if path else []

@@ -1,5 +1,5 @@
-"""CSV records of the layer benchmark: one row per layer, mode and dtype of a run; rows are only ever
-appended."""
+"""CSV records: of the layer benchmark one row per layer, mode and dtype of a run, of whole networks one per
+contestant, of a sweep one per batch and number of threads; rows are only ever appended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Iterable, Sequence
 from . import machine
 from .rivals import RIVALS
 
-__all__ = ["COLUMNS", "FOLDER", "append", "latest_run", "load", "newest_record"]
+__all__ = [
+    "ALL", "COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append", "is_total", "latest_run",
+    "load", "newest_record", "path_of", "where",
+]  # fmt: skip
 
 # An installed copy inside a checkout records into the checkout.
 _HOME = os.path.join(machine.checkout(), "bench") if machine.checkout() else os.path.dirname(__file__)
@@ -32,10 +35,30 @@ _CONCLUSION = (
     "note",
 )  # fmt: skip
 COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
+# The layer of a row that sums up all layers of its model, each as often as the model has it. Its `count` is
+# their number, and its `best` is EACH: for every layer the best of the others there.
+ALL, EACH = "all", "each"
+
+# ratio: the time of the fastest contestant other than gconv, `best`, over this one's. step_mb: the peak of
+# one step above what was resident before it; memory_ratio: this one's over that of `best`.
+MODEL_COLUMNS = (
+    *_WHERE, "model", "size", "batch", "dtype", "mode", "conditions", "contestant", "precision", "kernel",
+    "own_convolutions", "convolutions", "fallbacks", "match", "error_ratio", "worst", "ms", "ms_p20",
+    "ms_p80", "ms_per_image", "images_per_s", "best", "ratio", "ratio_low", "ratio_high", "step_mb",
+    "peak_mb", "memory_ratio", "compile_s", "gflop", "gflops", "copy_gbps", "gemm_gflops", "rounds",
+    "dropped", "noisy", "note",
+)  # fmt: skip
+# relative: images per second over those of the same layer at the reference batch and as many threads.
+SWEEP_COLUMNS = (
+    *_WHERE, *_WHAT, "contestant", "kernel", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80",
+    "images_per_s", "reference", "relative", "relative_low", "relative_high", "rounds", "dropped", "noisy",
+)  # fmt: skip
+SCHEMAS = {"": COLUMNS, "-models": MODEL_COLUMNS, "-sweep": SWEEP_COLUMNS}  # by the end of the file's name
 
 _TEXT = {
     "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype",
-    "mode", "conditions", "kernel", "match", "worst", "best", "bound", "note",
+    "mode", "conditions", "kernel", "match", "worst", "best", "bound", "note", "contestant", "precision",
+    "fallbacks",
 }  # fmt: skip
 _FLAGS = {"match": ("no", "yes"), "noisy": ("no", "yes")}
 
@@ -59,40 +82,60 @@ def _parse(key: str, text: str):
     return int(number) if number.is_integer() and "." not in text and "e" not in text else number
 
 
-def append(path: str, rows: Iterable[dict]) -> None:
+def path_of(machine_name: str, columns: Sequence[str] = COLUMNS, folder: str = FOLDER) -> str:
+    """The record of a machine for rows of these columns."""
+    end = next(end for end, schema in SCHEMAS.items() if schema == columns)
+    return os.path.join(folder, f"{machine_name}{end}.csv")
+
+
+def where(facts: dict) -> dict:
+    """What the rows of a run say about the machine, from `machine.facts()`."""
+    return {key: facts[key] for key in _WHERE}
+
+
+def is_total(row: dict) -> bool:
+    """Whether a row of the layer benchmark sums up the others."""
+    return row["layer"] == ALL
+
+
+def append(path: str, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
     """Appends the rows; a new file gets the heading. ValueError if the file has other columns or a row
     unknown keys."""
     rows = list(rows)
     for row in rows:
-        unknown = set(row) - set(COLUMNS)
+        unknown = set(row) - set(columns)
         if unknown:
-            raise ValueError(f"records: row: want the keys of COLUMNS, got also {sorted(unknown)}")
+            raise ValueError(f"records: row: want the keys of the columns, got also {sorted(unknown)}")
     exists = os.path.exists(path) and os.path.getsize(path) > 0
-    if exists:
-        with open(path, newline="", encoding="utf-8") as file:
-            heading = tuple(next(csv.reader(file)))
-        if heading != COLUMNS:
-            raise ValueError(
-                f"records: {path}: want the columns {', '.join(COLUMNS)}, got {', '.join(heading)}"
-            )
+    if exists and _heading(path) != columns:
+        raise ValueError(
+            f"records: {path}: want the columns {', '.join(columns)}, got {', '.join(_heading(path))}"
+        )
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if not exists:
-            writer.writerow(COLUMNS)
-        writer.writerows([_format(key, row.get(key)) for key in COLUMNS] for row in rows)
+            writer.writerow(columns)
+        writer.writerows([_format(key, row.get(key)) for key in columns] for row in rows)
 
 
-def load(path: str) -> list[dict]:
-    """All rows, numbers as numbers. ValueError if a column is missing."""
+def _heading(path: str) -> tuple[str, ...]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return tuple(next(csv.reader(file), ()))
+
+
+def load(path: str, columns: Sequence[str] | None = None) -> list[dict]:
+    """All rows, numbers as numbers; of whichever benchmark it is, or of these columns. ValueError if a column
+    is missing."""
+    if columns is None:
+        heading = set(_heading(path))
+        columns = next((schema for schema in SCHEMAS.values() if set(schema) <= heading), COLUMNS)
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        missing = set(columns) - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(
-                f"records: {path}: want the columns of the layer benchmark, missing {sorted(missing)}"
-            )
-        return [{key: _parse(key, row[key]) for key in COLUMNS} for row in reader]
+            raise ValueError(f"records: {path}: want the columns of a benchmark, missing {sorted(missing)}")
+        return [{key: _parse(key, row[key]) for key in columns} for row in reader]
 
 
 def latest_run(rows: Sequence[dict]) -> list[dict]:
@@ -101,10 +144,14 @@ def latest_run(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if row["date"] == newest]
 
 
-def newest_record(folder: str = FOLDER) -> str | None:
-    """The record whose newest run is the newest of all, or None if there is no record."""
+def newest_record(folder: str = FOLDER, columns: Sequence[str] = COLUMNS) -> str | None:
+    """The record of these columns whose newest run is the newest of all, or None if there is none."""
     if not os.path.isdir(folder):
         return None
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".csv")]
-    dated = [(max((row["date"] for row in load(path)), default=""), path) for path in paths]
+    dated = [
+        (max((row["date"] for row in load(path, columns)), default=""), path)
+        for path in paths
+        if set(columns) <= set(_heading(path))
+    ]
     return max(dated)[1] if dated else None

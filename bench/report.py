@@ -7,15 +7,16 @@ import base64
 import json
 import os
 import statistics
+from dataclasses import asdict, dataclass
 
-from . import plots, records
+from . import layers, models, plots, records, shapes, sweep
 from .agreement import FACTOR
-from .layers import Run
+from .networks import CONTESTANTS
 from .rivals import LABELS, RIVALS
 from .roofs import Roofs
 from .train import Training
 
-__all__ = ["load", "save", "write"]
+__all__ = ["Findings", "load", "save", "write"]
 
 RESULTS = "results.json"
 PAGE = "report.html"
@@ -34,6 +35,11 @@ METHOD = (
     "and beta, running statistics updated.",
     "torch.compile runs inductor on channels_last with static shapes, for inference with frozen weights; "
     "compiling is not in its time.",
+    "Whole networks: every contestant has a process of its own and they take turns step by step. A "
+    "training step is forward, cross-entropy, backward and SGD with momentum; the gradients of the step "
+    "before are dropped outside the clock. Memory is resident memory, at the peak of a step and above what "
+    "was resident before it. The logits, and in training every parameter's gradient and running statistic, "
+    "are compared with float64: gconv may have 2 × torch's own error plus a small floor.",
     "A round in which the kernel took the cores away (involuntary context switches, steal time), or in "
     "which a call jumped 4 ms and 25 % above its own median, is dropped for all contestants alike. A "
     "star marks rows in which more than half of the rounds were so disturbed that all of them were kept.",
@@ -43,38 +49,66 @@ METHOD = (
 )
 
 
-def save(folder: str, layers: Run | None, training: Training | None, facts: dict) -> None:
+@dataclass
+class Findings:
+    """What there is to report, and the machine's facts."""
+
+    facts: dict
+    layers: layers.Run | None = None
+    training: Training | None = None
+    networks: layers.Run | None = None
+    sweep: sweep.Run | None = None
+
+    @property
+    def bad(self) -> bool:
+        """Whether a result is wrong or two loss curves part."""
+        runs = (self.layers, self.networks, self.sweep)
+        return any(run and run.wrong for run in runs) or bool(self.training and not self.training.ok)
+
+
+def save(folder: str, found: Findings) -> None:
     """Keeps everything the page is made from in `folder`/results.json."""
-    data = {"facts": facts, "layers": None, "training": training.to_dict() if training else None}
-    if layers:
-        roofs = {
-            "copy_gbps": layers.roofs.copy_gbps,
-            "gemm_gflops": layers.roofs.gemm_gflops,
-            "dtype": layers.roofs.dtype,
-        }
-        data["layers"] = {"rows": layers.rows, "roofs": roofs, "skipped": layers.skipped}
+
+    def plain(run: layers.Run | None) -> dict | None:
+        return run and {"rows": run.rows, "roofs": asdict(run.roofs), "skipped": run.skipped}
+
+    data = {
+        "facts": found.facts,
+        "layers": plain(found.layers),
+        "training": found.training and found.training.to_dict(),
+        "networks": plain(found.networks),
+        "sweep": found.sweep and {"rows": found.sweep.rows},
+    }
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, RESULTS), "w", encoding="utf-8") as file:
         json.dump(data, file, indent=1)
 
 
-def load(folder: str) -> tuple[Run | None, Training | None, dict]:
+def load(folder: str) -> Findings:
     """What `save` kept. FileNotFoundError if it kept nothing there."""
     with open(os.path.join(folder, RESULTS), encoding="utf-8") as file:
         data = json.load(file)
-    layers = data["layers"]
-    if layers:
-        layers = Run(layers["rows"], Roofs(**layers["roofs"]), data["facts"], layers["skipped"])
-    training = Training.from_dict(data["training"]) if data["training"] else None
-    return layers, training, data["facts"]
+    facts = data["facts"]
+
+    def run(kept: dict | None) -> layers.Run | None:
+        return kept and layers.Run(kept["rows"], Roofs(**kept["roofs"]), facts, kept["skipped"])
+
+    return Findings(
+        facts,
+        run(data["layers"]),
+        data["training"] and Training.from_dict(data["training"]),
+        run(data["networks"]),
+        data["sweep"] and sweep.Run(data["sweep"]["rows"], facts),
+    )
 
 
 def _inline(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _headlines(layers: Run | None, training: Training | None) -> list[dict]:
+def _headlines(found: Findings) -> list[dict]:
     lines = []
+    training = found.training
     if training:
         ours = training["gconv"]
         best = min((c for c in training.contestants if c.kind == "stock"), key=lambda c: c.epoch_seconds)
@@ -87,44 +121,88 @@ def _headlines(layers: Run | None, training: Training | None) -> list[dict]:
                 f"gconv: {best.epoch_seconds / ours.epoch_seconds:.2f}×."
             )
             lines.append({"ok": True, "text": text})
-    if layers:
-        for mode, rows in plots.by_mode(layers.rows).items():
-            ratios = [row["ratio"] for row in rows if row.get("ratio")]
-            wrong = [row["layer"] for row in rows if not row["match"]]
-            text = f"Layers, {plots.TITLES[mode]}: "
-            if ratios:
-                slower = [row["layer"] for row in rows if row.get("ratio") and row["ratio"] < 1]
-                text += (
-                    f"{min(ratios):.2f}× to {max(ratios):.2f}× the best alternative, "
-                    f"{statistics.geometric_mean(ratios):.2f}× in the geometric mean; "
-                    + (f"slower on {', '.join(slower)}" if slower else "slower on none")
-                    + ". "
-                )
-            text += (
-                f"WRONG RESULT on {', '.join(wrong)}." if wrong else f"All {len(rows)} results match float64."
-            )
-            lines.append({"ok": not wrong, "text": text})
+    if found.networks:
+        for mode in plots.by_mode(found.networks.rows):
+            lines.append(_network_headline(found.networks.rows, mode))
+    if found.layers:
+        for mode, rows in plots.by_mode(found.layers.rows).items():
+            lines.append(_layers_headline(mode, rows))
+    if found.sweep and found.sweep.rows:
+        lines.append(_sweep_headline(found.sweep))
     return lines
+
+
+def _network_headline(rows: list[dict], mode: str) -> dict:
+    ours, best = models.ours_and_best(rows, mode)
+    text = f"{ours['model']}, {ours['dtype']}, {plots.STEPS[mode]}: "
+    if not ours["match"]:
+        return {"ok": False, "text": text + f"WRONG RESULT: {ours['note']}."}
+    text += (
+        f"{ours['ms_per_image']:.1f} ms per image, {best['ms_per_image']:.1f} with the fastest other "
+        f"({CONTESTANTS[best['contestant']].label}): {ours['ratio']:.2f}×"
+        + (", slower" if ours["ratio"] < 1 else "")
+    )
+    if ours.get("memory_ratio") is not None:
+        text += f", with {ours['memory_ratio']:.2f}× its peak memory of a step"
+    return {"ok": True, "text": text + ". The results match float64."}
+
+
+def _layers_headline(mode: str, rows: list[dict]) -> dict:
+    summed = [row for row in rows if records.is_total(row)]
+    rows = [row for row in rows if not records.is_total(row)]
+    ratios = [row["ratio"] for row in rows if row.get("ratio")]
+    wrong = [row["layer"] for row in rows if not row["match"]]
+    text = f"Layers, {plots.TITLES[mode]}: "
+    if ratios:
+        slower = [row["layer"] for row in rows if row.get("ratio") and row["ratio"] < 1]
+        text += (
+            f"{min(ratios):.2f}× to {max(ratios):.2f}× the best alternative, "
+            f"{statistics.geometric_mean(ratios):.2f}× in the geometric mean; "
+            + (f"slower on {', '.join(slower)}" if slower else "slower on none")
+            + ". "
+        )
+    for row in summed:
+        text += f"All {row['count']} layers together: {row['ratio']:.2f}× the best of each. "
+    text += f"WRONG RESULT on {', '.join(wrong)}." if wrong else f"All {len(rows)} results match float64."
+    return {"ok": not wrong, "text": text}
+
+
+def _sweep_headline(run: sweep.Run) -> dict:
+    first = run.rows[0]
+    relative = [row["relative"] for row in run.rows if row.get("relative")]
+    cliffs = [f"{r['layer']} {r['mode']} N = {r['batch']} on {r['threads']}" for r in run.cliffs]
+    text = (
+        f"Batches and threads: {min(relative):.2f} to {max(relative):.2f} of the images per second at "
+        f"N = {first['reference']}; " if relative else ""
+    )  # fmt: skip
+    text += f"below {sweep.CLIFF:g} at {', '.join(cliffs)}." if cliffs else f"nowhere below {sweep.CLIFF:g}."
+    if run.wrong:
+        text += f" WRONG RESULT on {', '.join(r['layer'] for r in run.wrong)}."
+    return {"ok": not run.wrong, "text": text}
 
 
 def _kernels(contestant) -> str:
     return ", ".join(f"{name} ×{calls}" for name, calls in sorted(contestant.kernels.items())) or "torch.nn"
 
 
-def pictures(layers: Run | None, training: Training | None) -> dict[str, bytes]:
+def pictures(found: Findings) -> dict[str, bytes]:
     """PNGs by name; empty where matplotlib is missing."""
     if plots.missing():
         return {}
     drawn = {}
-    if training:
-        drawn["training"] = plots.training(training)
-    if layers and layers.rows:
-        drawn["roofline"] = plots.roofline(layers.rows)
-        drawn["times"] = plots.times(layers.rows)
+    if found.training:
+        drawn["training"] = plots.training(found.training)
+    if found.layers:
+        rows = [row for row in found.layers.rows if not records.is_total(row)]
+        if rows:
+            drawn["roofline"] = plots.roofline(rows)
+            drawn["times"] = plots.times(rows)
+    if found.networks and any(row.get("ms") for row in found.networks.rows):
+        drawn["networks"] = plots.networks(found.networks.rows)
     return drawn
 
 
-def page(layers: Run | None, training: Training | None, facts: dict, drawn: dict[str, bytes]) -> str:
+def page(found: Findings, drawn: dict[str, bytes]) -> str:
     """The HTML."""
     import jinja2
 
@@ -135,43 +213,63 @@ def page(layers: Run | None, training: Training | None, facts: dict, drawn: dict
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    rows = [{key: row.get(key) for key in records.COLUMNS} for row in layers.rows] if layers else []
-    skipped = dict(layers.skipped) if layers else {}
+
+    def rows_of(run, columns: tuple[str, ...]) -> list[dict]:
+        return [{key: row.get(key) for key in columns} for row in run.rows] if run else []
+
+    rows = rows_of(found.layers, records.COLUMNS)
+    of_networks = rows_of(found.networks, records.MODEL_COLUMNS)
+    skipped = {}
+    for run in (found.layers, found.networks):
+        skipped |= run.skipped if run else {}
     if plots.missing():
         skipped["the pictures"] = plots.missing()
+
+    def number(value: float | None, digits: int = 2, after: str = "") -> str:
+        return "–" if value is None else f"{value:.{digits}f}{after}"
+
+    training = found.training
     return environment.get_template(PAGE).render(
-        facts=facts,
-        headlines=_headlines(layers, training),
+        facts=found.facts,
+        headlines=_headlines(found),
         training=training,
         stock=training["stock"] if training else None,
         factor=f"{FACTOR:g}",
+        networks=plots.by_mode(of_networks),
+        sweep=plots.by_mode(rows_of(found.sweep, records.SWEEP_COLUMNS)),
+        cliff=sweep.CLIFF,
         rows=rows,
+        whose=shapes.whose(row["model"] for row in rows) if rows else None,
+        several=len({row["model"] for row in rows}) > 1,
         modes=plots.by_mode(rows),
         titles=plots.TITLES,
-        rivals=[name for name in RIVALS if any(row[f"{name}_ms"] for row in rows)],
-        labels=LABELS,
-        roofs=layers.roofs if layers else None,
-        pictures={
-            name: _inline(drawn[name]) if name in drawn else None
-            for name in ("training", "roofline", "times")
+        steps=plots.STEPS,
+        ran={
+            mode: [name for name in RIVALS if any(row[f"{name}_ms"] for row in group)]
+            for mode, group in plots.by_mode(rows).items()
         },
+        labels=LABELS | {name: contestant.label for name, contestant in CONTESTANTS.items()},
+        roofs=found.layers.roofs if found.layers else None,
+        pictures={name: _inline(png) for name, png in drawn.items()},
         skipped=skipped,
         method=METHOD,
         mean=statistics.fmean,
         kernels=_kernels,
-        ms=lambda v: "–" if v is None else f"{v:.2f}",
-        mb=lambda v: "–" if v is None else f"{v:.0f}",
+        is_total=records.is_total,
+        describe=layers.describe,
+        gemm_percent=layers.gemm_percent,
+        number=number,
     )
 
 
-def write(folder: str, layers: Run | None, training: Training | None, facts: dict) -> str:
-    """Writes results.json, the PNGs, layers.csv and report.html to `folder`; returns the path of the page."""
-    save(folder, layers, training, facts)
-    drawn = pictures(layers, training)
+def write(folder: str, found: Findings) -> str:
+    """Writes results.json, the PNGs and report.html to `folder`; returns the path of the page."""
+    save(folder, found)
+    drawn = pictures(found)
     for name, png in drawn.items():
         with open(os.path.join(folder, f"{name}.png"), "wb") as file:
             file.write(png)
     path = os.path.join(folder, PAGE)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(page(layers, training, facts, drawn))
+        file.write(page(found, drawn))
     return os.path.abspath(path)

@@ -15,7 +15,18 @@ import gconv
 
 from .match import Problem, results
 
-__all__ = ["LABELS", "RIVALS", "Rival", "Unavailable", "build"]
+__all__ = [
+    "LABELS",
+    "RIVALS",
+    "Rival",
+    "Unavailable",
+    "buffers",
+    "build",
+    "compiled",
+    "missing_package",
+    "onnxruntime_call",
+    "openvino_call",
+]  # fmt: skip
 
 RIVALS = ("eager_nchw", "eager_channels_last", "compile", "onnxruntime", "openvino")
 LABELS = {
@@ -26,6 +37,7 @@ LABELS = {
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
 }
+ONNXRUNTIME, OPENVINO = ("onnxruntime", "onnx", "onnxscript"), ("openvino",)  # packages that they need
 # Inputs rotate so that a call finds its data where a network leaves it, in the outer caches, and never only
 # in the innermost ones: enough buffers to fill this much, but at most so many.
 ROTATE_BYTES = 24 << 20
@@ -34,6 +46,11 @@ MAX_BUFFERS = 8
 
 class Unavailable(Exception):
     """This rival cannot run here; the message says why."""
+
+
+def buffers(x: Tensor) -> int:
+    """How many inputs like x rotate."""
+    return max(2, min(MAX_BUFFERS, ROTATE_BYTES // (x.numel() * x.element_size())))
 
 
 class Rival:
@@ -46,16 +63,15 @@ class Rival:
     ):
         self.name, self.module, self.problem, self.mode, self.layout = name, module, problem, mode, layout
         self.call: Callable[[Tensor], Tensor] = module
-        size = problem.x.numel() * problem.x.element_size()
-        buffers = max(2, min(MAX_BUFFERS, ROTATE_BYTES // size))
         generator = torch.Generator().manual_seed(1)
 
         def like(t: Tensor) -> Tensor:
             made = torch.randn(t.shape, generator=generator).to(t.dtype)
             return made.contiguous(memory_format=layout)
 
-        self.xs = [like(problem.x).requires_grad_(mode == "training") for _ in range(buffers)]
-        self.dys = [like(problem.dy) for _ in range(buffers)] if mode == "training" else []
+        turns = range(buffers(problem.x))
+        self.xs = [like(problem.x).requires_grad_(mode == "training") for _ in turns]
+        self.dys = [like(problem.dy) for _ in turns] if mode == "training" else []
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         module.train(mode == "training")
         self.prepare(0)
@@ -104,70 +120,88 @@ def _gconv(problem: Problem, mode: str) -> Rival:
     return Rival("gconv", module, problem, mode, torch.channels_last)
 
 
-def _compile(problem: Problem, mode: str) -> Rival:
-    """torch.compile (inductor) at its best: channels_last, static shapes, weights frozen into the code for
-    inference."""
+def compiled(module: nn.Module, mode: str, run: Callable[[Callable[[Tensor], Tensor]], object]) -> Callable:
+    """torch.compile (inductor) at its best: static shapes, and for inference weights frozen into the code.
+    `run(call)` makes the first call, which compiles."""
     import torch._dynamo
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # else the shapes of the layers before make this one dynamic, and slower
-    rival = Rival("compile", _stock(problem, torch.channels_last), problem, mode, torch.channels_last)
     with warnings.catch_warnings(), inductor.patch(freezing=mode == "inference"):
         warnings.simplefilter("ignore")
-        rival.call = torch.compile(rival.module, dynamic=False)
+        call = torch.compile(module, dynamic=False)
+        run(call)
+    return call
+
+
+def _compile(problem: Problem, mode: str) -> Rival:
+    rival = Rival("compile", _stock(problem, torch.channels_last), problem, mode, torch.channels_last)
+
+    def first(call: Callable) -> None:
+        rival.call = call
         rival.run()
+
+    compiled(rival.module, mode, first)
     return rival
+
+
+def missing_package(*packages: str) -> str | None:
+    """Which of the packages is not installed, in words, or None."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    return None
 
 
 def _require(problem: Problem, mode: str, *packages: str) -> None:
     """The conditions of the inference engines, in the order in which a reader wants to hear of them."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed")
+    missing = missing_package(*packages)
+    if missing:
+        raise Unavailable(missing)
     if mode != "inference":
         raise Unavailable("runs inference only")
     if problem.dtype != torch.float32:
         raise Unavailable("runs in float32 only here")
 
 
-def _onnxruntime(problem: Problem, mode: str) -> Rival:
-    _require(problem, mode, "onnxruntime", "onnx", "onnxscript")
+def onnxruntime_call(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`module` in evaluation as an onnxruntime session for inputs like x (NCHW, float32), on as many threads
+    as torch has."""
     import io
 
     import onnxruntime
 
-    rival = Rival(
-        "onnxruntime", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format
-    )
     file = io.BytesIO()
-    torch.onnx.export(rival.module, (rival.xs[0],), file, dynamo=False, input_names=["x"], output_names=["y"])
+    torch.onnx.export(module, (x,), file, dynamo=False, input_names=["x"], output_names=["y"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would otherwise spin on the cores while the next rival is timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    rival.call = lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-    rival.run()
-    return rival
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
-def _openvino(problem: Problem, mode: str) -> Rival:
-    _require(problem, mode, "openvino")
+def openvino_call(module: nn.Module, x: Tensor, precision: str = "f32") -> Callable[[Tensor], Tensor]:
+    """`module` in evaluation as an OpenVINO model for inputs like x (NCHW, float32), on as many threads as
+    torch has; precision: that of its arithmetic, f32 or bf16."""
     import openvino
 
-    rival = Rival(
-        "openvino", _stock(problem, torch.contiguous_format), problem, mode, torch.contiguous_format
-    )
-    converted = openvino.convert_model(rival.module, example_input=rival.xs[0], input=[list(problem.x.shape)])
-    compiled = openvino.compile_model(
-        converted,
-        "CPU",
-        {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"},
-    )
-    request = compiled.create_infer_request()
-    rival.call = lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True)[0])
-    rival.run()
-    return rival
+    converted = openvino.convert_model(module, example_input=x, input=[list(x.shape)])
+    hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+    request = openvino.compile_model(converted, "CPU", hints).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+def _engine(name: str, packages: tuple[str, ...], make: Callable[[nn.Module, Tensor], Callable]):
+    def build(problem: Problem, mode: str) -> Rival:
+        _require(problem, mode, *packages)
+        layout = torch.contiguous_format
+        rival = Rival(name, _stock(problem, layout), problem, mode, layout)
+        rival.call = make(rival.module, rival.xs[0])
+        rival.run()
+        return rival
+
+    return build
 
 
 _BUILDERS = {
@@ -175,8 +209,8 @@ _BUILDERS = {
     "eager_nchw": _eager("eager_nchw", torch.contiguous_format),
     "eager_channels_last": _eager("eager_channels_last", torch.channels_last),
     "compile": _compile,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    "onnxruntime": _engine("onnxruntime", ONNXRUNTIME, onnxruntime_call),
+    "openvino": _engine("openvino", OPENVINO, openvino_call),
 }
 
 

@@ -134,15 +134,16 @@ class Screen:
         self._said = time.perf_counter()
 
     def tick(self, done: int, total: int | None = None, description: str | None = None) -> None:
-        """`done` ticks of the step are over; `total` may be corrected on the way."""
+        """`done` ticks of the step are over; `total` may be corrected on the way, and is None where it is not
+        known."""
         self._description = description or self._description
         if self.live:
             self.progress.update(self.current, completed=done, total=total, description=self._description)
             self._draw()
         elif time.perf_counter() - self._said >= PLAIN_STEP_SECONDS:
             self._said = time.perf_counter()
-            of = f"/{total}" if total else ""
-            print(f"  … {self._description} {done}{of} ({self._said - self._began:.0f} s)", flush=True)
+            count = f" {done}/{total}" if total else ""
+            print(f"  … {self._description}{count} ({self._said - self._began:.0f} s)", flush=True)
 
     def row(self, cells: Sequence[str]) -> None:
         """A finished row; its cells may be `Cell`s with a mood."""

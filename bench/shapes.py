@@ -4,9 +4,10 @@ avoid."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MODELS", "ConvShape", "select"]
+__all__ = ["MODELS", "WIDTHS", "ConvShape", "is_whole", "select", "whose"]
 
 # Floating-point operations of forward + backward in units of the forward: y, dx and dweight cost the same.
 TRAINING_FLOPS = 3
@@ -62,13 +63,6 @@ class ConvShape:
         x_passes, y_passes = TRAINING_PASSES
         return itemsize * (x_passes * x + y_passes * y + 3 * self.weights)
 
-    def describe(self) -> str:
-        """Channels in and out, channels per group, image, and the stride where it is not 1."""
-        return (
-            f"{self.in_channels}→{self.out_channels}, {self.channels_per_group}, {self.size}×{self.size}"
-            + (f" /{self.stride}" if self.stride > 1 else "")
-        )
-
 
 def _resnet_layers(
     model: str, groups: int, width_per_group: int, depths: tuple[int, ...], first: int = 56
@@ -110,8 +104,14 @@ def _whole_groups(width: int, group_width: int) -> int:
 def _regnet_layers(
     model: str, depth: int, w_0: int, w_a: float, w_m: float, group_width: int
 ) -> tuple[ConvShape, ...]:
+    """The 3x3 layers of the RegNet of these parameters."""
+    return _stage_layers(model, *regnet_stages(depth, w_0, w_a, w_m, group_width), group_width)
+
+
+def _stage_layers(
+    model: str, widths: tuple[int, ...], depths: tuple[int, ...], group_width: int
+) -> tuple[ConvShape, ...]:
     """The 3x3 layers of a RegNet: every stage, the first included, halves the 112x112 images of the stem."""
-    widths, depths = regnet_stages(depth, w_0, w_a, w_m, group_width)
     layers = []
     for stage, (width, repeats) in enumerate(zip(widths, depths)):
         groups = width // min(group_width, width)
@@ -122,26 +122,84 @@ def _regnet_layers(
     return tuple(layers)
 
 
+def _mobilenet_v2_layers() -> tuple[ConvShape, ...]:
+    """The depthwise 3x3 layers of MobileNetV2 (arXiv 1801.04381, table 2): "d384" has 384 channels, "d192d"
+    is strided. (There a ReLU6 follows, here a ReLU.)"""
+    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+              (6, 320, 1, 1))  # fmt: skip
+    counts: dict[tuple[int, int, int], int] = {}
+    channels, size = 32, 112
+    for expansion, out_channels, repeats, first_stride in stages:
+        for i in range(repeats):
+            stride = first_stride if i == 0 else 1
+            key = (expansion * channels, size, stride)
+            counts[key] = counts.get(key, 0) + 1
+            channels, size = out_channels, size // stride
+    return tuple(
+        ConvShape("mobilenet_v2", f"d{width}{'d' * (stride - 1)}", width, width, width, size, stride, count)
+        for (width, size, stride), count in counts.items()
+    )
+
+
 MODELS: dict[str, tuple[ConvShape, ...]] = {
     "resnext50_32x4d": _resnet_layers("resnext50_32x4d", 32, 4, (3, 4, 6, 3)),
     "resnext101_32x8d": _resnet_layers("resnext101_32x8d", 32, 8, (3, 4, 23, 3)),
     "resnext101_64x4d": _resnet_layers("resnext101_64x4d", 64, 4, (3, 4, 23, 3)),
+    # Between depthwise and ResNeXt's narrowest: the paper's template with 64 groups of base width 2.
+    "resnext50_64x2d": _resnet_layers("resnext50_64x2d", 64, 2, (3, 4, 6, 3)),
     "resnet50": _resnet_layers("resnet50", 1, 64, (3, 4, 6, 3)),
     "regnet_x_400mf": _regnet_layers("regnet_x_400mf", 22, 24, 24.48, 2.54, 16),
     "regnet_x_3_2gf": _regnet_layers("regnet_x_3_2gf", 25, 88, 26.31, 2.25, 48),
     "regnet_y_400mf": _regnet_layers("regnet_y_400mf", 16, 48, 27.89, 2.09, 8),
     "regnet_y_1_6gf": _regnet_layers("regnet_y_1_6gf", 27, 48, 20.71, 2.65, 24),
+    # By its stages in the paper (table of RegNetY models), whose second is more than 10 % narrower than its
+    # parameters say.
+    "regnet_y_4gf": _stage_layers("regnet_y_4gf", (128, 192, 512, 1088), (2, 6, 12, 2), 64),
     "regnet_y_8gf": _regnet_layers("regnet_y_8gf", 17, 192, 76.82, 2.19, 56),
     "regnet_y_16gf": _regnet_layers("regnet_y_16gf", 18, 200, 106.23, 2.48, 112),
+    "mobilenet_v2": _mobilenet_v2_layers(),
 }
 
 
+# Channels per group that ResNeXt-50 has not, narrow to wide, each by a layer early in its network and the one
+# that it has most of.
+WIDTHS = "widths"
+_WIDTHS = (
+    ("mobilenet_v2", "d144"), ("mobilenet_v2", "d384"),  # 1
+    ("resnext50_64x2d", "s1"), ("resnext50_64x2d", "s3"),  # 2
+    ("resnext101_64x4d", "s1"), ("resnext101_64x4d", "s3"),  # 4 and 16, twice as many groups
+    ("regnet_y_1_6gf", "s2"), ("regnet_y_1_6gf", "s3"),  # 24
+    ("regnet_x_3_2gf", "s2"), ("regnet_x_3_2gf", "s3"),  # 48
+    ("regnet_y_8gf", "s2"), ("regnet_y_8gf", "s3"),  # 56
+    ("regnet_y_4gf", "s2"), ("regnet_y_4gf", "s3"),  # 64
+    ("regnet_y_16gf", "s2"), ("regnet_y_16gf", "s3"),  # 112
+)  # fmt: skip
+
+
+def _find(model: str, layer: str) -> ConvShape:
+    return next(shape for shape in MODELS[model] if shape.layer == layer)
+
+
+def is_whole(shapes: Sequence[ConvShape]) -> bool:
+    """Whether these are all layers of one model, so that their sum is a figure of that model."""
+    return bool(shapes) and len(shapes) > 1 and tuple(shapes) == MODELS.get(shapes[0].model)
+
+
+def whose(models: Iterable[str]) -> str:
+    """Whose layers these are, from the models of all of them."""
+    names = set(models)
+    return names.pop() if len(names) == 1 else "layers of several networks"
+
+
 def select(model: str, layers: str | None = None) -> tuple[ConvShape, ...]:
-    """The layers of `model`, or those of them named in the comma-separated `layers`. ValueError names what
-    exists."""
-    if model not in MODELS:
-        raise ValueError(f"bench: model: want one of {', '.join(MODELS)}, got {model!r}")
-    shapes = {shape.layer: shape for shape in MODELS[model]}
+    """The layers of `model`, or those of them named in the comma-separated `layers`; the model "widths" has
+    layers of several networks, named as in regnet_y_8gf.s3. ValueError names what exists."""
+    if model == WIDTHS:
+        shapes = {f"{model}.{layer}": _find(model, layer) for model, layer in _WIDTHS}
+    elif model in MODELS:
+        shapes = {shape.layer: shape for shape in MODELS[model]}
+    else:
+        raise ValueError(f"bench: model: want one of {', '.join(MODELS)} or {WIDTHS}, got {model!r}")
     if not layers:
         return tuple(shapes.values())
     names = [name.strip() for name in layers.split(",") if name.strip()]

@@ -3,12 +3,13 @@
 The rivals take turns (A B C, B C A, C A B, ...). A turn is one untimed call, in which its threads wake up and
 the code and data of its predecessor leave the caches, and then one timed call or, of a fast rival, a few.
 Figures are percentiles over all timed calls, and the interval of a ratio comes from resampling whole rounds.
+A rival may be an object of this process or live in another one, where `turn` runs on its behalf.
 
-Interference is recognised by its cause first: the kernel counts how often it took a core away from this
-process (involuntary context switches) and for how long the host did (steal time). A round in which either
-moved by more than a little is dropped for all rivals alike. Jumps the guest cannot see (a call more than
-JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds survive, all
-are kept and the result is marked noisy.
+Interference is recognised by its cause first: the kernel counts how often it took a core away from the
+process of a turn (involuntary context switches) and for how long the host did (steal time). A round in which
+either moved by more than a little for its length is dropped for all rivals alike. Jumps the guest cannot see
+(a call more than JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds
+survive, all are kept and the result is marked noisy.
 """
 
 from __future__ import annotations
@@ -23,11 +24,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Plan", "Result", "Rival", "Timing", "interleave", "peak_memory_mb", "ratio_interval", "status_mb"]
+__all__ = [
+    "Memory", "Plan", "Result", "Rival", "Timing", "Turn", "interleave", "memory_of", "peak_memory_mb",
+    "ratio_interval", "redrawn_medians", "status_mb", "trim", "turn",
+]  # fmt: skip
 
 TURN_MS = 6.0  # the timed calls of a fast rival's turn take about this together
 MAX_CALLS_PER_TURN = 8
-SWITCHES_PER_CALL = 1  # involuntary context switches that one call may see: the scheduler's own tick work
+# Involuntary context switches that a turn may see, the scheduler's own tick work: so many for each call, and
+# so many a second where calls are long.
+SWITCHES_PER_CALL = 1
+SWITCHES_PER_SECOND = 50
+STOLEN_TICKS = 1  # of 10 ms, for every turn; and this share of a long one
+STOLEN_SHARE = 0.01
 JUMP_MS = 4.0  # a scheduler's time slice on a busy host is 4 to 8 ms
 JUMP_RATIO = 1.25
 MIN_KEPT = 0.5  # of the rounds
@@ -88,6 +97,14 @@ class Timing:
 
 
 @dataclass
+class Turn:
+    """Milliseconds of the timed calls of a turn, and whether something else had the cores meanwhile."""
+
+    ms: np.ndarray
+    disturbed: bool
+
+
+@dataclass
 class Result:
     timings: dict[str, Timing]
     rounds: int  # kept
@@ -108,6 +125,14 @@ def _disturbances() -> tuple[int, int]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, _stolen_ticks()
 
 
+def _is_disturbed(switches: int, stolen: int, calls: int, seconds: float) -> bool:
+    """Whether this many involuntary switches and stolen ticks are more than a turn of `calls` calls that took
+    `seconds` sees on a quiet machine."""
+    switches_allowed = max(SWITCHES_PER_CALL * calls, SWITCHES_PER_SECOND * seconds)
+    stolen_allowed = max(STOLEN_TICKS, STOLEN_SHARE * seconds * os.sysconf("SC_CLK_TCK"))
+    return switches > switches_allowed or stolen > stolen_allowed
+
+
 class _Flush:
     """Evicts the caches by writing a buffer of `megabytes`."""
 
@@ -118,13 +143,17 @@ class _Flush:
         self.buffer += 1
 
 
-def _trim() -> None:
+def trim() -> None:
     """Gives freed heap pages back to the kernel (glibc's malloc_trim); the next call has to fault them in."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _turn(rival: Rival, index: int, calls: int, before: Sequence[Callable[[], None]]) -> np.ndarray:
+def turn(rival: Rival, index: int, calls: int, before: Sequence[Callable[[], None]] = ()) -> Turn:
+    """One untimed call and `calls` timed ones, each after the actions `before`, which are not timed. Inputs
+    from the index-th on."""
     times = np.empty(calls)
+    switches, stolen = _disturbances()
+    began = time.perf_counter()
     for k in range(-1, calls):
         rival.prepare(index + k + 1)
         for action in before:
@@ -136,20 +165,31 @@ def _turn(rival: Rival, index: int, calls: int, before: Sequence[Callable[[], No
         del output
         if k >= 0:
             times[k] = (stop - start) / 1e6
-    return times
+    seconds = time.perf_counter() - began
+    switches_after, stolen_after = _disturbances()
+    return Turn(times, _is_disturbed(switches_after - switches, stolen_after - stolen, calls + 1, seconds))
 
 
 def interleave(
-    rivals: Sequence[Rival], plan: Plan, on_round: Callable[[int, int], None] | None = None
+    rivals: Sequence[Rival],
+    plan: Plan,
+    on_round: Callable[[int, int], None] | None = None,
+    take: Callable[[Any, int, int], Turn] | None = None,
 ) -> Result:
-    """Times the rivals in turns; `on_round(done, expected)` is called between rounds, outside every clock."""
-    before: list[Callable[[], None]] = [_Flush()] if plan.flush else []
-    if plan.fresh:
-        before.append(_trim)
-    estimates = {}
-    for rival in rivals:
-        warm = _turn(rival, 0, max(2, plan.warmup), before)
-        estimates[rival.name] = float(warm.min())
+    """Times the rivals in turns; `on_round(done, expected)` is called between rounds, outside every clock.
+
+    `take(rival, index, calls)` is a turn of a rival in another process; the rivals need only names then, and
+    the plan's flush and fresh are for `take` to honour.
+    """
+    if take is None:
+        before: list[Callable[[], None]] = [_Flush()] if plan.flush else []
+        if plan.fresh:
+            before.append(trim)
+
+        def take(rival: Rival, index: int, calls: int) -> Turn:
+            return turn(rival, index, calls, before)
+
+    estimates = {rival.name: float(take(rival, 0, max(2, plan.warmup)).ms.min()) for rival in rivals}
     calls = {
         name: int(np.clip(TURN_MS // max(t, 1e-3), 1, MAX_CALLS_PER_TURN)) for name, t in estimates.items()
     }
@@ -164,12 +204,10 @@ def interleave(
             break
         bad = False
         for rival in (*rivals[done % len(rivals) :], *rivals[: done % len(rivals)]):
-            switches, stolen = _disturbances()
             n = calls[rival.name]
-            samples[rival.name].append(_turn(rival, done * n, n, before))
-            switches_after, stolen_after = _disturbances()
-            allowed = SWITCHES_PER_CALL * (n + 1)
-            bad |= switches_after - switches > allowed or stolen_after - stolen > 1
+            taken = take(rival, done * n, n)
+            samples[rival.name].append(taken.ms)
+            bad |= taken.disturbed
         disturbed.append(bad)
         if on_round:
             elapsed = (time.perf_counter() - began) / len(disturbed)
@@ -195,29 +233,44 @@ def _kept_rounds(samples: dict[str, list[np.ndarray]], disturbed: Sequence[bool]
     return keep
 
 
+def redrawn_medians(timing: Timing, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """Medians of as many rounds as there are, redrawn `draws` times: a sample of what the median may be.
+    Equal seeds redraw equal rounds of two rivals that took turns."""
+    medians = np.array([np.median(r) for r in timing.rounds])
+    picks = np.random.default_rng(seed).integers(0, len(medians), size=(draws, len(medians)))
+    return np.median(medians[picks], axis=1)
+
+
 def ratio_interval(
     slow: Timing, fast: Timing, confidence: float = 0.95, draws: int = 1000
 ) -> tuple[float, float]:
     """Bootstrap interval of median(slow) / median(fast): whole rounds are redrawn, the same ones for both."""
-    rounds = min(len(slow.rounds), len(fast.rounds))
-    rng = np.random.default_rng(0)
-    a = np.stack([np.median(r) for r in slow.rounds[:rounds]])
-    b = np.stack([np.median(r) for r in fast.rounds[:rounds]])
-    picks = rng.integers(0, rounds, size=(draws, rounds))
-    ratios = np.median(a[picks], axis=1) / np.median(b[picks], axis=1)
+    ratios = redrawn_medians(slow, draws) / redrawn_medians(fast, draws)
     tail = (1 - confidence) / 2 * 100
     low, high = np.percentile(ratios, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def peak_memory_mb(call: Callable[[], Any]) -> float | None:
-    """Memory one call needs at its peak above what was resident before it, or None where Linux does not tell.
+@dataclass(frozen=True)
+class Memory:
+    """Resident memory in MiB: of the process before a call, and at the call's peak."""
+
+    before: float
+    peak: float
+
+    @property
+    def above(self) -> float:
+        return max(0.0, self.peak - self.before)
+
+
+def memory_of(call: Callable[[], Any]) -> Memory | None:
+    """Resident memory around one call, or None where Linux does not tell.
 
     Free heap pages go back to the kernel first, so memory that the call merely reuses
     counts too.
     """
     try:
-        _trim()
+        trim()
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # resets the high-water mark of resident memory
     except (OSError, AttributeError):
@@ -226,9 +279,13 @@ def peak_memory_mb(call: Callable[[], Any]) -> float | None:
     output = call()
     peak = status_mb("VmHWM")
     del output
-    if before is None or peak is None:
-        return None
-    return max(0.0, peak - before)
+    return None if before is None or peak is None else Memory(before, peak)
+
+
+def peak_memory_mb(call: Callable[[], Any]) -> float | None:
+    """Memory one call needs at its peak above what was resident before it; None as from `memory_of`."""
+    memory = memory_of(call)
+    return memory and memory.above
 
 
 def status_mb(key: str) -> float | None:

@@ -8,10 +8,7 @@ slow minute hits all of them). Whether they train the same network is judged in 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 
@@ -19,19 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-import gconv
-
 from . import digits
 from .agreement import Check, check_curves, check_gradients, check_predictions
 from .screen import Cell, Screen
+from .workers import Worker
 
-__all__ = ["Contestant", "Options", "Training", "WorkerDied", "run"]
+__all__ = ["Contestant", "Options", "Training", "run"]
 
 GRADIENT_BATCH = 128
-
-
-class WorkerDied(RuntimeError):
-    """A training process ended before it was told to; the message ends with the last lines it wrote."""
 
 
 @dataclass
@@ -91,66 +83,15 @@ class Training:
         )
 
 
-class _Worker:
+def _start(contestant: Contestant, options: Options, data: str, folder: str) -> Worker:
     """The process of one contestant."""
-
-    def __init__(self, contestant: Contestant, options: Options, data: str, folder: str):
-        self.contestant = contestant
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (open for as long as the process lives)
-        command = [
-            sys.executable, "-m", "gconv.bench.train_worker", "--data", data,
-            "--weights", os.path.join(folder, f"{contestant.name}.pt"), "--kind", contestant.kind,
-            "--layout", contestant.layout, "--seed", str(options.seed), "--epochs", str(options.epochs),
-            "--batch", str(options.batch), "--rate", str(options.rate),
-            "--threads", str(options.threads or torch.get_num_threads()),
-        ]  # fmt: skip
-        parent = os.path.dirname(os.path.dirname(os.path.abspath(gconv.__file__)))
-        path = os.pathsep.join(filter(None, [parent, os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path, "GCONV_FALLBACK": "silent"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-
-    def tell(self, word: str) -> None:
-        try:
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self.failure() from None
-
-    def hear(self, event: str, on_step=None) -> dict:
-        """The next message that is `event`; steps on the way go to on_step."""
-        for line in self.process.stdout:
-            if not line.startswith("{"):
-                continue  # something a library printed
-            message = json.loads(line)
-            if message["event"] == event:
-                return message
-            if on_step:
-                on_step(message)
-        raise self.failure()
-
-    def failure(self) -> WorkerDied:
-        self.process.wait()
-        self.errors.seek(0)
-        tail = self.errors.read().decode(errors="replace").strip().splitlines()[-12:]
-        return WorkerDied(
-            f"the training process of {self.contestant.label} ended with status {self.process.returncode}:\n"
-            + "\n".join(tail)
-        )
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.errors.close()
+    return Worker(
+        contestant.label, "training", "gconv.bench.train_worker", "--data", data,
+        "--weights", os.path.join(folder, f"{contestant.name}.pt"), "--kind", contestant.kind,
+        "--layout", contestant.layout, "--seed", str(options.seed), "--epochs", str(options.epochs),
+        "--batch", str(options.batch), "--rate", str(options.rate),
+        "--threads", str(options.threads or torch.get_num_threads()),
+    )  # fmt: skip
 
 
 def contestants() -> list[Contestant]:
@@ -186,7 +127,7 @@ def run(options: Options) -> Training:
         f"ResNeXt on 1,797 digits at 32×32, {options.epochs} epochs, batch {options.batch}, Adam, "
         f"seed {options.seed}, {threads} threads"
     )
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         Screen(title, columns, options.epochs * len(everyone), "epochs") as screen,
@@ -200,19 +141,19 @@ def run(options: Options) -> Training:
             batch = data["x_train"][:GRADIENT_BATCH], data["y_train"][:GRADIENT_BATCH]
             gradients = check_gradients(stock, ours, *batch)
             screen.step("start")
-            workers = [_Worker(c, options, path, folder) for c in everyone]
-            for worker in workers:
+            workers = [_start(c, options, path, folder) for c in everyone]
+            for contestant, worker in zip(everyone, workers):
                 ready = worker.hear("ready")
-                worker.contestant.parameters = ready["parameters"]
+                contestant.parameters = ready["parameters"]
             steps = ready["steps"] // options.epochs
             for epoch in range(options.epochs):
-                for worker in workers:
-                    _one_epoch(worker, epoch, steps, everyone[0], screen)
-            for worker in workers:
+                for contestant, worker in zip(everyone, workers):
+                    _one_epoch(contestant, worker, epoch, steps, everyone[0], screen)
+            for contestant, worker in zip(everyone, workers):
                 worker.tell("stop")
                 done = worker.hear("done")
                 for key in ("peak_mb", "training_mb", "kernels"):
-                    setattr(worker.contestant, key, done[key])
+                    setattr(contestant, key, done[key])
             screen.step("predictions against float64")
             trained = torch.load(os.path.join(folder, "gconv.pt"), weights_only=True)
             stock.load_state_dict(trained)
@@ -226,8 +167,9 @@ def run(options: Options) -> Training:
     return Training(options, everyone, [same, gradients, predictions], allowed)
 
 
-def _one_epoch(worker: _Worker, epoch: int, steps: int, stock: Contestant, screen: Screen) -> None:
-    contestant = worker.contestant
+def _one_epoch(
+    contestant: Contestant, worker: Worker, epoch: int, steps: int, stock: Contestant, screen: Screen
+) -> None:
     what = f"epoch {epoch + 1}, {contestant.label}"
     screen.step(what, steps)
 

@@ -8,7 +8,6 @@ machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .timing import status_mb
+from .workers import tell
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
@@ -79,10 +79,6 @@ class Trainer:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def _tell(**message) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
@@ -112,20 +108,20 @@ def main() -> None:
     )
     resident = status_mb("VmRSS")
     gconv.backend.reset_counts()
-    _tell(event="ready", parameters=trainer.parameters, steps=trainer.steps, pid=os.getpid())
+    tell(event="ready", parameters=trainer.parameters, steps=trainer.steps, pid=os.getpid())
     for line in sys.stdin:
         if line.strip() == "stop":
             break
         began = time.perf_counter()
-        losses = trainer.epoch(lambda step, loss: _tell(event="step", step=step, loss=loss))
+        losses = trainer.epoch(lambda step, loss: tell(event="step", step=step, loss=loss))
         seconds = time.perf_counter() - began
         accuracy, test_loss = trainer.test()
-        _tell(event="epoch", losses=losses, seconds=seconds, accuracy=accuracy, test_loss=test_loss)
+        tell(event="epoch", losses=losses, seconds=seconds, accuracy=accuracy, test_loss=test_loss)
     # Not getrusage's ru_maxrss, which starts at what the parent had when it forked.
     peak = status_mb("VmHWM") or 0.0
     kernels = gconv.backend.counts()
     torch.save(trainer.model.state_dict(), options.weights)
-    _tell(event="done", peak_mb=peak, training_mb=peak - resident if resident else None, kernels=kernels)
+    tell(event="done", peak_mb=peak, training_mb=peak - resident if resident else None, kernels=kernels)
 
 
 if __name__ == "__main__":

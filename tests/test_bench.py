@@ -21,6 +21,7 @@ from gconv.bench import (
     shapes,
     timing,
     train,
+    workers,
 )
 from gconv.bench.__main__ import main
 
@@ -77,6 +78,29 @@ def test_layers_agree_with_the_model():
         for _ in range(s.count)
     ]
     assert sorted(seen) == sorted(listed)
+
+
+def test_other_networks_layers_are_their_papers():
+    found = {
+        (s.model, s.layer): (s.in_channels, s.channels_per_group, s.size, s.stride, s.count)
+        for model in ("mobilenet_v2", "regnet_y_4gf")
+        for s in shapes.MODELS[model]
+    }
+    assert sum(s.count for s in shapes.MODELS["mobilenet_v2"]) == 17
+    assert found["mobilenet_v2", "d192d"] == (192, 1, 28, 2, 1)
+    assert found["mobilenet_v2", "d960"] == (960, 1, 7, 1, 3)
+    assert found["regnet_y_4gf", "s2"] == (192, 64, 28, 1, 5)
+    widths = shapes.select("widths")
+    assert {s.channels_per_group for s in widths} >= {1, 2, 24, 48, 56, 64, 112}
+    assert any(s.groups == 64 and s.channels_per_group == 4 for s in widths)
+    assert all(s in shapes.MODELS[s.model] for s in widths)
+    assert [s.model for s in shapes.select("widths", "regnet_y_8gf.s3")] == ["regnet_y_8gf"]
+
+
+def test_only_all_layers_of_a_model_have_a_sum():
+    whole = shapes.select("resnext50_32x4d")
+    assert shapes.is_whole(whole)
+    assert not any(map(shapes.is_whole, (whole[:-1], shapes.select("widths"), (TINY,), ())))
 
 
 def test_select_names_what_exists():
@@ -189,6 +213,52 @@ def test_a_jump_or_a_disturbance_drops_the_round_for_everyone():
     assert timing._kept_rounds({"a": slow}, [False] * 3) == [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("switches", "calls", "seconds", "disturbed"),
+    [
+        (2, 2, 0.004, False),  # of a short turn: one a call
+        (3, 2, 0.004, True),
+        (9, 9, 0.006, False),
+        (2, 2, 0.09, False),  # calls of 45 ms: by their length
+        (4, 2, 0.09, False),
+        (5, 2, 0.09, True),
+        (100, 2, 2.0, False),
+        (101, 2, 2.0, True),
+        (int(0.09 * 125), 2, 0.09, True),  # what a competitor for one of the cores makes at the least
+        (int(2.0 * 125), 2, 2.0, True),
+    ],
+)
+def test_switches_allowed_grow_with_time_from_one_a_call(switches, calls, seconds, disturbed):
+    assert timing._is_disturbed(switches, 0, calls, seconds) is disturbed
+
+
+def test_stolen_ticks_allowed_grow_with_time():
+    ticks = 1 / timing.os.sysconf("SC_CLK_TCK")
+    assert not timing._is_disturbed(0, 1, 2, 5 * ticks)
+    assert timing._is_disturbed(0, 2, 2, 5 * ticks)
+    assert not timing._is_disturbed(0, 3, 2, 300 * ticks)
+    assert timing._is_disturbed(0, 4, 2, 300 * ticks)
+
+
+def test_rivals_of_other_processes_take_their_turns_there():
+    taken = []
+
+    def take(rival, index, calls):
+        taken.append((rival.name, index, calls))
+        return timing.Turn(np.full(calls, 3.0 if rival.name == "A" else 100.0), disturbed=False)
+
+    rivals_ = [_Fake(n, None) for n in "AB"]
+    result = timing.interleave(rivals_, timing.Plan(min_rounds=3, max_rounds=3), take=take)
+    assert taken[:2] == [("A", 0, 2), ("B", 0, 2)]
+    assert taken[2:] == [("A", 0, 2), ("B", 0, 1), ("B", 1, 1), ("A", 2, 2), ("A", 4, 2), ("B", 2, 1)]
+    assert result.timings["A"].p50 == 3.0 and result.rounds == 3 and not result.noisy
+    disturbed = timing.interleave(
+        rivals_, timing.Plan(min_rounds=4, max_rounds=4),
+        take=lambda rival, i, n: timing.Turn(np.ones(n), rival.name == "A" and i == 0),
+    )  # fmt: skip
+    assert (disturbed.rounds, disturbed.dropped) == (3, 1)
+
+
 def test_ratio_interval_encloses_the_ratio():
     rng = np.random.default_rng(1)
     a = timing.Timing("a", [rng.normal(4, 0.1, 3) for _ in range(20)])
@@ -234,6 +304,66 @@ def test_layer_run_fills_every_column(run):
         assert row["roof_percent"] == pytest.approx(100 * row["roof_ms"] / row["gconv_ms"])
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """A real run of all layers of a model: it ends with the sum of every mode."""
+    counted = (TINY, shapes.ConvShape("tiny", "t2", 16, 32, 4, 6, count=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.MODELS, "tiny", counted)
+        plan = timing.Plan(min_rounds=3, max_rounds=3)
+        names = ("eager_nchw", "eager_channels_last")
+        return layers.run(layers.Options(counted, batch=2, rivals=names, plan=plan))
+
+
+def test_all_layers_are_summed_as_often_as_the_model_has_them(whole, tmp_path):
+    assert [row["layer"] for row in whole.rows] == ["t1", "t2", "all"] * 2
+    for start in (0, 3):
+        first, second, summed = whole.rows[start : start + 3]
+        assert summed["count"] == 4 and summed["mode"] == first["mode"]
+        for key in ("gconv_ms", "eager_nchw_ms", "flops", "roof_ms"):
+            assert summed[key] == pytest.approx(first[key] + 3 * second[key]), key
+        best = first[first["best"] + "_ms"] + 3 * second[second["best"] + "_ms"]
+        assert layers.best_ms(summed) == pytest.approx(best)
+        assert summed["ratio"] == pytest.approx(best / summed["gconv_ms"])
+        assert summed["ratio_low"] <= summed["ratio_high"]
+        assert summed["gflops"] == pytest.approx(summed["flops"] / summed["gconv_ms"] / 1e6)
+    path = str(tmp_path / "tiny.csv")
+    records.append(path, whole.rows)
+    kept = records.load(path)
+    assert [records.is_total(row) for row in kept] == [False, False, True] * 2
+    assert kept[2]["in_channels"] is None
+    assert "all 4 layers, against the best of each" in readme.layers_part(kept)
+    other = [row | {"dtype": "bfloat16", "date": "2001-01-01T00:00:00Z"} for row in kept]
+    text = readme.layers_part([*kept, *other])
+    assert "In bfloat16 (2001-01-01, commit" in text and text.count("| t1 |") == 2
+    assert main(["compare", path, path]) == 0
+
+
+def test_the_sum_of_all_layers():
+    def times(*medians):
+        return timing.Timing("", [np.array([median]) for median in medians])
+
+    def row(count, best, ours):
+        found = dict.fromkeys(("gconv_ms_p20", "gconv_ms_p80", "flops", "bytes", "error_ratio"), 1.0)
+        found |= {"model": "m", "batch": 8, "dtype": "float32", "mode": "inference", "conditions": ""}
+        return found | {
+            "count": count, "match": True, "gconv_ms": ours, "best": "compile", "compile_ms": best,
+            "compile_ms_p20": best, "compile_ms_p80": best, "rounds": 3, "dropped": 0, "noisy": False,
+        }  # fmt: skip
+
+    def result(best, ours):
+        return timing.Result({"compile": times(*best), "gconv": times(*ours)}, 3, 0, False)
+
+    rows = [row(3, 4.0, 1.0), row(1, 2.0, 2.0)]
+    summed = layers.total(rows, [result((4, 4, 4), (1, 1, 1)), result((2, 2, 2), (2, 2, 2))])
+    assert summed["ratio"] == pytest.approx((3 * 4 + 2) / (3 * 1 + 2))
+    assert summed["ratio_low"] == summed["ratio_high"] == pytest.approx(summed["ratio"])
+    spread = layers.total(rows, [result((3, 4, 5), (1, 1, 1)), result((2, 2, 2), (2, 2, 2))])
+    assert spread["ratio_low"] < spread["ratio"] < spread["ratio_high"]
+    rows[1]["match"] = False
+    assert layers.total(rows, []) is None
+
+
 def test_records_round_trip_and_only_grow(run, tmp_path):
     path = str(tmp_path / "deep" / "machine.csv")
     records.append(path, run.rows)
@@ -265,7 +395,7 @@ def test_records_refuse_other_columns(run, tmp_path):
 def test_committed_records_load():
     for path in Path(records.FOLDER).glob("*.csv"):
         rows = records.load(str(path))
-        assert rows and all(row["gconv_ms"] is not None for row in rows if row["match"])
+        assert rows and all(row.get("gconv_ms", row.get("ms")) is not None for row in rows if row["match"])
 
 
 # --------------------------------------------------------------------------------------------------- compare
@@ -319,8 +449,12 @@ def test_compare_by_time(run, tmp_path):
 def test_readme_table_is_generated_between_the_markers(run, tmp_path, capsys):
     record, page = str(tmp_path / "r.csv"), tmp_path / "README.md"
     records.append(record, [run.rows[0] | {"date": "2001-01-01T00:00:00Z", "layer": "old"}, *run.rows])
-    page.write_text(f"before\n{readme.START}\nstale\n{readme.END}\nafter\n", encoding="utf-8")
-    arguments = ["readme", "--readme", str(page), "--record", record]
+    (start, end), (models_start, models_end) = readme.MARKERS["layers"], readme.MARKERS["models"]
+    networks = f"{models_start}\nstale\n{models_end}"
+    page.write_text(f"before\n{start}\nstale\n{end}\n{networks}\nafter\n", encoding="utf-8")
+    empty = str(tmp_path / "none.csv")
+    records.append(empty, [], records.MODEL_COLUMNS)
+    arguments = ["readme", "--readme", str(page), "--record", record, "--models-record", empty]
     assert main([*arguments, "--check"]) == 1
     assert "stale" in page.read_text(encoding="utf-8")
     assert main(arguments) == 0
@@ -350,10 +484,17 @@ def training():
     return train.Training(train.Options(epochs=2), everyone, [check], allowed)
 
 
+def test_page_has_the_sums(whole, tmp_path):
+    pytest.importorskip("jinja2", reason="the page is made with jinja2")
+    text = Path(report.write(str(tmp_path), report.Findings(whole.facts, layers=whole))).read_text("utf-8")
+    assert text.count("All 4 layers together: ") == text.count("each as often as it occurs") == 2
+    assert text.count("All 2 results match float64") == 2
+
+
 def test_report_is_one_self_contained_page(run, training, tmp_path):
     pytest.importorskip("jinja2", reason="the page is made with jinja2")
     pytest.importorskip("matplotlib", reason="the pictures are made with matplotlib")
-    path = report.write(str(tmp_path), run, training, run.facts)
+    path = report.write(str(tmp_path), report.Findings(run.facts, layers=run, training=training))
     text = Path(path).read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', text) == []
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", text)
@@ -399,7 +540,7 @@ def test_wrong_result_gets_no_figure_and_fails(run, training, tmp_path, monkeypa
     assert row["match"] is False and row["gconv_ms"] is None and row["ratio"] is None
     assert row["eager_nchw_ms"] > 0
     assert "WRONG RESULT on t1" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "wrong result" in readme.table([row])
+    assert "wrong result" in readme.layers_table([row])
 
 
 def test_wrong_usage_is_one_line(capsys):
@@ -534,7 +675,7 @@ def test_training_runs_in_processes_of_their_own(monkeypatch, capsys):
 
 def test_a_training_process_that_dies_says_why(monkeypatch):
     monkeypatch.setattr(train.digits, "load", _toy_digits)
-    with pytest.raises(train.WorkerDied, match=r"stock torch.nn ended with status 1:(.|\n)*batch"):
+    with pytest.raises(workers.WorkerDied, match=r"stock torch.nn ended with status 1:(.|\n)*batch"):
         train.run(train.Options(epochs=1, batch=-1, threads=1))
 
 

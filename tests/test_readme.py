@@ -92,7 +92,9 @@ def test_paths_exist():
         assert list(ROOT.glob(f"*/{file}")), file
 
 
-def test_markers_of_the_benchmark_table():
+def test_markers_of_the_benchmark_tables():
     from gconv.bench import readme
 
-    assert readme.update(README, []).count(readme.START) == 1
+    without = readme.update(README, [], [])
+    assert all(without.count(marker) == 1 for pair in readme.MARKERS.values() for marker in pair)
+    assert without.count("No run has been recorded yet") == len(readme.MARKERS)

@@ -1,0 +1,286 @@
+"""The contestants of the whole-network benchmark, each on the same weights, images and labels.
+
+`CONTESTANTS` is a table to add to: a contestant is a module (built from torch.nn or from gconv's layers), a
+memory layout, and what turns the module into the call that is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from gconv import models
+
+from .rivals import (
+    LABELS,
+    ONNXRUNTIME,
+    OPENVINO,
+    buffers,
+    compiled,
+    missing_package,
+    onnxruntime_call,
+    openvino_call,
+)
+from .shapes import TRAINING_FLOPS
+
+__all__ = ["CONTESTANTS", "DTYPES", "Contestant", "Job", "Network", "flops", "make_state", "results"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+RATE, MOMENTUM = 1e-3, 0.9  # of SGD
+BRANCH = 0.1  # how much of a residual branch is added, see make_state
+
+MODEL, AUTOCAST, HINT = "model in bfloat16", "autocast", "bfloat16 hint"  # precisions
+FLOAT32 = "float32"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contestant is given: N = batch images of [size, size] for the model of that name."""
+
+    model: str
+    size: int
+    batch: int
+    dtype: str
+    mode: str
+
+
+def _stock(name: str) -> nn.Module:
+    return models.get_model(name, stock=True)
+
+
+def _as_it_is(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
+    return module
+
+
+def _compile(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
+    def first(call: Callable) -> None:
+        network.call = call
+        network.run()
+
+    return compiled(module, network.job.mode, first)
+
+
+def _onnxruntime(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
+    return onnxruntime_call(module, network.x)
+
+
+def _openvino(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
+    return openvino_call(module, network.x, "bf16" if network.precision == HINT else "f32")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """build: the module for a model's name. make: from the module, with the job's weights, and its `Network`
+    the call that is timed. bfloat16: the ways to run a mode in that dtype, of which the fastest counts; a
+    mode without any is float32 only. packages: what has to be installed. models: for which models, as a
+    shell pattern."""
+
+    name: str
+    label: str
+    layout: str = "channels_last"
+    build: Callable[[str], nn.Module] = _stock
+    make: Callable[[nn.Module, Network], Callable[[Tensor], Tensor]] = _as_it_is
+    modes: tuple[str, ...] = ("inference", "training")
+    bfloat16: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("inference", (MODEL, AUTOCAST)),
+        ("training", (AUTOCAST,)),
+    )
+    packages: tuple[str, ...] = ()
+    models: str = "*"
+
+    def precisions(self, job: Job) -> tuple[str, ...]:
+        return (FLOAT32,) if job.dtype == "float32" else dict(self.bfloat16).get(job.mode, ())
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call does more than run."""
+        return self.make is not _as_it_is
+
+    def suits(self, model: str) -> bool:
+        return fnmatchcase(model, self.models)
+
+    def missing(self, job: Job) -> str | None:
+        """Why it cannot run this job here, in one line, or None."""
+        missing = missing_package(*self.packages)
+        if missing:
+            return missing
+        if job.mode not in self.modes:
+            return f"{job.mode}: runs {' and '.join(self.modes)} only"
+        return None if self.precisions(job) else f"{job.mode} runs in float32 only"
+
+
+def _engine(name: str, **options) -> Contestant:
+    return Contestant(name, LABELS[name], layout="NCHW", modes=("inference",), **options)
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("gconv", LABELS["gconv"], build=models.get_model),
+        Contestant("eager_nchw", LABELS["eager_nchw"], layout="NCHW"),
+        Contestant("eager_channels_last", LABELS["eager_channels_last"]),
+        Contestant("compile", LABELS["compile"], make=_compile),
+        _engine("onnxruntime", make=_onnxruntime, bfloat16=(), packages=ONNXRUNTIME),
+        _engine("openvino", make=_openvino, bfloat16=(("inference", (HINT,)),), packages=OPENVINO),
+    )
+}
+
+
+def _ends(module: nn.Module) -> tuple[int, int]:
+    """Channels of the images and number of classes."""
+    first = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+    last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    return first.in_channels, last.out_features
+
+
+def flops(job: Job) -> int:
+    """Of one call: convolutions and matrix products, a multiply-add counted as two; training is three times
+    the forward. (torch's counter takes the weight gradient of a grouped convolution for a dense one.)"""
+    with torch.device("meta"):
+        module = _stock(job.model)
+    images = data(job, module)[0].to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(images)
+    return counter.get_total_flops() * (TRAINING_FLOPS if job.mode == "training" else 1)
+
+
+def data(job: Job, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Images [N, channels, size, size] and labels [N], the same for every contestant."""
+    generator = torch.Generator().manual_seed(1)
+    channels, classes = _ends(module)
+    images = torch.randn(job.batch, channels, job.size, job.size, generator=generator)
+    return images, torch.randint(0, classes, (job.batch,), generator=generator)
+
+
+@torch.no_grad()
+def make_state(job: Job) -> dict[str, Tensor]:
+    """Weights as initialised, batch norms with random scales and shifts and with the running statistics of
+    the images.
+
+    The last batch norm of every residual block is scaled down: as initialised, one rounding error at a
+    ReLU's kink in an early block grows with every block behind it, until a gradient in bfloat16 has nothing
+    left to compare.
+    """
+    torch.manual_seed(0)
+    module = _stock(job.model)
+    generator = torch.Generator().manual_seed(2)
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight.copy_(1 + 0.2 * torch.randn(norm.weight.shape, generator=generator))
+        norm.bias.copy_(0.2 * torch.randn(norm.bias.shape, generator=generator))
+    for block in module.modules():
+        if isinstance(block, (models.Bottleneck, models.BasicBlock)):
+            last = block.bn3 if isinstance(block, models.Bottleneck) else block.bn2
+            last.weight.mul_(BRANCH)
+            last.bias.mul_(BRANCH)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    module.train()(data(job, module)[0])
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        norm.num_batches_tracked.zero_()
+    return module.state_dict()
+
+
+def results(
+    module: nn.Module, call: Callable[[Tensor], Tensor], mode: str, images: Tensor, labels: Tensor, context
+) -> dict[str, Tensor]:
+    """Logits, and of one training step also the gradients of all parameters and the running statistics after
+    it. The module is left as it was."""
+    if mode == "inference":
+        module.eval()
+        with torch.no_grad(), context():
+            return {"logits": call(images).detach().clone()}
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.train()
+    module.zero_grad(set_to_none=True)
+    with context():
+        logits = call(images)
+        loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    found = {"logits": logits.detach().clone()}
+    found |= {f"d {name}": p.grad.clone() for name, p in module.named_parameters()}
+    found |= {name: b.clone() for name, b in module.named_buffers() if name.split(".")[-1].startswith("run")}
+    module.zero_grad(set_to_none=True)
+    module.load_state_dict(state)
+    return found
+
+
+def exact_results(job: Job, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The float64 answer, in plain torch.nn."""
+    module = _stock(job.model).double()
+    module.load_state_dict(state)
+    images, labels = data(job, module)
+    return results(module, module, job.mode, images.double(), labels, contextlib.nullcontext)
+
+
+class Network:
+    """A contestant at its job in one precision, with rotating images.
+
+    Training is a whole step: forward, cross-entropy, backward, SGD with momentum; the gradients of the step
+    before are dropped by `prepare`. `first_seconds` is what the first call took, compiling included.
+    """
+
+    def __init__(self, contestant: Contestant, job: Job, precision: str, state: dict[str, Tensor]):
+        self.name, self.job, self.precision = contestant.name, job, precision
+        self.layout = LAYOUTS[contestant.layout]
+        self.module = contestant.build(job.model)
+        self.module.load_state_dict(state)
+        self.module.to(memory_format=self.layout)
+        self.dtype = torch.bfloat16 if precision == MODEL else torch.float32
+        self.module.to(self.dtype).train(job.mode == "training")
+        images, self.labels = data(job, self.module)
+        self.images = self._as_input(images)
+        self.xs = [
+            self.images,
+            *(self._as_input(torch.randn_like(images)) for _ in range(buffers(images) - 1)),
+        ]
+        self.optimizer = torch.optim.SGD(self.module.parameters(), RATE, MOMENTUM)
+        self.loss: Tensor | None = None
+        self.prepare(0)
+        began = time.perf_counter()
+        self.call = contestant.make(self.module, self)
+        self.run()
+        self.first_seconds = time.perf_counter() - began
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        return images.to(self.dtype).contiguous(memory_format=self.layout)
+
+    def context(self):
+        if self.precision == AUTOCAST:
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def prepare(self, i: int) -> None:
+        self.x = self.xs[i % len(self.xs)]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run(self) -> Tensor:
+        if self.job.mode == "inference":
+            with torch.no_grad(), self.context():
+                return self.call(self.x)
+        with self.context():
+            loss = F.cross_entropy(self.call(self.x), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.loss = loss.detach()
+        return self.loss
+
+    def results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the function of that name, from these weights."""
+        self.module.load_state_dict(state)
+        self.optimizer.state.clear()
+        found = results(self.module, self.call, self.job.mode, self.images, self.labels, self.context)
+        self.module.train(self.job.mode == "training")
+        self.prepare(0)
+        return found
