@@ -19,6 +19,7 @@ from gconv.bench import (
     readme,
     records,
     report,
+    rivals,
     shapes,
     sweep,
     timing,
@@ -123,6 +124,20 @@ def test_gconv_matches(answers, state):
     names = {name for name, _ in ours.module.named_parameters()}
     assert {key for key in exact if key.startswith("d ")} == {f"d {name}" for name in names}
     assert {"logits", "bn1.running_mean", "layer1.0.bn2.running_var"} < set(exact)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_match(name, state):
+    of = job("inference")
+    missing = networks.CONTESTANTS[name].missing(of)
+    if missing:
+        pytest.skip(f"{missing}: make rivals")
+    verdict = agreement.check_network(network(name, of, state).results(state), *answer(of, state))
+    assert verdict.ok, verdict.text
+    layer = match.Problem.make(TINY, 2, torch.float32)
+    own = [rivals.build(eager, layer, "inference").results(layer) for eager in EAGER]
+    found = rivals.build(name, layer, "inference").results(layer)
+    assert match.compare(found, match.exact_results(layer, "inference"), own).ok
 
 
 @pytest.mark.parametrize(
