@@ -194,8 +194,10 @@ def _row(entry: _Entry, mode: str, options: Options, result: Result, best: str, 
         "note": _note(entry, last),
     }
     if kernels:
-        ours = (calls for kernel, calls in kernels.items() if kernel.startswith("cpu.") and "conv" in kernel)
-        row |= {"own_convolutions": sum(ours), "convolutions": entry.ready["convolutions"]}
+        # A call of ours may be several convolutions (a bottleneck), one of torch's is one.
+        torchs = sum(calls for kernel, calls in kernels.items() if kernel.startswith("torch.conv"))
+        convolutions = entry.ready["convolutions"]
+        row |= {"own_convolutions": convolutions - torchs, "convolutions": convolutions}
     if entry.contestant.compiles:
         row["compile_s"] = entry.ready["first_seconds"]
     timing = result.timings.get(entry.name)
