@@ -5,6 +5,7 @@ tests follow, under AddressSanitizer and UndefinedBehaviorSanitizer if --sanitiz
 """
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shlex
@@ -83,8 +84,9 @@ def build_in(folder, command, flags, sources):
     return target
 
 
+@functools.cache
 def load(path):
-    """Imports the module from its shared object."""
+    """Imports the module from its shared object, once: pybind11 registers its types but once."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

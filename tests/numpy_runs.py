@@ -1,5 +1,5 @@
 """The kernels on NumPy arrays as their tests run them: the module, the instruction set and storage type of a
-test as pytest fixtures (this file is a plugin), and each call done twice.
+test as fixtures, and each call done twice.
 """
 
 import os

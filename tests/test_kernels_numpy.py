@@ -8,6 +8,7 @@ arrays of exact size with one thread, and inside guarded buffers with three; the
 import itertools
 
 import numpy as np
+import numpy_runs
 import pytest
 from numpy_oracle import (
     EPSILON,
@@ -24,7 +25,7 @@ from numpy_oracle import (
 )
 from numpy_runs import assert_same, both_ways, integers, table
 
-pytest_plugins = ("numpy_runs",)
+kernels, isa, dtype = numpy_runs.kernels, numpy_runs.isa, numpy_runs.dtype  # fixtures
 
 # (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
 WIDTHS = [

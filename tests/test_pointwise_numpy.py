@@ -5,11 +5,12 @@ exact size with one thread and inside guarded buffers with three.
 """
 
 import numpy as np
+import numpy_runs
 import pytest
 from numpy_oracle import EPSILON, Exact, act, finished, keep, store, value
 from numpy_runs import assert_same, both_ways, integers, table
 
-pytest_plugins = ("numpy_runs",)
+kernels, isa, dtype = numpy_runs.kernels, numpy_runs.isa, numpy_runs.dtype  # fixtures
 
 # (C, K): below, at and beyond one, two and three vectors of every instruction set; several chunks and cuts.
 WIDTHS = [
