@@ -1,10 +1,18 @@
 // torch.ops.gconv.conv_bn_relu_*: the ops of a training step, one after the other in one call. Between large
 // kernels the caches are cold, and an op's way through the dispatcher takes tens of microseconds.
-#include "torch_ops.h"
+#include "conv_binding.h"
 
 namespace gconv {
 
 namespace {
+
+// Whether the kernel is 1x1; then nothing else may be said of it but its stride.
+bool is_pointwise(const char* op, const Tensor& weight, const Ints& padding, int64_t groups) {
+  if (weight.dim() != 4 || weight.size(2) != 1 || weight.size(3) != 1) return false;
+  check_pair(op, "padding", padding, 0, 0);
+  check(groups == 1, op, ": groups: want 1 with a 1x1 kernel, got ", groups);
+  return true;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
     const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
@@ -14,7 +22,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
   const char* op = "conv_bn_relu_fwd_train";
   check(running_mean.has_value() == running_var.has_value(), op, ": ",
         running_mean.has_value() ? "running_var" : "running_mean", ": want both running statistics or none");
-  auto [y, mean, var] = grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
+  auto [y, mean, var] =
+      is_pointwise(op, weight, padding, groups)
+          ? pointwise_conv_fwd_stats(x, weight, stride, std::nullopt)
+          : grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
   auto [rstd, affine] = batch_norm_fold(mean, var, gamma, beta, eps);
   Tensor z = batch_norm_apply(y, affine, residual, std::nullopt, relu);
   if (running_mean.has_value())  // last: a refused call changes no state
@@ -31,9 +42,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
   // The convolution's gradients finish dz as they load it. A mask that only z knows is applied before.
   const bool masked = want_g || (z.has_value() && (want_dx || want_dweight));
   auto [dgamma, dbeta, finish, g] = batch_norm_bwd_reduce(dz, y, mean, rstd, gamma, affine, z, masked);
+  const Tensor& dy = masked ? g : dz;
   auto [dx, dweight, sums] =
-      grouped_conv_bwd(masked ? g : dz, x, weight, stride, padding, dilation, groups, y, finish, std::nullopt,
-                       want_dx, want_dweight, weight_channels_last);
+      is_pointwise("conv_bn_relu_bwd", weight, padding, groups)
+          ? pointwise_conv_bwd(dy, x, weight, stride, y, finish, std::nullopt, std::nullopt, want_dx,
+                               want_dweight, weight_channels_last)
+          : grouped_conv_bwd(dy, x, weight, stride, padding, dilation, groups, y, finish, std::nullopt,
+                             want_dx, want_dweight, weight_channels_last);
   return {dx, dweight, dgamma, dbeta, want_g ? g : empty({0}, x.scalar_type(), x)};
 }
 

@@ -27,6 +27,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = 384
+# In "auto" a 1x1 convolution of bfloat16 is left to torch where the CPU multiplies bfloat16 in hardware.
+POINTWISE_BFLOAT16_TO_TORCH: bool = any(
+    getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+)
 
 
 class FallbackWarning(UserWarning):
@@ -155,7 +159,7 @@ def policy() -> str:
 
 def settings() -> tuple:
     """What decisions in favour of our kernels depend on besides the call."""
-    return _mode, _missing_extension, DENSE_TO_TORCH_CHANNELS
+    return _mode, _missing_extension, DENSE_TO_TORCH_CHANNELS, POINTWISE_BFLOAT16_TO_TORCH
 
 
 # ----------------------------------------------------------------------------------------------- the decision
@@ -175,15 +179,23 @@ def _resolved_padding(padding, dilation) -> tuple:
 def kernel_size_reason(kernel_size) -> str | None:
     """Why our kernels do not cover this kernel size, or None."""
     kernel = _pair(kernel_size)
-    return None if kernel == (3, 3) else f"kernel_size: want 3x3, got {kernel[0]}x{kernel[1]}"
+    if kernel == (3, 3) or kernel == (1, 1):
+        return None
+    return f"kernel_size: want 3x3 or 1x1, got {kernel[0]}x{kernel[1]}"
 
 
-def geometry_reason(stride, padding, dilation) -> str | None:
-    """Why our kernels do not cover this 3x3 convolution, or None. Dilations of 1 and more are all covered,
-    padding up to the window's reach, twice the (smaller) dilation."""
+def geometry_reason(stride, padding, dilation, kernel_size=3, groups: int = 1) -> str | None:
+    """Why our kernels do not cover this convolution of a kernel size they cover, or None. Of 3x3, dilations
+    of 1 and more are all covered, padding up to the window's reach, twice the (smaller) dilation; of 1x1 no
+    padding and no groups."""
     stride = _pair(stride)
     if stride[0] not in (1, 2) or stride[1] not in (1, 2):
         return f"stride: want 1 or 2, got {stride[0]}x{stride[1]}"
+    if _pair(kernel_size) == (1, 1):
+        padding = (0, 0) if isinstance(padding, str) else _pair(padding)
+        if padding != (0, 0):
+            return f"padding: want 0 around a 1x1 kernel, got {padding[0]}x{padding[1]}"
+        return None if groups == 1 else f"groups: want 1 with a 1x1 kernel, got {groups}"
     padding, most = _resolved_padding(padding, dilation), 2 * min(_pair(dilation))
     if not (0 <= padding[0] <= most and 0 <= padding[1] <= most):
         return f"padding: want 0 to {most}, got {padding[0]}x{padding[1]}"
@@ -209,15 +221,37 @@ def _tensor_reason(x, weight) -> str | None:
     return None
 
 
-def dense_to_torch(groups: int, in_channels: int) -> bool:
+def dense_to_torch(groups: int, in_channels: int, kernel_size=3) -> bool:
     """True if "auto" leaves a convolution with this many groups and input channels to torch because it is
     dense."""
-    return groups == 1 and DENSE_TO_TORCH_CHANNELS is not None and in_channels >= DENSE_TO_TORCH_CHANNELS
+    return (
+        groups == 1
+        and DENSE_TO_TORCH_CHANNELS is not None
+        and in_channels >= DENSE_TO_TORCH_CHANNELS
+        and _pair(kernel_size) != (1, 1)
+    )
+
+
+def _left_to_torch(x, weight, kernel_size, groups: int) -> str | None:
+    """Why "auto" leaves a convolution that our kernels cover to torch, which is faster, or None."""
+    if dense_to_torch(groups, weight.shape[1], kernel_size):
+        return "torch runs dense convolutions"
+    if x.dtype is torch.bfloat16 and POINTWISE_BFLOAT16_TO_TORCH and _pair(kernel_size) == (1, 1):
+        return "torch runs 1x1 convolutions of bfloat16 on this CPU"
+    return None
 
 
 def _torch_kernel(op: str) -> str:
     """What torch runs in the place of `op`; of a conv_bn_relu the rest is a batch_norm call of its own."""
-    return "torch." + op.replace("grouped_conv", "conv2d").replace("conv_bn_relu", "conv2d")
+    for stem in ("grouped_conv", "pointwise_conv", "conv_bn_relu"):
+        op = op.replace(stem, "conv2d")
+    return "torch." + op
+
+
+def _our_kernel(op: str, kernel_size) -> str:
+    """The kernels that run `op`."""
+    pointwise = kernel_size is not None and _pair(kernel_size) == (1, 1)
+    return "cpu." + (op.replace("grouped_conv", "pointwise_conv") if pointwise else op)
 
 
 def choose(
@@ -228,16 +262,16 @@ def choose(
     traced by torch.compile without a graph break.
 
     Args:
-        op: the op's stem: "grouped_conv", "batch_norm", "conv_bn_relu", or a stem with a suffix such as
-            "_bwd_input".
+        op: the op's stem: "grouped_conv", "pointwise_conv", "batch_norm", "conv_bn_relu", or a stem with a
+            suffix such as "_bwd_input".
         x: the activation [N, C, H, W].
         weight: the convolution's weight [K, C/groups, R, S], or None for an op without one.
         kernel_size: (R, S); read from `weight` if None.
         stride, padding, dilation: an int or a pair; padding also "same" or "valid". Not looked at if stride
             is None.
         groups: of the convolution.
-        by_design: a kernel size other than 3x3 is expected here (the 1x1 convolution of a block), so it is
-            no fallback.
+        by_design: a convolution that our kernels do not cover by its kernel size (the 7x7 of a stem), or a
+            1x1 one by its geometry, is expected here, so it is no fallback.
 
     Raises:
         RuntimeError: the call is not covered, and `use_backend("cpu")` or `set_policy("error")` forbids
@@ -245,25 +279,24 @@ def choose(
     """
     if kernel_size is None and weight is not None:
         kernel_size = (weight.shape[2], weight.shape[3])
-    kernel_reason = None if kernel_size is None else kernel_size_reason(kernel_size)
-    if kernel_reason is not None and by_design:
-        return Decision("torch", _torch_kernel(op), f"by design: {kernel_reason}")
+    reason = None if kernel_size is None else kernel_size_reason(kernel_size)
+    if stride is not None and reason is None:
+        geometry = (stride, 0 if padding is None else padding, 1 if dilation is None else dilation)
+        reason = geometry_reason(*geometry, 3 if kernel_size is None else kernel_size, groups)
+    if reason is not None and by_design and _pair(kernel_size) != (3, 3):
+        return Decision("torch", _torch_kernel(op), f"by design: {reason}")
     if _mode == "torch":
         return Decision("torch", _torch_kernel(op), "use_backend('torch')")
-    reason = kernel_reason
-    if reason is None and stride is not None:
-        reason = geometry_reason(
-            stride, 0 if padding is None else padding, 1 if dilation is None else dilation
-        )
     if reason is None:
         reason = _tensor_reason(x, weight)
     if reason is None:
         reason = _missing_extension
-    if reason is None:
-        if _mode == "auto" and weight is not None and dense_to_torch(groups, weight.shape[1]):
-            return Decision("torch", _torch_kernel(op), "by design: torch runs dense convolutions")
-        return Decision("cpu", "cpu." + op)
-    return fall_back(op, reason)
+    if reason is not None:
+        return fall_back(op, reason)
+    left = _left_to_torch(x, weight, kernel_size, groups) if _mode == "auto" and weight is not None else None
+    if left is not None:
+        return Decision("torch", _torch_kernel(op), f"by design: {left}")
+    return Decision("cpu", _our_kernel(op, kernel_size))
 
 
 def fall_back(op: str, reason: str) -> Decision:

@@ -59,15 +59,13 @@ from gconv.batch_norm import (
 )
 from gconv.grouped_conv import (
     autocast,
-    bwd,
     check_tensors,
     conv_apply,
     conv_output_size,
-    fwd,
-    fwd_stats,
     grouped_conv_bwd_ref,
     grouped_conv_fwd_stats_ref,
     in_channels_last,
+    ops_for,
     plan,
     run_conv,
     wide,
@@ -184,7 +182,7 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        return call(_forward_stages, fwd_stats, fold, apply_affine, *args)
+        return call(_forward_stages, ops_for(weight.shape).fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -243,7 +241,7 @@ class ConvBatchNormBackward(Function):
         if FINISH_ON_LOAD and _joined(x):
             grads = call(_bwd, *args)
         else:
-            grads = call(_backward_stages, bwd_reduce, bwd_apply, bwd, *args)
+            grads = call(_backward_stages, bwd_reduce, bwd_apply, ops_for(weight.shape).bwd, *args)
         return only((want_x, want_weight, want_gamma, want_beta, want_g), grads)
 
     @staticmethod
@@ -334,7 +332,8 @@ def _infer(x, weight, bias, eps, state, residual, relu, conf):
     mean, var, gamma, beta = map(as_float, state)
     _, affine = call(fold, mean if bias is None else mean - bias, var, gamma, beta, eps)
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
-    return in_format(call(fwd, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
+    run = ops_for(weight.shape).fwd
+    return in_format(call(run, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
 
 
 def conv_bn_relu(
@@ -414,7 +413,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
     """relu?(bn(conv(x)) + residual), fused where the modules allow it: what blocks made of torch's modules
     call.
 
-    A 3x3 convolution runs as `conv_bn_relu`; any other (1x1, 7x7) runs on torch and normalisation, residual
+    A 3x3 or 1x1 convolution runs as `conv_bn_relu`; any other (7x7) runs on torch and normalisation, residual
     and ReLU follow in one pass. Where a module has hooks, a replaced forward or a type other than Conv2d,
     BatchNorm2d or FrozenBatchNorm2d (SyncBatchNorm, a parametrized convolution), the modules are called one
     by one, and `gconv.trace` says why. Global module hooks are not run for the fused modules.

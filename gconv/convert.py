@@ -411,8 +411,14 @@ def _conv_reason(conv: nn.Conv2d) -> str | None:
 
 def _swap_reason(conv: nn.Conv2d) -> str | None:
     """Why this convolution does not become a gconv.Conv2d, or None."""
-    reason = _conv_reason(conv) or backend.kernel_size_reason(conv.kernel_size)
-    if reason is None and backend.dense_to_torch(conv.groups, conv.in_channels):
+    return _conv_reason(conv) or _kernel_reason(conv)
+
+
+def _kernel_reason(conv: nn.Conv2d) -> str | None:
+    """Why torch runs this convolution, fused or not, or None."""
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.kernel_size, conv.groups)
+    reason = backend.kernel_size_reason(conv.kernel_size) or backend.geometry_reason(*geometry)
+    if reason is None and backend.dense_to_torch(conv.groups, conv.in_channels, conv.kernel_size):
         reason = "dense: torch runs it faster"
     return reason
 
@@ -485,9 +491,7 @@ def _convert_runs(prefix: str, module: nn.Module, ask, entries: dict[int, Entry]
             continue
         fused.add(conv_name)
         label = "+".join(filter(None, (name, bn_name, relu_name)))
-        ours = backend.kernel_size_reason(conv.kernel_size) is None and not backend.dense_to_torch(
-            conv.groups, conv.in_channels
-        )
+        ours = _kernel_reason(conv) is None
         kernel = f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"
         entries[id(conv)] = Entry(label, "fused", "" if ours else f"torch's {kernel} convolution")
     if fused:

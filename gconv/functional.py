@@ -4,10 +4,11 @@ from gconv.batch_norm import batch_norm
 from gconv.bottleneck import bottleneck, fuse_bottleneck_forward
 from gconv.conv_bn_relu import conv_bn_relu, fuse_modules_forward
 from gconv.grouped_conv import grouped_conv
+from gconv.pointwise_conv import pointwise_conv
 
 conv2d = grouped_conv
 
 __all__ = [
     "batch_norm", "bottleneck", "conv2d", "conv_bn_relu", "fuse_bottleneck_forward", "fuse_modules_forward",
-    "grouped_conv",
+    "grouped_conv", "pointwise_conv",
 ]  # fmt: skip

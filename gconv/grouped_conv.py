@@ -7,6 +7,8 @@ derivatives, so any order of differentiation runs on the kernels.
 """
 
 import operator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +159,26 @@ bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
 bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
 
 
+class ConvOps(NamedTuple):
+    """The ops of one kernel size, as grouped_conv_* take their arguments."""
+
+    fwd: Callable
+    fwd_stats: Callable
+    bwd_input: Callable
+    bwd_weight: Callable
+    bwd: Callable
+
+
+POINTWISE: list[ConvOps] = []  # what stands for them where the kernel is 1x1: pointwise_conv puts it here
+
+
+def ops_for(weight_size) -> ConvOps:
+    """The ops that run a convolution with a weight [K, C/groups, R, S]."""
+    if weight_size[2] == 1 and weight_size[3] == 1:
+        return POINTWISE[0]
+    return ConvOps(fwd, fwd_stats, bwd_input, bwd_weight, bwd)
+
+
 # ------------------------------------------------------------------------------------------------- Functions
 
 
@@ -166,7 +188,8 @@ def conv_grads(dy, x, weight, stride, padding, dilation, groups, want_x: bool, w
     conf = (stride, padding, dilation, groups)
     if first_order() and (want_x or want_weight):
         layout = want_weight and in_channels_last(weight)
-        dx, dweight, _ = call(bwd, dy, x, weight, *conf, None, None, None, want_x, want_weight, layout)
+        args = (dy, x, weight, *conf, None, None, None, want_x, want_weight, layout)
+        dx, dweight, _ = call(ops_for(weight.shape).bwd, *args)
         return dx if want_x else None, dweight if want_weight else None
     dx = bwd_input_apply(dy, weight, tuple(x.shape), *conf) if want_x else None
     dweight = bwd_weight_apply(dy, x, tuple(weight.shape), *conf) if want_weight else None
@@ -225,7 +248,8 @@ class GroupedConv(Function):
     @staticmethod
     def forward(x, weight, scale, shift, residual, relu, stride, padding, dilation, groups):
         affine = _stacked(scale, shift)
-        return call(fwd, x, weight, stride, padding, dilation, groups, None, affine, residual, relu)
+        args = (x, weight, stride, padding, dilation, groups, None, affine, residual, relu)
+        return call(ops_for(weight.shape).fwd, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -261,7 +285,8 @@ class GroupedConvBwdInput(Function):
     @staticmethod
     def forward(dy, weight, input_size, stride, padding, dilation, groups):
         conf = (stride, padding, dilation, groups)
-        return call(bwd_input, dy, weight, input_size, *conf, None, None, None, None)[0]
+        args = (dy, weight, input_size, *conf, None, None, None, None)
+        return call(ops_for(weight.shape).bwd_input, *args)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -296,7 +321,7 @@ class GroupedConvBwdWeight(Function):
     @staticmethod
     def forward(dy, x, weight_size, stride, padding, dilation, groups):
         conf = (stride, padding, dilation, groups)
-        return call(bwd_weight, dy, x, weight_size, *conf, None, None, None, False)
+        return call(ops_for(weight_size).bwd_weight, dy, x, weight_size, *conf, None, None, None, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -338,11 +363,11 @@ def conv_output_size(x, weight, stride, padding, dilation) -> tuple:
     return n, k, oh, ow
 
 
-def _fwd_fake(x, weight, stride, padding, dilation, groups, act, affine, residual, relu):
+def fwd_fake(x, weight, stride, padding, dilation, groups, act, affine, residual, relu):
     return empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
 
 
-def _fwd_formula(args, outputs, grads, wanted):
+def fwd_formula(args, outputs, grads, wanted):
     x, weight, *conf, act, affine, _, relu = args
     if act is not None:
         return NotImplemented
@@ -354,13 +379,13 @@ def _fwd_formula(args, outputs, grads, wanted):
     return dx, dweight, None, None, None, None, None, daffine, dresidual, None
 
 
-def _fwd_stats_fake(x, weight, stride, padding, dilation, groups, act):
+def fwd_stats_fake(x, weight, stride, padding, dilation, groups, act):
     y = empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
     mean = x.new_empty(y.shape[1], dtype=torch.float32)
     return y, mean, torch.empty_like(mean)
 
 
-def _fwd_stats_formula(args, outputs, grads, wanted):
+def fwd_stats_formula(args, outputs, grads, wanted):
     x, weight, *conf, act = args
     if act is not None:
         return NotImplemented
@@ -407,7 +432,7 @@ def _bwd_weight_formula(args, outputs, grads, wanted):
     return ddy, dx, *(None,) * (len(args) - 2)
 
 
-def _bwd_fake(
+def bwd_fake(
     dy, x, weight, stride, padding, dilation, groups, y, finish, act, want_dx, want_dweight, channels_last
 ):
     dx = empty_channels_last(x, x.shape) if want_dx else x.new_empty(0)
@@ -418,7 +443,7 @@ def _bwd_fake(
     return dx, dweight, x.new_empty(size, dtype=torch.float32)
 
 
-def _bwd_formula(args, outputs, grads, wanted):
+def bwd_formula(args, outputs, grads, wanted):
     dy, x, weight, *conf, _, finish, act, want_dx, want_dweight, _ = args
     if finish is not None or act is not None:
         return NotImplemented
@@ -436,11 +461,11 @@ def _bwd_formula(args, outputs, grads, wanted):
     return ddy, d_x, d_weight, *(None,) * (len(args) - 3)
 
 
-register("grouped_conv_fwd", _fwd_fake, grouped_conv_fwd_ref, _fwd_formula)
-register("grouped_conv_fwd_stats", _fwd_stats_fake, grouped_conv_fwd_stats_ref, _fwd_stats_formula)
+register("grouped_conv_fwd", fwd_fake, grouped_conv_fwd_ref, fwd_formula)
+register("grouped_conv_fwd_stats", fwd_stats_fake, grouped_conv_fwd_stats_ref, fwd_stats_formula)
 register("grouped_conv_bwd_input", _bwd_input_fake, grouped_conv_bwd_input_ref, _bwd_input_formula)
 register("grouped_conv_bwd_weight", _bwd_weight_fake, grouped_conv_bwd_weight_ref, _bwd_weight_formula)
-register("grouped_conv_bwd", _bwd_fake, grouped_conv_bwd_ref, _bwd_formula)
+register("grouped_conv_bwd", bwd_fake, grouped_conv_bwd_ref, bwd_formula)
 
 
 # -------------------------------------------------------------------------------------------- the function
@@ -578,7 +603,8 @@ def run_conv(x, weight, scale, shift, residual, relu, conf):
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     x = channels_last(x)
     if untracked():
-        y = call(fwd, x, weight, *conf, None, _stacked(scale, shift), residual, relu)
+        args = (x, weight, *conf, None, _stacked(scale, shift), residual, relu)
+        y = call(ops_for(weight.shape).fwd, *args)
     else:
         y = conv_apply(x, weight, scale, shift, distinct(x, residual), relu, *conf)
     return in_format(y, keep)
@@ -590,9 +616,10 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
     y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section
     3.2).
 
-    3x3 kernels with stride 1 or 2 and padding up to twice the dilation in float32, bfloat16 and float16 on a
-    CPU run on gconv's kernels, which accumulate in float32; everything else runs on torch (`gconv.trace` and
-    `gconv.explain` say what and why). Differentiable to any order in reverse mode; forward-mode AD raises on
+    3x3 kernels with stride 1 or 2 and padding up to twice the dilation, and 1x1 kernels without padding or
+    groups (see `pointwise_conv`), in float32, bfloat16 and float16 on a CPU run on gconv's kernels, which
+    accumulate in float32; everything else runs on torch (`gconv.trace` and `gconv.explain` say what and why).
+    Differentiable to any order in reverse mode; forward-mode AD raises on
     the kernels.
 
     Args:
@@ -614,14 +641,19 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
-    check_tensors("grouped_conv", x, weight, bias)
+    return convolution("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
+
+
+def convolution(name: str, x, weight, bias, stride, padding, dilation, groups):
+    """The convolution that a function called `name` is: on the kernels where they cover it, else on torch."""
+    check_tensors(name, x, weight, bias)
     if x.dim() == 3:
-        return grouped_conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+        return convolution(name, x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
-    conf, decision = plan("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
+    conf, decision = plan(name, x, weight, bias, stride, padding, dilation, groups)
     if decision.backend == "cpu":
         y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf)
     else:
         y = F.conv2d(x, weight, bias, *conf)
-    backend.record(decision, "grouped_conv", x, y)
+    backend.record(decision, name, x, y)
     return y

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     def forward(self, x, residual=None):
         if not self.stock:
-            down = None if self.downsample is None else tuple(self.downsample)
+            down = None if self.downsample is None or residual is not None else tuple(self.downsample)
             return fuse_bottleneck_forward(x, self.pairs(), down, residual)
         h = self.relu(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(h)))))
@@ -73,14 +73,18 @@ def inner_margin(block, x):
     return nearest[0]
 
 
+# Distance from the kink of an inner ReLU under which rounding may put a value on either side: its gradient
+# would be there in one result and not in the other, and neither be wrong.
+INNER_MARGIN = {torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
+
+
 def block_input(block, size, key, dtype=torch.float32):
-    """An input whose values stay clear of the inner ReLUs' kinks, where rounding would decide on a gradient.
-    At lower precision no data do: there stock has the same trouble, and more of it."""
+    """An input whose values stay clear of the inner ReLUs' kinks."""
     n, h, w = size
-    for attempt in range(50):
+    for attempt in range(5000):
         gen = checks.generator("block input", key, attempt)
         x = torch.randn(n, block.conv1.in_channels, h, w, generator=gen).to(dtype)
-        if dtype != torch.float32 or inner_margin(block, x) > 2e-6:
+        if inner_margin(block, x) > INNER_MARGIN[dtype]:
             return place(x, checks.rotate(LAYOUTS, key)).requires_grad_()
     raise AssertionError("no input is clear of the kinks")
 
@@ -100,3 +104,10 @@ BLOCKS = (
     ((20, 16, 16, 20), {"groups": 8, "dilation": 2}, (2, 9, 10)),
     ((8, 64, 64, 24), {"groups": 2, "dilation": 3, "stride": 2, "down": True}, (2, 14, 9)),
 )  # fmt: skip
+# Few values, so that inputs can be found that stay clear of the kinks at lower precision.
+SMALL_BLOCKS = (
+    ((8, 4, 4, 8), {"groups": 1}, (1, 4, 4)),
+    ((9, 4, 4, 9), {"groups": 2}, (1, 4, 5)),
+    ((6, 4, 4, 10), {"groups": 4, "stride": 2, "down": True}, (2, 4, 3)),
+    ((5, 3, 6, 7), {"groups": 3, "dilation": 2, "down": True}, (1, 4, 4)),
+)

@@ -70,8 +70,8 @@ def reformatted(memory_format, *tensors):
     ]
 
 
-def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=None, key=""):
-    """Runs both modules, stock also in float64, and holds ours to the oracle. Returns our results."""
+def measure(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=None, key=""):
+    """(float64 results, stock's own for NCHW and for channels_last, ours), each by name."""
     exact_module = copy.deepcopy(stock).double()
     wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (x, residual)]
     precision = autocast or dtype
@@ -95,6 +95,18 @@ def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=Non
     gconv.backend.reset_counts()
     with cast:
         got = run(ours, x, dz, residual, steps)
+    return exact, own, got
+
+
+def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=None, key=""):
+    """Runs both modules, stock also in float64, and holds ours to the oracle. Returns our results."""
+    exact, own, got = measure(stock, ours, x, residual, dtype, steps, autocast, key)
+    hold(exact, own, got, autocast or dtype)
+    return got
+
+
+def hold(exact, own, got, precision):
+    """Asserts that our results are those of the oracle, in stock's dtypes."""
     for name, want in exact.items():
         if want is None:
             assert got[name] is None, f"{name}: want no gradient"
@@ -113,4 +125,20 @@ def compare(stock, ours, x, residual, dtype=torch.float32, steps=1, autocast=Non
                 name,
                 None if statistics and precision == torch.float32 else precision,
             )
-    return got
+
+
+def together(results):
+    """Several draws of named results as one."""
+    return {n: None if v is None else torch.stack([r[n] for r in results]) for n, v in results[0].items()}
+
+
+def compare_draws(draws, dtype, autocast=None):
+    """`compare` of several (stock, ours, x) together: of a few values, some of stock are right by luck."""
+    measured = [
+        measure(*draw, None, dtype if autocast is None else torch.float32, 1, autocast, i)
+        for i, draw in enumerate(draws)
+    ]
+    exact, own, got = zip(*measured, strict=True)
+    own = [together(results) for results in zip(*own, strict=True)]
+    hold(together(exact), own, together(got), dtype)
+    return got[0]

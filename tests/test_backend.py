@@ -87,7 +87,7 @@ def test_choose_takes_our_kernel(built, dtype, stride, padding, dilation):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"kernel": 5}, "kernel_size: want 3x3, got 5x5"),
+        ({"kernel": 5}, "kernel_size: want 3x3 or 1x1, got 5x5"),
         ({"stride": 3}, "stride: want 1 or 2, got 3x3"),
         ({"stride": (1, 4)}, "stride: want 1 or 2, got 1x4"),
         ({"padding": 3}, "padding: want 0 to 2, got 3x3"),
@@ -116,12 +116,49 @@ def test_choose_without_a_convolution_looks_at_the_tensor_alone(built):
 
 
 def test_another_kernel_size_by_design_is_no_fallback(built):
-    decision = backend.choose("grouped_conv", **conv_arguments(kernel=1), by_design=True)
-    assert decision == ("torch", "torch.conv2d", "by design: kernel_size: want 3x3, got 1x1", False)
+    decision = backend.choose("grouped_conv", **conv_arguments(kernel=7), by_design=True)
+    assert decision == ("torch", "torch.conv2d", "by design: kernel_size: want 3x3 or 1x1, got 7x7", False)
     with backend.use_backend("cpu"), backend.set_policy("error"):
-        assert backend.choose("grouped_conv", **conv_arguments(kernel=1), by_design=True) == decision
+        assert backend.choose("grouped_conv", **conv_arguments(kernel=7), by_design=True) == decision
     assert backend.choose("grouped_conv", **conv_arguments(torch.float64), by_design=True).fallback
     assert backend.choose("grouped_conv", **conv_arguments(), by_design=True).backend == "cpu"
+
+
+@pytest.mark.parametrize("op", ["grouped_conv", "pointwise_conv"])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+def test_choose_takes_our_kernel_for_1x1(built, op, stride):
+    arguments = conv_arguments(kernel=1, stride=stride, padding=0)
+    assert backend.choose(op, **arguments) == ("cpu", "cpu.pointwise_conv", None, False)
+    arguments = conv_arguments(torch.float16, kernel=1, stride=stride, padding="same", channels=512)
+    assert backend.choose("conv_bn_relu", **arguments).kernel == "cpu.conv_bn_relu"
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"padding": 1}, "padding: want 0 around a 1x1 kernel, got 1x1"),
+        ({"stride": 3}, "stride: want 1 or 2, got 3x3"),
+        ({"groups": 2}, "groups: want 1 with a 1x1 kernel, got 2"),
+        ({"dtype": torch.float64}, "dtype: want float32, bfloat16 or float16, got float64"),
+    ],
+)
+def test_choose_names_what_it_does_not_cover_of_1x1(built, changes, reason):
+    arguments = conv_arguments(**{"kernel": 1, "padding": 0, **changes})
+    assert backend.choose("grouped_conv", **arguments) == ("torch", "torch.conv2d", reason, True)
+    by_design = backend.choose("grouped_conv", **arguments, by_design=True)
+    assert by_design.fallback == ("dtype" in changes)
+
+
+def test_bfloat16_of_1x1_goes_to_torch_where_the_cpu_multiplies_it(built, monkeypatch):
+    arguments = conv_arguments(torch.bfloat16, kernel=1, padding=0)
+    monkeypatch.setattr(backend, "POINTWISE_BFLOAT16_TO_TORCH", True)
+    reason = "by design: torch runs 1x1 convolutions of bfloat16 on this CPU"
+    assert backend.choose("pointwise_conv", **arguments) == ("torch", "torch.conv2d", reason, False)
+    assert backend.choose("grouped_conv", **conv_arguments(torch.bfloat16)).backend == "cpu"
+    with backend.use_backend("cpu"):
+        assert backend.choose("pointwise_conv", **arguments).kernel == "cpu.pointwise_conv"
+    monkeypatch.setattr(backend, "POINTWISE_BFLOAT16_TO_TORCH", False)
+    assert backend.choose("pointwise_conv", **arguments).kernel == "cpu.pointwise_conv"
 
 
 def test_dense_convolutions_go_to_torch_from_a_width_on(built, monkeypatch):
@@ -187,7 +224,9 @@ def test_use_backend_as_call_and_in_a_block(built):
     with gconv.use_backend("cpu"):
         assert backend.backend_mode() == "cpu"
         assert backend.choose("grouped_conv", **covered).backend == "cpu"
-        with pytest.raises(RuntimeError, match=r"use_backend\('cpu'\).*kernel_size: want 3x3, got 5x5"):
+        with pytest.raises(
+            RuntimeError, match=r"use_backend\('cpu'\).*kernel_size: want 3x3 or 1x1, got 5x5"
+        ):
             backend.choose("grouped_conv", **uncovered)
     assert backend.backend_mode() == "torch"
     with pytest.raises(KeyError), gconv.use_backend("cpu"):
@@ -205,7 +244,7 @@ def test_a_wrong_name_is_refused_and_changes_nothing(setter):
 
 def test_forced_cpu_fails_before_anything_runs(ops):
     conv = gconv.Conv2d(4, 4, 5, padding=2)
-    with gconv.use_backend("cpu"), pytest.raises(RuntimeError, match="kernel_size: want 3x3, got 5x5"):
+    with gconv.use_backend("cpu"), pytest.raises(RuntimeError, match="kernel_size: want 3x3 or 1x1, got 5x5"):
         conv(torch.zeros(1, 4, 8, 8))
     assert backend.counts() == {}
 
@@ -221,7 +260,9 @@ def test_torch_backend_is_torch_bit_for_bit(ops):
 def test_policy_warns_once_per_reason():
     wide, strided = gconv.Conv2d(4, 4, 5), gconv.Conv2d(4, 4, 3, stride=3)
     x = torch.zeros(1, 4, 8, 8)
-    with pytest.warns(gconv.FallbackWarning, match="runs on torch: kernel_size: want 3x3, got 5x5") as caught:
+    with pytest.warns(
+        gconv.FallbackWarning, match="runs on torch: kernel_size: want 3x3 or 1x1, got 5x5"
+    ) as caught:
         wide(x)
     assert len(caught) == 1 and caught[0].filename == __file__, "the warning points at the caller"
     with warnings.catch_warnings():
@@ -233,7 +274,10 @@ def test_policy_warns_once_per_reason():
 
 def test_policy_error_raises_and_silent_is_silent():
     conv, x = gconv.Conv2d(4, 4, 5), torch.zeros(1, 4, 8, 8)
-    with gconv.set_policy("error"), pytest.raises(RuntimeError, match="kernel_size: want 3x3, got 5x5"):
+    with (
+        gconv.set_policy("error"),
+        pytest.raises(RuntimeError, match="kernel_size: want 3x3 or 1x1, got 5x5"),
+    ):
         conv(x)
     assert backend.policy() == "warn_once"
     with warnings.catch_warnings():
@@ -321,7 +365,10 @@ def test_trace_names_layers_kernels_shapes_and_reasons(ops):
         "channels_last",
     )
     assert rows["body.0.conv"].calls == 2 and rows["body.0.conv"].kernel.startswith("cpu.")
-    assert rows["wide"].kernel == "torch.conv2d" and rows["wide"].reason == "kernel_size: want 3x3, got 5x5"
+    assert (
+        rows["wide"].kernel == "torch.conv2d"
+        and rows["wide"].reason == "kernel_size: want 3x3 or 1x1, got 5x5"
+    )
     lines = str(t).splitlines()
     assert lines[0].split() == ["layer", "kernel", "shape,", "dtype,", "layout", "calls", "reason"]
     assert len(lines) == 2 + len(t) and "2x3x8x8 float32 channels_last" in lines[2]
@@ -446,11 +493,11 @@ def test_compile_without_graph_breaks_follows_the_backend_and_warns_once():
     x = torch.randn(1, 4, 8, 8)
     torch._dynamo.reset()
     compiled = torch.compile(conv, fullgraph=True, backend="eager")
-    with pytest.warns(gconv.FallbackWarning, match="kernel_size: want 3x3, got 5x5") as caught:
+    with pytest.warns(gconv.FallbackWarning, match="kernel_size: want 3x3 or 1x1, got 5x5") as caught:
         compiled(x)
         compiled(x)
     assert len([w for w in caught if w.category is gconv.FallbackWarning]) == 1
-    with gconv.set_policy("error"), pytest.raises(Exception, match="kernel_size: want 3x3, got 5x5"):
+    with gconv.set_policy("error"), pytest.raises(Exception, match="kernel_size: want 3x3 or 1x1, got 5x5"):
         compiled(x)
     with gconv.use_backend("torch"), gconv.set_policy("error"):
         assert torch.equal(compiled(x), nn.functional.conv2d(x, conv.weight, conv.bias))

@@ -51,7 +51,8 @@ def test_nothing_normalised_is_kept(ops, down):
     assert elements == sorted(want)
     assert {x.untyped_storage().data_ptr(), z.untyped_storage().data_ptr()} <= set(held)
     _, stock_held = kept_activations(lambda: stock(x))
-    assert sum(t.numel() for t in stock_held.values()) >= 1.5 * sum(elements)
+    normalised = seen["y1"] + seen["y2"]
+    assert sum(t.numel() for t in stock_held.values()) == sum(elements) + normalised
 
 
 # ----------------------------------------------------------------------------------- derivatives of all kinds
@@ -216,7 +217,7 @@ def test_exported(ops):
     _, ours = twins("export", channels, training=False, **options)
     x = block_input(ours, size, "export").detach()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(ours, (x,), dynamic_shapes={"x": {0: batch}, "residual": None})
+    program = torch.export.export(ours, (x,), dynamic_shapes={"x": {0: batch}})
     more = torch.cat([x, x, x])
     torch.testing.assert_close(program.module()(more), ours(more), rtol=1e-5, atol=1e-5)
 

@@ -60,12 +60,27 @@ def test_padding_modes_are_fused(ops, mode, padding):
     close(z, torch.relu(nn.BatchNorm2d(4)(nn.Conv2d.forward(conv, values(*INPUT)))))
 
 
-def test_a_1x1_convolution_runs_on_torch_by_design(ops):
-    conv, bn = nn.Conv2d(4, 6, 1, stride=2), nn.BatchNorm2d(6)
+@pytest.mark.parametrize(
+    "options, kernels, reason",
+    [
+        ({"kernel_size": 1, "stride": 2}, ["cpu.conv_bn_relu"], None),
+        (
+            {"kernel_size": 1, "groups": 2},
+            ["torch.conv2d", "cpu.batch_norm"],
+            "by design: groups: want 1 with a 1x1 kernel, got 2",
+        ),
+        (
+            {"kernel_size": 5},
+            ["torch.conv2d", "cpu.batch_norm"],
+            "by design: kernel_size: want 3x3 or 1x1, got 5x5",
+        ),
+    ],
+)
+def test_a_convolution_that_is_not_3x3(ops, options, kernels, reason):
+    conv, bn = nn.Conv2d(4, 6, **options), nn.BatchNorm2d(6)
     shape = conv(values(*INPUT)).shape
     z, calls = calls_of(conv, bn, residual=values(*shape))
-    assert [kernel for kernel, _ in calls] == ["torch.conv2d", "cpu.batch_norm"]
-    assert calls[0][1] == "by design: kernel_size: want 3x3, got 1x1"
+    assert [kernel for kernel, _ in calls] == kernels and calls[0][1] == reason
     close(z, torch.relu(nn.BatchNorm2d(6)(conv(values(*INPUT))) + values(*shape)))
 
 
