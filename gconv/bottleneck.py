@@ -442,11 +442,10 @@ def _sizes(x, layers) -> tuple | None:
 
 def _reason(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
-    middle = layers[1]
-    geometry = (middle.stride, middle.padding, middle.dilation, middle.groups)
-    decision = decide("bottleneck", x, middle.weight, None, *geometry)
-    if decision.backend != "cpu":
-        return decision.reason
+    for layer in layers:
+        decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
+        if decision.backend != "cpu":
+            return decision.reason
     if sizes is None:
         return "convolutions that are not 1x1, 3x3 and 1x1, or do not fit together"
     for name, layer, size in zip(NAMES, layers, sizes):

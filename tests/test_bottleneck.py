@@ -18,6 +18,14 @@ from gconv import pointwise_conv
 from gconv.functional import bottleneck
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_on_our_kernels(monkeypatch):
+    """On every CPU: where it multiplies bfloat16 in hardware, "auto" leaves 1x1 convolutions to torch."""
+    monkeypatch.setattr(gconv.backend, "POINTWISE_BFLOAT16_TO_TORCH", False)
+
+
 blocks = pytest.mark.parametrize("case", BLOCKS, ids=lambda c: "-".join(map(str, c[0])))
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -356,6 +364,17 @@ def test_wide_dense_blocks_are_torchs_by_design(ops):
     _, ours = twins("dense", (8, 384, 384, 8), training=False)
     _, calls = rows_of(ours, torch.randn(1, 8, 4, 4))
     assert layers_reason(calls) == "layer by layer: by design: torch runs dense convolutions"
+
+
+def test_bfloat16_is_torchs_where_the_cpu_multiplies_it(ops, monkeypatch):
+    monkeypatch.setattr(gconv.backend, "POINTWISE_BFLOAT16_TO_TORCH", True)
+    channels, options, size = BLOCKS[3]
+    _, ours = twins("bfloat16", channels, training=False, **options)
+    x = torch.randn(size[0], channels[0], *size[1:]).bfloat16()
+    reason = "by design: torch runs 1x1 convolutions of bfloat16 on this CPU"
+    assert layers_reason(rows_of(ours.bfloat16(), x)[1]) == f"layer by layer: {reason}"
+    with gconv.use_backend("cpu"):
+        assert [kernel for kernel, _ in rows_of(ours, x)[1]] == ["cpu.bottleneck"]
 
 
 def test_explain_shows_the_chain(ops):
