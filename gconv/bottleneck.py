@@ -30,7 +30,6 @@ from gconv.autograd import (
     vmap_by,
 )
 from gconv.batch_norm import (
-    PIXELS,
     apply_affine,
     as_float,
     batch_norm_apply_ref,
@@ -44,6 +43,7 @@ from gconv.batch_norm import (
     check_residual,
     fold,
     kernels_run,
+    normalize,
     only,
     relu_mask,
     state_of,
@@ -62,7 +62,6 @@ from gconv.grouped_conv import (
     in_channels_last,
     pair,
     per_channel,
-    wide,
 )
 
 
@@ -240,13 +239,11 @@ def _train_composed(*args):
 
 def _normalized(y, gamma, beta, table, eps, by_batch):
     """gamma*(y - mean)*rstd + beta in plain PyTorch, the statistics those of y or the table's."""
-    h = y.to(wide(y))
     if by_batch:
-        var, mean = torch.var_mean(h, PIXELS, correction=0, keepdim=True)
-        h = (h - mean) * torch.rsqrt(var + eps)
+        h = normalize(y, gamma, eps)
     else:
-        h = (h - per_channel(table[2])) * per_channel(table[3])
-    h = h if gamma is None else per_channel(gamma) * h
+        h = (y - per_channel(table[2])) * per_channel(table[3])
+        h = h if gamma is None else per_channel(gamma) * h
     return (h if beta is None else h + per_channel(beta)).to(y.dtype)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bottleneck_blocks import BLOCKS, SMALL_BLOCKS, assert_chained, block_input, twins
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
-from fused_checks import compare, compare_draws, run
+from fused_checks import assert_same_results, compare, compare_draws, memory_formats, run
 from torch import nn
 
 import gconv
@@ -173,10 +173,7 @@ def test_frozen_normalisations_without_gradients_take_no_sums(ops, monkeypatch):
     compare(stock, ours, block_input(stock, size, "frozen sums"), None, key="frozen sums")
 
 
-@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=["x_nchw", "x_nhwc"])
-@pytest.mark.parametrize(
-    "weight_format", [torch.contiguous_format, torch.channels_last], ids=["w_nchw", "w_nhwc"]
-)
+@memory_formats
 @modes
 def test_memory_format_follows_torchs_rule(ops, x_format, weight_format, training):
     for case in (BLOCKS[1], BLOCKS[3]):
@@ -207,9 +204,7 @@ def test_layout_of_input_does_not_change_a_bit(isa):
             for layout in LAYOUTS
         ]
         for other, layout in zip(results[1:], LAYOUTS[1:], strict=True):
-            for name, value in results[0].items():
-                if value is not None and value.is_floating_point():
-                    assert_same_bits(other[name], value, f"{name}, {layout}")
+            assert_same_results(other, results[0], layout)
 
 
 def test_gradient_of_stride_0(ops):
@@ -219,9 +214,7 @@ def test_gradient_of_stride_0(ops):
     shape = copy.deepcopy(ours)(x).shape
     ones = run(copy.deepcopy(ours), x, torch.ones(shape), None)
     expanded = run(copy.deepcopy(ours), x, torch.ones(()).expand(shape), None)
-    for name, value in ones.items():
-        if value is not None and value.is_floating_point():
-            assert_same_bits(expanded[name], value, name)
+    assert_same_results(expanded, ones)
 
 
 def test_bits_repeat_for_any_number_of_threads(isa, threads):
@@ -234,9 +227,7 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
         threads(number)
         results.append(run(copy.deepcopy(ours), x, dz, None))
     for other in results[1:]:
-        for name, value in results[0].items():
-            if value is not None and value.is_floating_point():
-                assert_same_bits(other[name], value, name)
+        assert_same_results(other, results[0])
 
 
 @modes
