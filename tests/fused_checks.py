@@ -79,6 +79,16 @@ def assert_same_results(got, want, label=""):
             assert_same_bits(got[name], value, f"{name} {label}")
 
 
+def assert_repeats(threads, run):
+    """The same results from run to run and for any number of threads (a fixture's setter)."""
+    results = []
+    for number in (2, 2, 1, 3):
+        threads(number)
+        results.append(run())
+    for other in results[1:]:
+        assert_same_results(other, results[0])
+
+
 def reformatted(memory_format, *tensors):
     return [
         None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bottleneck_blocks import BLOCKS, SMALL_BLOCKS, assert_chained, block_input, twins
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
-from fused_checks import assert_same_results, compare, compare_draws, memory_formats, run
+from fused_checks import assert_repeats, assert_same_results, compare, compare_draws, memory_formats, run
 from torch import nn
 
 import gconv
@@ -222,12 +222,7 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
     gen = checks.generator("threads")
     x = torch.randn(3, 64, 21, 19, generator=gen).requires_grad_()
     dz = torch.randn(3, 128, 11, 10, generator=gen)
-    results = []
-    for number in (2, 2, 1, 3):
-        threads(number)
-        results.append(run(copy.deepcopy(ours), x, dz, None))
-    for other in results[1:]:
-        assert_same_results(other, results[0])
+    assert_repeats(threads, lambda: run(copy.deepcopy(ours), x, dz, None))
 
 
 @modes

@@ -8,7 +8,15 @@ import checks
 import pytest
 import torch
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
-from fused_checks import FrozenBatchNorm2d, assert_same_results, compare, memory_formats, randomize, run
+from fused_checks import (
+    FrozenBatchNorm2d,
+    assert_repeats,
+    assert_same_results,
+    compare,
+    memory_formats,
+    randomize,
+    run,
+)
 from torch import nn
 
 import gconv
@@ -271,12 +279,7 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
     _, ours = pair_of_modules("threads", layer[0], True, conv_options=layer[1])
     x, r = inputs(layer, True)
     dz = torch.randn(r.shape, generator=checks.generator("threads"))
-    results = []
-    for number in (2, 2, 1, 3):
-        threads(number)
-        results.append(run(copy.deepcopy(ours), x, dz, r))
-    for other in results[1:]:
-        assert_same_results(other, results[0])
+    assert_repeats(threads, lambda: run(copy.deepcopy(ours), x, dz, r))
 
 
 @layers
