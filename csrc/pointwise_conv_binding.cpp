@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv_bwd(const Tensor& dy, const Te
   }
   g.workspace = empty_floats({pointwise_conv_bwd_workspace(p)}, x);
   p.workspace = floats_of(g.workspace);
-  if (want_dx) run_stage(pointwise_conv_bwd_pack_cpu, p, s.c * s.k);
+  if (p.dx.data != nullptr) run_stage(pointwise_conv_bwd_pack_cpu, p, s.c * s.k);  // null: no images
   if (want_dx || want_dweight) {
     run_stage(pointwise_conv_bwd_cpu, p, (want_dx + want_dweight) * work_of(s));
     run_stage(pointwise_conv_bwd_merge_cpu, p, s.c * s.k);

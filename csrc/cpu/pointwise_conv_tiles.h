@@ -100,33 +100,43 @@ struct TileProduct {
   bool add;              // to what lies there
 };
 
+// One float32 sum over all channels would lose digits that blocked matrix products keep.
+constexpr int64_t PARTIAL = 64;
+
 template <int VECTORS, int PIXELS>
 void multiply_tile(const TileProduct& t) {
-  Vec sum[VECTORS][PIXELS];
-  GCONV_UNROLL
-  for (int v = 0; v < VECTORS; ++v) {
-    GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) sum[v][p] = t.add ? load(t.out + (v * PIXELS + p) * LANES) : zero();
-  }
   const float *pixels = t.pixels, *weights = t.weights;
-  for (int64_t left = t.channels; left > 0; left -= LANES, pixels += PIXELS * LANES) {
-    const int64_t here = std::min<int64_t>(left, LANES);
-    for (int64_t c = 0; c < here; ++c, weights += VECTORS * LANES) {
-      Vec weight[VECTORS];
+  bool more = t.add;
+  for (int64_t first = 0; first < t.channels; first += PARTIAL, more = true) {
+    Vec sum[VECTORS][PIXELS];
+    GCONV_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
       GCONV_UNROLL
-      for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * LANES);
+      for (int p = 0; p < PIXELS; ++p) sum[v][p] = zero();
+    }
+    for (int64_t left = std::min(PARTIAL, t.channels - first); left > 0; left -= LANES) {
+      const int64_t here = std::min<int64_t>(left, LANES);
+      for (int64_t c = 0; c < here; ++c, weights += VECTORS * LANES) {
+        Vec weight[VECTORS];
+        GCONV_UNROLL
+        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + v * LANES);
+        GCONV_UNROLL
+        for (int p = 0; p < PIXELS; ++p) {
+          const Vec x = set1(pixels[p * LANES + c]);
+          GCONV_UNROLL
+          for (int v = 0; v < VECTORS; ++v) sum[v][p] = fma(x, weight[v], sum[v][p]);
+        }
+      }
+      pixels += PIXELS * LANES;
+    }
+    GCONV_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
       GCONV_UNROLL
       for (int p = 0; p < PIXELS; ++p) {
-        const Vec x = set1(pixels[p * LANES + c]);
-        GCONV_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[v][p] = fma(x, weight[v], sum[v][p]);
+        float* out = t.out + (v * PIXELS + p) * LANES;
+        store(out, more ? add(load(out), sum[v][p]) : sum[v][p]);
       }
     }
-  }
-  GCONV_UNROLL
-  for (int v = 0; v < VECTORS; ++v) {
-    GCONV_UNROLL
-    for (int p = 0; p < PIXELS; ++p) store(t.out + (v * PIXELS + p) * LANES, sum[v][p]);
   }
 }
 
