@@ -30,7 +30,6 @@ from gconv.autograd import (
     vmap_by,
 )
 from gconv.batch_norm import (
-    PIXELS,
     apply_affine,
     as_float,
     batch_norm_apply_ref,
@@ -44,6 +43,7 @@ from gconv.batch_norm import (
     check_residual,
     fold,
     kernels_run,
+    normalize,
     only,
     relu_mask,
     state_of,
@@ -62,7 +62,6 @@ from gconv.grouped_conv import (
     in_channels_last,
     pair,
     per_channel,
-    wide,
 )
 
 
@@ -235,18 +234,16 @@ def _train_composed(*args):
 
     h, more = _composed_layers(x, weights, conf, normalize)
     more = x if conf.shortcut == "x" else residual if more is None else more
-    return torch.relu(h + more), *ys, *tables, *found
+    return torch.relu(h + more), *_present(ys, tables, found)
 
 
 def _normalized(y, gamma, beta, table, eps, by_batch):
     """gamma*(y - mean)*rstd + beta in plain PyTorch, the statistics those of y or the table's."""
-    h = y.to(wide(y))
     if by_batch:
-        var, mean = torch.var_mean(h, PIXELS, correction=0, keepdim=True)
-        h = (h - mean) * torch.rsqrt(var + eps)
+        h = normalize(y, gamma, eps)
     else:
-        h = (h - per_channel(table[2])) * per_channel(table[3])
-    h = h if gamma is None else per_channel(gamma) * h
+        h = (y - per_channel(table[2])) * per_channel(table[3])
+        h = h if gamma is None else per_channel(gamma) * h
     return (h if beta is None else h + per_channel(beta)).to(y.dtype)
 
 
@@ -259,24 +256,53 @@ def _in_fours(args):
     return x, residual, *(rest[i : i + 4] for i in range(0, 20, 4)), conf
 
 
+def _present(*fours) -> list:
+    """The tensors in several fours: a compiler takes no None among a Function's outputs."""
+    return [t for four in fours for t in four if t is not None]
+
+
+def _outputs(rest, conf):
+    """(raw outputs, tables, variances) in fours, of what `_present` made of them."""
+    count = 4 if conf.shortcut == "down" else 3
+    variances = iter(rest[2 * count :])
+    padding = [None] * (4 - count)
+    return (
+        [*rest[:count], *padding],
+        [*rest[count : 2 * count], *padding],
+        [next(variances) if by_batch else None for by_batch in conf.batch],
+    )
+
+
 class Bottleneck(Function):
-    """(z, y1, y2, y3, yd, four tables, four variances): z = relu(bn3(y3) + shortcut) and what its backward
-    needs; z alone is differentiable. gammas and betas float32 [K] or None; means and variances those of
-    normalisations by constants, else None."""
+    """(z, raw outputs, tables, variances of the batch), as many as there are: z = relu(bn3(y3) + shortcut)
+    and what its backward needs; z alone is differentiable. gammas and betas float32 [K] or None; means and
+    variances those of normalisations by constants, else None."""
 
     @staticmethod
-    def forward(*args):
-        z, ys, tables, variances = call(_forward_stages, *_in_fours(args))
-        return z, *ys, *tables, *variances
+    def forward(
+        x, residual, w1, w2, w3, wd, gamma1, gamma2, gamma3, gammad, beta1, beta2, beta3, betad, mean1, mean2,
+        mean3, meand, var1, var2, var3, vard, conf,
+    ):  # fmt: skip
+        # Each by its name: dynamo counts the parameters of a forward.
+        weights, gammas, betas = (
+            (w1, w2, w3, wd),
+            (gamma1, gamma2, gamma3, gammad),
+            (beta1, beta2, beta3, betad),
+        )
+        constants = (mean1, mean2, mean3, meand), (var1, var2, var3, vard)
+        stages = (x, residual, weights, gammas, betas, *constants, conf)
+        z, ys, tables, variances = call(_forward_stages, *stages)
+        return z, *_present(ys, tables, variances)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, _, weights, gammas, betas, _, _, ctx.conf = _in_fours(inputs)
         z, *rest = output
-        ctx.mark_non_differentiable(*[t for t in rest if t is not None])
+        ys, tables, _ = _outputs(rest, ctx.conf)
+        ctx.mark_non_differentiable(*rest)
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, *gammas, *betas, *rest[:8], z)
+        ctx.save_for_backward(x, *weights, *gammas, *betas, *ys, *tables, z)
 
     @staticmethod
     def backward(ctx, dz, *unused):
@@ -303,8 +329,8 @@ class BottleneckBackward(Function):
         return dz, x, *(rest[i : i + 4] for i in range(0, 20, 4)), z, wanted, conf
 
     @staticmethod
-    def forward(*args):
-        dz, x, weights, gammas, _, ys, tables, z, wanted, conf = BottleneckBackward._parts(args)
+    def forward(dz, *rest):
+        _, x, weights, gammas, _, ys, tables, z, wanted, conf = BottleneckBackward._parts((dz, *rest))
         in_fours = (*wanted[:2], *(wanted[i : i + 4] for i in range(2, 14, 4)))
         stages = (channels_last(dz), x, weights, gammas, ys, tables, z, in_fours, conf)
         dx, dresidual, *grads = call(_backward_stages, *stages)
@@ -413,11 +439,10 @@ def _sizes(x, layers) -> tuple | None:
 
 def _reason(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
-    middle = layers[1]
-    geometry = (middle.stride, middle.padding, middle.dilation, middle.groups)
-    decision = decide("bottleneck", x, middle.weight, None, *geometry)
-    if decision.backend != "cpu":
-        return decision.reason
+    for layer in layers:
+        decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
+        if decision.backend != "cpu":
+            return decision.reason
     if sizes is None:
         return "convolutions that are not 1x1, 3x3 and 1x1, or do not fit together"
     for name, layer, size in zip(NAMES, layers, sizes):
@@ -426,6 +451,8 @@ def _reason(x, layers, sizes) -> str | None:
             return f"{name}: weight: want {x.dtype} on {x.device}, got {weight.dtype} on {weight.device}"
         if not kernels_run(x, size, uses_batch_statistics(bn), *state_of(bn)):
             return f"{name}: an empty batch or uncommon parameters of its normalisation"
+    if torch.compiler.is_compiling() and not any(uses_batch_statistics(layer.bn) for layer in layers):
+        return "by constants each layer is one op, which a compiler differentiates where it has to"
     return None
 
 
@@ -461,10 +488,12 @@ def _chain(x, layers, sizes, residual):
         return in_format(z, keep)
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
-    for i, layer in enumerate(layers):
-        if batch[i]:
-            n, _, h, w = sizes[i]
-            update_state(layer.bn, *states[i][:2], rest[4 + i][2], rest[8 + i], n * h * w)
+    _, tables, found = _outputs(rest, conf)
+    for layer, by_batch, state, table, variance, (n, _, h, w) in zip(
+        layers, batch, states, tables, found, sizes
+    ):
+        if by_batch:
+            update_state(layer.bn, *state[:2], table[2], variance, n * h * w)
     return in_format(z, keep)
 
 

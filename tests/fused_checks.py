@@ -3,11 +3,22 @@
 import copy
 
 import checks
+import pytest
 import torch
-from checks import KINK_MARGIN, assert_accurate
+from checks import KINK_MARGIN, assert_accurate, assert_same_bits
 from torch import nn
 
 import gconv
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def memory_formats(test):
+    """Runs a test for every pair of `x_format` and `weight_format`."""
+    for name in ("x", "weight"):
+        ids = [f"{name}_{layout}" for layout in FORMATS]
+        test = pytest.mark.parametrize(f"{name}_format", FORMATS.values(), ids=ids)(test)
+    return test
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -59,6 +70,23 @@ def run(module, x, dz, residual, steps=1):
     results |= {f"d{name}": p.grad for name, p in module.named_parameters()}
     results |= dict(module.named_buffers())
     return results
+
+
+def assert_same_results(got, want, label=""):
+    """Named results equal to the bit."""
+    for name, value in want.items():
+        if value is not None and value.is_floating_point():
+            assert_same_bits(got[name], value, f"{name} {label}")
+
+
+def assert_repeats(threads, run):
+    """The same results from run to run and for any number of threads (a fixture's setter)."""
+    results = []
+    for number in (2, 2, 1, 3):
+        threads(number)
+        results.append(run())
+    for other in results[1:]:
+        assert_same_results(other, results[0])
 
 
 def reformatted(memory_format, *tensors):

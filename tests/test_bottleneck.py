@@ -9,7 +9,7 @@ import pytest
 import torch
 from bottleneck_blocks import BLOCKS, SMALL_BLOCKS, assert_chained, block_input, twins
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
-from fused_checks import compare, compare_draws, run
+from fused_checks import assert_repeats, assert_same_results, compare, compare_draws, memory_formats, run
 from torch import nn
 
 import gconv
@@ -18,6 +18,14 @@ from gconv import pointwise_conv
 from gconv.functional import bottleneck
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_on_our_kernels(monkeypatch):
+    """On every CPU: where it multiplies bfloat16 in hardware, "auto" leaves 1x1 convolutions to torch."""
+    monkeypatch.setattr(gconv.backend, "POINTWISE_BFLOAT16_TO_TORCH", False)
+
+
 blocks = pytest.mark.parametrize("case", BLOCKS, ids=lambda c: "-".join(map(str, c[0])))
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -165,10 +173,7 @@ def test_frozen_normalisations_without_gradients_take_no_sums(ops, monkeypatch):
     compare(stock, ours, block_input(stock, size, "frozen sums"), None, key="frozen sums")
 
 
-@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=["x_nchw", "x_nhwc"])
-@pytest.mark.parametrize(
-    "weight_format", [torch.contiguous_format, torch.channels_last], ids=["w_nchw", "w_nhwc"]
-)
+@memory_formats
 @modes
 def test_memory_format_follows_torchs_rule(ops, x_format, weight_format, training):
     for case in (BLOCKS[1], BLOCKS[3]):
@@ -199,9 +204,7 @@ def test_layout_of_input_does_not_change_a_bit(isa):
             for layout in LAYOUTS
         ]
         for other, layout in zip(results[1:], LAYOUTS[1:], strict=True):
-            for name, value in results[0].items():
-                if value is not None and value.is_floating_point():
-                    assert_same_bits(other[name], value, f"{name}, {layout}")
+            assert_same_results(other, results[0], layout)
 
 
 def test_gradient_of_stride_0(ops):
@@ -211,9 +214,7 @@ def test_gradient_of_stride_0(ops):
     shape = copy.deepcopy(ours)(x).shape
     ones = run(copy.deepcopy(ours), x, torch.ones(shape), None)
     expanded = run(copy.deepcopy(ours), x, torch.ones(()).expand(shape), None)
-    for name, value in ones.items():
-        if value is not None and value.is_floating_point():
-            assert_same_bits(expanded[name], value, name)
+    assert_same_results(expanded, ones)
 
 
 def test_bits_repeat_for_any_number_of_threads(isa, threads):
@@ -221,14 +222,7 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
     gen = checks.generator("threads")
     x = torch.randn(3, 64, 21, 19, generator=gen).requires_grad_()
     dz = torch.randn(3, 128, 11, 10, generator=gen)
-    results = []
-    for number in (2, 2, 1, 3):
-        threads(number)
-        results.append(run(copy.deepcopy(ours), x, dz, None))
-    for other in results[1:]:
-        for name, value in results[0].items():
-            if value is not None and value.is_floating_point():
-                assert_same_bits(other[name], value, name)
+    assert_repeats(threads, lambda: run(copy.deepcopy(ours), x, dz, None))
 
 
 @modes
@@ -356,6 +350,17 @@ def test_wide_dense_blocks_are_torchs_by_design(ops):
     _, ours = twins("dense", (8, 384, 384, 8), training=False)
     _, calls = rows_of(ours, torch.randn(1, 8, 4, 4))
     assert layers_reason(calls) == "layer by layer: by design: torch runs dense convolutions"
+
+
+def test_bfloat16_is_torchs_where_the_cpu_multiplies_it(ops, monkeypatch):
+    monkeypatch.setattr(gconv.backend, "POINTWISE_BFLOAT16_TO_TORCH", True)
+    channels, options, size = BLOCKS[3]
+    _, ours = twins("bfloat16", channels, training=False, **options)
+    x = torch.randn(size[0], channels[0], *size[1:]).bfloat16()
+    reason = "by design: torch runs 1x1 convolutions of bfloat16 on this CPU"
+    assert layers_reason(rows_of(ours.bfloat16(), x)[1]) == f"layer by layer: {reason}"
+    with gconv.use_backend("cpu"):
+        assert [kernel for kernel, _ in rows_of(ours, x)[1]] == ["cpu.bottleneck"]
 
 
 def test_explain_shows_the_chain(ops):

@@ -8,7 +8,15 @@ import checks
 import pytest
 import torch
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
-from fused_checks import FrozenBatchNorm2d, compare, randomize, run
+from fused_checks import (
+    FrozenBatchNorm2d,
+    assert_repeats,
+    assert_same_results,
+    compare,
+    memory_formats,
+    randomize,
+    run,
+)
 from torch import nn
 
 import gconv
@@ -201,10 +209,7 @@ def test_frozen_batch_norm(ops, training, residual):
 
 
 @layers
-@pytest.mark.parametrize("x_format", [torch.contiguous_format, torch.channels_last], ids=["x_nchw", "x_nhwc"])
-@pytest.mark.parametrize(
-    "weight_format", [torch.contiguous_format, torch.channels_last], ids=["w_nchw", "w_nhwc"]
-)
+@memory_formats
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_memory_format_follows_torchs_rule(ops, layer, x_format, weight_format, training):
     stock, ours = pair_of_modules(str(layer), layer[0], True, conv_options=layer[1])
@@ -231,9 +236,7 @@ def test_layout_of_input_does_not_change_a_bit(isa, layer):
             placed = [place(t.detach(), layout).requires_grad_() for t in (x, residual)]
             results.append(run(copy.deepcopy(ours), placed[0], torch.ones(residual.shape), placed[1]))
         for other, layout in zip(results[1:], LAYOUTS[1:], strict=True):
-            for name, value in results[0].items():
-                if value is not None and value.is_floating_point():
-                    assert_same_bits(other[name], value, f"{name}, {layout}")
+            assert_same_results(other, results[0], layout)
 
 
 @pytest.mark.parametrize("relu, residual", BOTH)
@@ -248,9 +251,7 @@ def test_gradient_of_stride_0(ops, relu, residual, training):
     ours.bn.reset_running_stats()
     ones = run(copy.deepcopy(ours), x, torch.ones(size), r)
     expanded = run(copy.deepcopy(ours), x, torch.ones(()).expand(size), r)
-    for name, value in ones.items():
-        if value is not None and value.is_floating_point():
-            assert_same_bits(expanded[name], value, name)
+    assert_same_results(expanded, ones)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -278,14 +279,7 @@ def test_bits_repeat_for_any_number_of_threads(isa, threads):
     _, ours = pair_of_modules("threads", layer[0], True, conv_options=layer[1])
     x, r = inputs(layer, True)
     dz = torch.randn(r.shape, generator=checks.generator("threads"))
-    results = []
-    for number in (2, 2, 1, 3):
-        threads(number)
-        results.append(run(copy.deepcopy(ours), x, dz, r))
-    for other in results[1:]:
-        for name, value in results[0].items():
-            if value.is_floating_point():
-                assert_same_bits(other[name], value, name)
+    assert_repeats(threads, lambda: run(copy.deepcopy(ours), x, dz, r))
 
 
 @layers
