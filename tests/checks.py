@@ -228,9 +228,17 @@ def finished(work, dy, y, finish):
     return (A * (dy * kept(a * y + b)) + B * (y - mean) + C).to(work)
 
 
+def conv2d(x, weight, stride, padding, dilation, groups):
+    """F.conv2d; of a 1x1 with a stride the pixels are taken first, for gradients of torch's own at stride
+    (1, 2) write outside their memory (torch 2.13, oneDNN)."""
+    if tuple(weight.shape[2:]) == (1, 1) and not any(padding):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
 @one_thread()
 def ref_fwd(work, x, weight, stride, padding, dilation, groups, act_, affine, residual, relu):
-    y = F.conv2d(act(work, x, act_), weight.to(work), None, stride, padding, dilation, groups)
+    y = conv2d(act(work, x, act_), weight.to(work), stride, padding, dilation, groups)
     if affine is not None:
         c, d = vectors(affine, work)
         y = (c * y + d).to(work)
@@ -244,7 +252,7 @@ def ref_bwd_input(work, dy, weight, input_size, stride, padding, dilation, group
     """(dx, sums, magnitude of the sums)"""
     point = torch.zeros(list(input_size), dtype=work, requires_grad=True)
     with torch.enable_grad():
-        out = F.conv2d(point, weight.to(work), None, stride, padding, dilation, groups)
+        out = conv2d(point, weight.to(work), stride, padding, dilation, groups)
     (dx,) = torch.autograd.grad(out, point, finished(work, dy, y, finish))
     if act_ is None:
         return dx, torch.empty(0), torch.empty(0)
@@ -260,7 +268,7 @@ def ref_bwd_input(work, dy, weight, input_size, stride, padding, dilation, group
 def ref_bwd_weight(work, dy, x, weight_size, stride, padding, dilation, groups, y, finish, act_):
     point = torch.zeros(list(weight_size), dtype=work, requires_grad=True)
     with torch.enable_grad():
-        out = F.conv2d(act(work, x, act_), point, None, stride, padding, dilation, groups)
+        out = conv2d(act(work, x, act_), point, stride, padding, dilation, groups)
     return torch.autograd.grad(out, point, finished(work, dy, y, finish))[0]
 
 

@@ -27,7 +27,7 @@ from checks import (
 
 @dataclass(frozen=True)
 class Case:
-    """One convolution. cin and cout are channels per group."""
+    """One convolution. cin and cout are channels per group, the kernel is 3x3 or 1x1."""
 
     cin: int
     cout: int
@@ -38,6 +38,7 @@ class Case:
     stride: tuple = (1, 1)
     padding: tuple = (1, 1)
     dilation: tuple = (1, 1)
+    kernel: int = 3
 
     @property
     def input_size(self):
@@ -45,13 +46,18 @@ class Case:
 
     @property
     def weight_size(self):
-        return [self.cout * self.groups, self.cin, 3, 3]
+        return [self.cout * self.groups, self.cin, self.kernel, self.kernel]
 
     @property
     def output_size(self):
         sizes = ((self.h, self.w), self.padding, self.dilation, self.stride)
-        oh, ow = ((i + 2 * p - 2 * d - 1) // s + 1 for i, p, d, s in zip(*sizes, strict=True))
+        reach = self.kernel - 1
+        oh, ow = ((i + 2 * p - reach * d - 1) // s + 1 for i, p, d, s in zip(*sizes, strict=True))
         return [self.n, self.cout * self.groups, oh, ow]
+
+    @property
+    def taps(self):
+        return self.kernel**2
 
     @property
     def geometry(self):
@@ -61,9 +67,8 @@ class Case:
         def pair(p):
             return str(p[0]) if p[0] == p[1] else f"{p[0]}{p[1]}"
 
-        return (
-            f"{self.cin}to{self.cout}x{self.groups}-n{self.n}-{self.h}x{self.w}"
-            f"-s{pair(self.stride)}p{pair(self.padding)}d{pair(self.dilation)}"
+        return f"{self.cin}to{self.cout}x{self.groups}-n{self.n}-{self.h}x{self.w}-s{pair(self.stride)}" + (
+            f"p{pair(self.padding)}d{pair(self.dilation)}" if self.kernel == 3 else ""
         )
 
 
@@ -176,7 +181,7 @@ class Data:
         if self.kind == "integer":
             w = integers(shape, 1, self.gen, 40 / terms) if self.low else integers(shape, 2, self.gen)
         else:
-            w = torch.randn(shape, generator=self.gen) * math.sqrt(2 / (9 * self.case.cin))
+            w = torch.randn(shape, generator=self.gen) * math.sqrt(2 / (self.case.taps * self.case.cin))
         w = w.to(self.dtype)
         return w.contiguous(
             memory_format=rotate((torch.contiguous_format, torch.channels_last), *self.key, "weight")
@@ -224,7 +229,7 @@ def problem(ref, dtype, kind, args):
 def fwd_problem(case, dtype, kind, variant):
     """(arguments of grouped_conv_fwd, exact, torch's own)"""
     data = Data(case, dtype, kind, "fwd", variant)
-    x, weight = data.placed(data.activation(case.input_size), "x"), data.weight(9 * case.cin)
+    x, weight = data.placed(data.activation(case.input_size), "x"), data.weight(case.taps * case.cin)
     k = case.output_size[1]
     act_ = data.pair(case.input_size[1]) if "act" in variant.split("_") else None
     affine = residual = None
@@ -241,7 +246,7 @@ def fwd_problem(case, dtype, kind, variant):
 @functools.lru_cache(maxsize=16)
 def bwd_input_problem(case, dtype, kind, variant):
     data = Data(case, dtype, kind, "bwd_input", variant)
-    weight = data.weight(9 * case.cout)
+    weight = data.weight(case.taps * case.cout)
     dy, y, finish = data.gradient(variant)
     x = act_ = None
     if variant.endswith("act"):

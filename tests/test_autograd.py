@@ -11,12 +11,13 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad
 from torch.utils.checkpoint import checkpoint
-from twins import GEOMETRY, INPUT, OUTPUT, WEIGHT, Block, close, twins, values
+from twins import GEOMETRY, INPUT, OUTPUT, STRIDE, WEIGHT, Block, close, twins, values
 
 import gconv
 from gconv import batch_norm as bn_module
 from gconv import conv_bn_relu as fused_module
 from gconv import grouped_conv as conv_module
+from gconv import pointwise_conv as pointwise_module
 from gconv.functional import batch_norm, conv_bn_relu, grouped_conv
 
 OPS = {
@@ -40,6 +41,8 @@ def reference_ops(monkeypatch):
     for module, names in OPS.items():
         for name in names:
             monkeypatch.setattr(module, name, reference_of(name))
+    for name in ("fwd", "fwd_stats", "bwd"):
+        monkeypatch.setattr(pointwise_module, name, getattr(pointwise_module, f"pointwise_conv_{name}_ref"))
     monkeypatch.setattr(fused_module, "_fwd_train", fused_module.conv_bn_relu_fwd_train_ref)
     monkeypatch.setattr(fused_module, "_bwd", fused_module.conv_bn_relu_bwd_ref)
 
@@ -63,26 +66,34 @@ def check_both_orders(function, tensors):
 # ------------------------------------------------------------------ the formulas, by finite differences
 
 
+# Both give OUTPUT.
+each_kernel = pytest.mark.parametrize(
+    "size, conf", [(WEIGHT, GEOMETRY), ((6, 4, 1, 1), (STRIDE, (0, 0), (1, 1), 1))], ids=["3x3", "1x1"]
+)
+
+
+@each_kernel
 @pytest.mark.parametrize("scale", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_gradcheck_of_grouped_conv(reference_ops, scale, relu, residual):
-    x, weight, c, d, r = doubles(INPUT, WEIGHT, (6,), (6,), OUTPUT)
+def test_gradcheck_of_a_convolution(reference_ops, size, conf, scale, relu, residual):
+    x, weight, c, d, r = doubles(INPUT, size, (6,), (6,), OUTPUT)
     tensors = [x, weight, *([c, d] if scale else []), *([r] if residual else [])]
 
     def function(x, weight, *rest):
         rest = list(rest)
         c, d = (rest.pop(0), rest.pop(0)) if scale else (None, None)
         r = rest.pop(0) if residual else None
-        return conv_module.conv_apply(x, weight, c, d, r, relu, *GEOMETRY)
+        return conv_module.conv_apply(x, weight, c, d, r, relu, *conf)
 
     check_both_orders(function, tensors)
 
 
-def test_gradcheck_of_the_gradients_of_grouped_conv(reference_ops):
-    dy, weight, x = doubles(OUTPUT, WEIGHT, INPUT)
-    check_both_orders(lambda dy, w: conv_module.bwd_input_apply(dy, w, INPUT, *GEOMETRY), [dy, weight])
-    check_both_orders(lambda dy, x: conv_module.bwd_weight_apply(dy, x, WEIGHT, *GEOMETRY), [dy, x])
+@each_kernel
+def test_gradcheck_of_the_gradients_of_a_convolution(reference_ops, size, conf):
+    dy, weight, x = doubles(OUTPUT, size, INPUT)
+    check_both_orders(lambda dy, w: conv_module.bwd_input_apply(dy, w, INPUT, *conf), [dy, weight])
+    check_both_orders(lambda dy, x: conv_module.bwd_weight_apply(dy, x, size, *conf), [dy, x])
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])

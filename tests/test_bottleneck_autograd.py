@@ -9,6 +9,7 @@ import torch
 from bottleneck_blocks import BLOCKS, block_input, twins
 from checks import assert_same_bits
 from fused_checks import run
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
@@ -210,6 +211,27 @@ def test_compiled_in_one_graph(ops, training, down):
                 torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), ours(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+def test_compiled_inference_is_one_op_per_convolution(ops, grad_mode):
+    torch._dynamo.reset()
+    channels, options, size = BLOCKS[3]
+    _, ours = twins("compiled inference", channels, training=False, **options)
+    x = block_input(ours, size, "compiled inference").detach()
+    seen = []
+
+    def capture(graph, example_inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(
+        ours.requires_grad_(grad_mode), fullgraph=True, backend=aot_autograd(fw_compiler=capture)
+    )
+    with torch.set_grad_enabled(grad_mode):
+        torch.testing.assert_close(compiled(x), ours(x), rtol=1e-4, atol=1e-4)
+    ops_seen = sorted(target for target in seen if target.startswith("gconv."))
+    assert ops_seen == ["gconv.grouped_conv_fwd.default", *["gconv.pointwise_conv_fwd.default"] * 3]
 
 
 def test_exported(ops):

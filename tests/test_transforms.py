@@ -26,18 +26,25 @@ import gconv
 from gconv import batch_norm as bn_module
 from gconv import conv_bn_relu as fused_module
 from gconv import grouped_conv as conv_module
-from gconv.functional import batch_norm, grouped_conv
+from gconv import pointwise_conv as pointwise_module
+from gconv.functional import batch_norm, grouped_conv, pointwise_conv
 
 # -------------------------------------------------------------------------------------- function transforms
 
 X, WEIGHTS = values(3, *INPUT), values(3, *WEIGHT)
+each_kernel = pytest.mark.parametrize("weights", [WEIGHTS, values(3, 6, 4, 1, 1)], ids=["3x3", "1x1"])
 
 
 def ours_conv(x, weight):
+    """The convolution of x [N, 4, H, W] with either of WEIGHTS."""
+    if weight.shape[-1] == 1:
+        return pointwise_conv(x, weight, None, STRIDE)
     return grouped_conv(x, weight, None, *GEOMETRY)
 
 
 def stock_conv(x, weight):
+    if weight.shape[-1] == 1:
+        return F.conv2d(x, weight, None, STRIDE)
     return F.conv2d(x, weight, None, *GEOMETRY)
 
 
@@ -50,33 +57,36 @@ def penalty_of(conv, i):
     return lambda x, weight: grad(loss_of(conv), i)(x, weight).cos().sum()
 
 
+@each_kernel
 @pytest.mark.parametrize("i", [0, 1], ids=["x", "weight"])
-def test_func_grad_and_its_grad(ops, i):
-    args = (X[0], WEIGHTS[0])
+def test_func_grad_and_its_grad(ops, i, weights):
+    args = (X[0], weights[0])
     close(grad(loss_of(ours_conv), i)(*args), grad(loss_of(stock_conv), i)(*args))
     for j in (0, 1):
         close(grad(penalty_of(ours_conv, i), j)(*args), grad(penalty_of(stock_conv, i), j)(*args), 1e-4)
 
 
+@each_kernel
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0), (1, 0)], ids=str)
-def test_vmap_of_grouped_conv_and_its_gradients(ops, dims):
-    args = [X[0] if dims[0] is None else X, WEIGHTS[0] if dims[1] is None else WEIGHTS]
+def test_vmap_of_a_convolution_and_its_gradients(ops, dims, weights):
+    args = [X[0] if dims[0] is None else X, weights[0] if dims[1] is None else weights]
     if dims[0] == 1:
         args[0] = args[0].transpose(0, 1)
     gconv.backend.reset_counts()
     close(vmap(ours_conv, dims)(*args), vmap(stock_conv, dims)(*args))
-    assert gconv.backend.counts() == {"cpu.grouped_conv": 1}
+    assert gconv.backend.counts() == {f"cpu.{'pointwise' if weights.shape[-1] == 1 else 'grouped'}_conv": 1}
     for i in (0, 1):
         close(vmap(grad(loss_of(ours_conv), i), dims)(*args), vmap(grad(loss_of(stock_conv), i), dims)(*args))
         ours, stock = grad(penalty_of(ours_conv, i), 1 - i), grad(penalty_of(stock_conv, i), 1 - i)
         close(vmap(ours, dims)(*args), vmap(stock, dims)(*args), 1e-4)
 
 
-def test_jacrev_and_batched_gradients(ops):
-    x, weight = X[0], WEIGHTS[0]
+@each_kernel
+def test_jacrev_and_batched_gradients(ops, weights):
+    x, weight = X[0], weights[0]
     pixels = [lambda x, f=f: f(x, weight).sum((0, 2)) for f in (ours_conv, stock_conv)]
     close(jacrev(pixels[0])(x), jacrev(pixels[1])(x))
-    leaf, cotangents = x.clone().requires_grad_(), values(3, *OUTPUT)
+    leaf, cotangents = x.clone().requires_grad_(), values(3, *stock_conv(x, weight).shape)
     batched = [
         torch.autograd.grad(f(leaf, weight), leaf, cotangents, is_grads_batched=True)[0]
         for f in (ours_conv, stock_conv)
@@ -160,7 +170,22 @@ def samples(ops):
     gamma, beta, mean, var = values(6), values(6, seed=1), values(6, seed=2), values(6, seed=3, positive=True)
     rstd, running = var.rsqrt(), (values(6), values(6, positive=True), torch.tensor(3))
     conv = [list(STRIDE), list(PADDING), list(DILATION), GROUPS]
+    point, stride = values(6, 4, 1, 1), list(STRIDE)
     table = {
+        "pointwise_conv_fwd": [
+            (x, point, stride, None, None, None, False),
+            (x, point, stride, None, affine, r, True),
+            (x, point, [1, 1], act, affine, None, True),
+        ],
+        "pointwise_conv_fwd_stats": [(x, point, stride, None), (x, point, [1, 1], act)],
+        "pointwise_conv_bwd": [
+            (dy, x, point, stride, None, None, None, None, True, True, True),
+            (dy, x, point, stride, None, None, None, x, True, False, False),
+            (dy, x, point, stride, None, None, None, None, False, True, False),
+            (dy, x, point, stride, y, finish, None, x, True, True, False),
+            (dy, x, point, stride, y, finish, act4, None, True, True, False),
+            (dy, x, point, stride, None, None, act4, None, False, True, True),
+        ],
         "grouped_conv_fwd": [
             (x, weight, *conv, None, None, None, False),
             (x, weight, *conv, None, affine, r, True),
@@ -218,13 +243,19 @@ def samples(ops):
         ],
     }  # fmt: skip
     for name, cases in table.items():
-        modules = {"grouped_conv": conv_module, "batch_norm": bn_module, "conv_bn_relu": fused_module}
+        modules = {
+            "grouped_conv": conv_module,
+            "pointwise_conv": pointwise_module,
+            "batch_norm": bn_module,
+            "conv_bn_relu": fused_module,
+        }
         module = next(module for stem, module in modules.items() if name.startswith(stem))
         for args in cases:
             yield name, getattr(ops, name).default, getattr(module, name + "_ref"), args
 
 
 CASES = [(name, i) for name, i in (
+    ("pointwise_conv_fwd", 3), ("pointwise_conv_fwd_stats", 2), ("pointwise_conv_bwd", 6),
     ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
     ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 6), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
     ("batch_norm_update_running", 3), ("batch_norm_apply", 3), ("batch_norm_bwd_reduce", 3),
