@@ -119,8 +119,14 @@ def test_the_graph_holds_our_ops(ops, training):
     torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=capture, bw_compiler=capture))(
         images()
     ).sum().backward()
-    forward = "grouped_conv_fwd_stats" if training else "grouped_conv_fwd"
-    for name in (forward, "batch_norm_apply", "grouped_conv_bwd"):
+    # In evaluation the convolutions' epilogues are the normalisation.
+    forward = ("fwd_stats", "batch_norm_apply") if training else ("fwd",)
+    for name in (
+        f"grouped_conv_{forward[0]}",
+        f"pointwise_conv_{forward[0]}",
+        *forward[1:],
+        "grouped_conv_bwd",
+    ):
         assert seen.count(f"gconv.{name}.default") >= 1, name
     assert not any("native_batch_norm" in name for name in seen)
 
