@@ -1,8 +1,8 @@
 """Which code runs a call, and how a user finds out.
 
 Every op asks `choose` (a pure function of shapes, dtypes and device), runs what it says and reports to
-`record`. A call ends in one of three ways: one of our kernels; torch *by design* (a 1x1 convolution inside a
-block: no warning); or a *fallback*: gconv was asked for something its kernels do not cover. A fallback always
+`record`. A call ends in one of three ways: one of our kernels; torch *by design* (the 7x7 convolution of a
+stem: no warning); or a *fallback*: gconv was asked for something its kernels do not cover. A fallback always
 has a reason, shown by `trace` and `explain`, and `set_policy` says whether it is silent, warned about once or
 an error.
 """
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = 384
-# In "auto" a 1x1 convolution of bfloat16 is left to torch where the CPU has AMX, which our kernels do not use.
+# In "auto" a 1x1 convolution of bfloat16 is left to torch where the CPU has AMX, which ours do not use.
 POINTWISE_BFLOAT16_TO_TORCH: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 

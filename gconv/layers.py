@@ -25,9 +25,10 @@ class Conv2d(nn.Conv2d):
 
     Arguments, initialisation (also the use of the random generator), state_dict keys and `padding_mode`s are
     nn.Conv2d's. What the kernels do not cover goes to torch and is reported by `gconv.set_policy`'s policy
-    and by `gconv.trace`: they cover 3x3, stride 1 or 2, padding up to twice the dilation, any groups, in
-    float32, bfloat16 and float16 on the CPU. Bit-identical from run to run and for any number of threads. The
-    output is channels_last if the input or the weight is, as in torch.
+    and by `gconv.trace`: they cover 3x3, stride 1 or 2, padding up to twice the dilation, any groups, and
+    1x1, stride 1 or 2, no padding, one group, in float32, bfloat16 and float16 on the CPU. Bit-identical from
+    run to run and for any number of threads. The output is channels_last if the input or the weight is, as in
+    torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:

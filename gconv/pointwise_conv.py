@@ -188,7 +188,7 @@ def pointwise_conv(x, weight, bias=None, stride=1):
     section 3.1).
 
     With stride 1 or 2 in float32, bfloat16 and float16 on a CPU it runs on gconv's kernels, which accumulate
-    in float32; everything else runs on torch, and so does bfloat16 on a CPU that multiplies it in hardware
+    in float32; everything else runs on torch, and so does bfloat16 on a CPU with AMX
     (`gconv.trace` and `gconv.explain` say what and why). Differentiable to any order in reverse mode;
     forward-mode AD raises on the kernels.
 

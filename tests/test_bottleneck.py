@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 @pytest.fixture(autouse=True)
 def bfloat16_on_our_kernels(monkeypatch):
-    """On every CPU: where it multiplies bfloat16 in hardware, "auto" leaves 1x1 convolutions to torch."""
+    """On every CPU: where it has AMX, "auto" leaves 1x1 convolutions to torch."""
     monkeypatch.setattr(gconv.backend, "POINTWISE_BFLOAT16_TO_TORCH", False)
 
 

@@ -1,5 +1,6 @@
 """README.md: its code runs, its tables say what the code does, and the files it names exist."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -45,16 +46,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.mark.parametrize("row", table("What runs where"), ids=lambda row: row[0])
-def test_support_table(row, ops):
+def test_support_table(row, ops, monkeypatch):
+    monkeypatch.setattr(backend, "POINTWISE_BFLOAT16_TO_TORCH", False)  # the text below the table says where
     name, *cells = row
     stem = re.match(r"`(\w+)`", name)
     op = stem[1] if stem else "grouped_conv"
-    size = 5 if "other kernel size" in name else 3
+    sizes = [5] if "other kernel size" in name else {int(n) for n in re.findall(r"(\d)×\d", name)} or [3]
     device = "meta" if "not on the CPU" in name else "cpu"
-    for dtype, cell in zip(DTYPES, cells, strict=True):
+    for size, (dtype, cell) in itertools.product(sizes, zip(DTYPES, cells, strict=True)):
+        groups, padding = (1, 0) if size == 1 else (4, 1)
         x = torch.empty(1, 8, 8, 8, dtype=dtype, device=device)
-        weight = None if op == "batch_norm" else torch.empty(8, 2, size, size, dtype=dtype, device=device)
-        decision = backend.choose(op, x, weight, stride=1, padding=1, groups=4)
+        weight = torch.empty(8, 8 // groups, size, size, dtype=dtype, device=device)
+        geometry = {"stride": 1, "padding": padding, "groups": groups}
+        decision = backend.choose(op, x, *([] if op == "batch_norm" else [weight]), **geometry)
         assert decision.backend == cell, f"{name}, {dtype}: the table says {cell}, choose says {decision}"
 
 
@@ -63,6 +67,9 @@ def test_geometry_in_words():
     assert "stride 1 or 2, any dilation, padding up to twice the dilation" in text
     assert backend.geometry_reason(2, 14, 7) is None and backend.geometry_reason(1, 2, 1) is None
     assert backend.geometry_reason(3, 0, 1) and backend.geometry_reason(1, 3, 1)
+    assert "1×1 kernels take stride 1 or 2, one group and no padding" in text
+    assert backend.geometry_reason(2, 0, 1, 1, 1) is None
+    assert backend.geometry_reason(1, 1, 1, 1, 1) and backend.geometry_reason(1, 0, 1, 1, 2)
 
 
 def test_environment_variables_are_all_there():
