@@ -10,9 +10,10 @@ namespace {
 const PointwiseConvTable& table(const PointwiseConvFwdParams& p) {
   return GCONV_PAIRS_TABLE(pointwise_conv, p.isa, p.dtype, p.shape.c);
 }
-// Pixels make the weight gradient's pairs, a missing one being 0.
+// Pixels make the weight gradient's pairs, a missing one being 0; the choice is the input gradient's all the
+// same, so that one gradient alone has the bits of both.
 const PointwiseConvTable& table(const PointwiseConvBwdParams& p) {
-  return GCONV_PAIRS_TABLE(pointwise_conv, p.isa, p.dtype, p.dx.data == nullptr ? 0 : p.shape.k);
+  return GCONV_PAIRS_TABLE(pointwise_conv, p.isa, p.dtype, p.shape.k);
 }
 
 }  // namespace
