@@ -170,7 +170,7 @@ def samples(ops):
     gamma, beta, mean, var = values(6), values(6, seed=1), values(6, seed=2), values(6, seed=3, positive=True)
     rstd, running = var.rsqrt(), (values(6), values(6, positive=True), torch.tensor(3))
     conv = [list(STRIDE), list(PADDING), list(DILATION), GROUPS]
-    point, stride = values(6, 4, 1, 1), list(STRIDE)
+    point, stride, rx = values(6, 4, 1, 1), list(STRIDE), values(*INPUT, seed=5)
     table = {
         "pointwise_conv_fwd": [
             (x, point, stride, None, None, None, False),
@@ -180,9 +180,9 @@ def samples(ops):
         "pointwise_conv_fwd_stats": [(x, point, stride, None), (x, point, [1, 1], act)],
         "pointwise_conv_bwd": [
             (dy, x, point, stride, None, None, None, None, True, True, True),
-            (dy, x, point, stride, None, None, None, x, True, False, False),
+            (dy, x, point, stride, None, None, None, rx, True, False, False),
             (dy, x, point, stride, None, None, None, None, False, True, False),
-            (dy, x, point, stride, y, finish, None, x, True, True, False),
+            (dy, x, point, stride, y, finish, None, rx, True, True, False),
             (dy, x, point, stride, y, finish, act4, None, True, True, False),
             (dy, x, point, stride, None, None, act4, None, False, True, True),
         ],
