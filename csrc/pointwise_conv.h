@@ -1,8 +1,7 @@
 // The contract of pointwise_conv: 1x1 convolution without padding or groups, forward and both gradients.
 //
-//   forward  y = w . act(x) at every pixel taken; y = relu?(c*y + d [+ residual]), or batch statistics of y
-//   as
-//            stored
+//   forward  y = w . act(x) at every pixel taken; y = relu?(c*y + d [+ residual]), or batch statistics of
+//            y as stored
 //   bwd      dx = w' . finish(dy) [+ residual]; with act: dx masked by the ReLU, and its two sums
 //            dw = sum over pixels of finish(dy) (x) act(x)
 //
