@@ -162,7 +162,7 @@ def batch_norm_update_running_ref(
             running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
 
 
-_stats = op("batch_norm_stats", batch_norm_stats_ref)
+stats = op("batch_norm_stats", batch_norm_stats_ref)
 fold = op("batch_norm_fold", batch_norm_fold_ref)
 apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
 bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
@@ -170,6 +170,14 @@ bwd_reduce_pair = op("batch_norm_bwd_reduce_pair", batch_norm_bwd_reduce_pair_re
 bwd_finish = op("batch_norm_bwd_finish", batch_norm_bwd_finish_ref)
 bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
 _update_running = op("batch_norm_update_running", batch_norm_update_running_ref)
+
+
+def constant_finish(table, masked=False):
+    """`finish` of a normalisation by constants, of its table [4, C] = (a; b; mean; rstd): its backward is a
+    scale. Masks by the ReLU after it, or nothing."""
+    zero = torch.zeros_like(table[0])
+    mask = (table[0], table[1]) if masked else (zero, zero + 1)
+    return torch.stack((table[0], zero, zero, table[2], *mask))
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -220,7 +228,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def forward(x, gamma, beta, residual, eps, relu):
-        mean, var = call(_stats, x)
+        mean, var = call(stats, x)
         rstd, affine = call(fold, mean, var, gamma, beta, eps)
         return call(apply_affine, x, affine, residual, None, relu), mean, var, rstd, affine
 

@@ -394,13 +394,15 @@ def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, res
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def not_fusable(conv, bn) -> str | None:
-    """Why the modules must be called as they are, or None."""
-    if type(bn) is not nn.BatchNorm2d and not is_frozen(bn):
+def not_fusable(conv, bn, synchronised: bool = False) -> str | None:
+    """Why the modules must be called as they are, or None; `conv` may be None. `synchronised`: the fusion
+    merges the statistics of several processes itself."""
+    fused = type(bn) is nn.BatchNorm2d or is_frozen(bn) or (synchronised and type(bn) is nn.SyncBatchNorm)
+    if not fused:
         return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
-    if type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
+    if conv is not None and type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
         return f"conv: want Conv2d, got {type(conv).__name__}"
-    for name, child in (("conv", conv), ("bn", bn)):
+    for name, child in (("bn", bn),) if conv is None else (("conv", conv), ("bn", bn)):
         attributes = child.__dict__
         if any(map(attributes.get, _HOOKS)):
             return f"{name}: has hooks"
