@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
@@ -84,7 +83,7 @@ def dense_block_ref(x, layers, end=None):
     return out if weight is None else F.avg_pool2d(F.conv2d(out, weight), 2)
 
 
-# ------------------------------------------------------------------------------------------------ flat tensors
+# ----------------------------------------------------------------------------------------------- flat tensors
 
 
 def _flat(params: Params) -> list:
@@ -309,7 +308,7 @@ def _op_bwd_fake(dz, buffer, weights, gammas, betas, noises, kept, needs, ints, 
 
 
 def _op_setup_context(ctx, inputs, output):
-    x, *lists, ctx.ints, ctx.floats = inputs
+    _, *lists, ctx.ints, ctx.floats = inputs
     conf = _unpacked(ctx.ints, ctx.floats)
     weights, gammas, betas, _, _, noises = lists
     ctx.counts = [len(tensors) for tensors in lists]
@@ -360,7 +359,7 @@ if backend.extension_loaded():
 
 def _shape_reason(x, layers, end) -> str | None:
     """Why these shapes make no dense block that the kernels run, or None."""
-    n, channels, h, w = x.shape
+    _, channels, h, w = x.shape
     for i, layer in enumerate(layers):
         width = channels
         for weight, kernel in zip(layer.weights, ((1, 1), (3, 3))[-len(layer.weights) :]):
@@ -423,9 +422,7 @@ def _conf(x, layers, end, ultra) -> Conf:
     for layer in layers:
         eps, batch = zip(*((bn.eps, uses_batch_statistics(bn)) for bn in layer.norms))
         growth, bottleneck = layer.weights[-1].shape[0], len(layer.weights) == 2
-        confs.append(
-            LayerConf(growth, bottleneck, layer.dilation, layer.groups, layer.dropout, eps, batch)
-        )
+        confs.append(LayerConf(growth, bottleneck, layer.dilation, layer.groups, layer.dropout, eps, batch))
     if end is None:
         return Conf(x.shape[1], tuple(confs), "buffer", 0.0, False, ultra)
     bn, weight = end
@@ -500,7 +497,8 @@ def _update(norms, batch, states, kept: Kept, conf: Conf, ranks) -> None:
 
 def _check(x, layers, end, memory) -> None:
     if memory not in MEMORY:
-        raise ValueError(f"dense_block: memory: want {', '.join(MEMORY[:-1])} or {MEMORY[-1]}, got {memory!r}")
+        wanted = f"{', '.join(MEMORY[:-1])} or {MEMORY[-1]}"
+        raise ValueError(f"dense_block: memory: want {wanted}, got {memory!r}")
     for weight in _weights_of(layers, end):
         check_tensors("dense_block", x, weight, None)
 
@@ -530,9 +528,9 @@ def not_shared(reason, x) -> None:
 
 
 def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
-    """A dense block (Huang et al. 2017, arXiv 1608.06993, equation 2) as one operation: every layer, BN, ReLU,
-    convolution (and with a bottleneck BN, ReLU, 1x1, BN, ReLU, 3x3), reads the input and all layers before
-    it, and nothing is concatenated.
+    """A dense block (Huang et al. 2017, arXiv 1608.06993, equation 2) as one operation: every layer, BN,
+    ReLU, convolution (and with a bottleneck BN, ReLU, 1x1, BN, ReLU, 3x3), reads the input and all layers
+    before it, and nothing is concatenated.
 
     All layers write into one channels_last buffer; batch statistics are taken once per channel and shared by
     every later normalisation, each with its own gamma, beta and eps; the backward has one gradient buffer.
@@ -559,8 +557,8 @@ def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
 
     Returns:
         [N, C_total, H, W], with a transition [N, M, H//2, W//2], dtype of x; channels_last if x or one of
-        the weights is, else contiguous. Without a transition it is the buffer that the backward reads: changing
-        it in place makes the backward raise.
+        the weights is, else contiguous. Without a transition it is the buffer that the backward reads:
+        changing it in place makes the backward raise.
 
     Raises:
         ValueError: what does not fit together, naming the argument, what is wanted and what was given; one
@@ -576,9 +574,8 @@ def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
     layers = [tuple(layer) for layer in layers]
     for i, layer in enumerate(layers):
         if len(layer) not in (2, 4):
-            raise ValueError(
-                f"dense_block: layers: {i}: want (bn, weight) or (bn, weight, bn, weight), got {len(layer)} items"
-            )
+            wanted = "(bn, weight) or (bn, weight, bn, weight)"
+            raise ValueError(f"dense_block: layers: {i}: want {wanted}, got {len(layer)} items")
     if not layers:
         raise ValueError("dense_block: layers: want at least one layer, got none")
     layers = [Layer(layer[::2], layer[1::2], dropout) for layer in layers]

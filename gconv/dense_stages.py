@@ -3,9 +3,9 @@ buffer, statistics taken once per channel, one gradient buffer.
 
 Every layer's last convolution writes its channels into their slice of one channels_last buffer, in the place
 of a concatenation (as Tongcheng's Caffe layer did in 2017); a layer reads the channels before its own. Batch
-statistics belong to a channel, not to who normalises it: they are taken when the channel is written, and every
-later normalisation folds them with its own gamma, beta and eps. Normalisation and ReLU happen where the next
-convolution loads (Jung et al. 2019, arXiv 1807.01702); nothing normalised is stored.
+statistics belong to a channel, not to who normalises it: they are taken when the channel is written, and
+every later normalisation folds them with its own gamma, beta and eps. Normalisation and ReLU happen where the
+next convolution loads (Jung et al. 2019, arXiv 1807.01702); nothing normalised is stored.
 
 Backward, for a channel with mean mu, variance s^2 over M values: consumer l with r_l = (s^2 + eps_l)^-1/2 and
 masked gradient g_l adds gamma_l r_l g_l to the gradient buffer G, and, if it used batch statistics, gamma_l
@@ -286,9 +286,7 @@ def _end_backward(dz, buffer, params, kept, conf, wanted, corrections):
 def backward_stages(dz, buffer, params: Params, kept: Kept, conf: Conf, wanted: Wanted, ranks):
     """(dx, dweights, dgammas, dbetas), what is not wanted None or anything."""
     corrections = _Corrections(kept, conf, ranks)
-    gradient, dweights, dgammas, dbetas = _end_backward(
-        dz, buffer, params, kept, conf, wanted, corrections
-    )
+    gradient, dweights, dgammas, dbetas = _end_backward(dz, buffer, params, kept, conf, wanted, corrections)
     ends = conf.end == "pool", conf.end != "buffer"
     conv, norm = conf.convs - ends[0], conf.norms - ends[1]  # those of the layers not yet done
     ys = list(kept.ys)
@@ -312,8 +310,10 @@ def backward_stages(dz, buffer, params: Params, kept: Kept, conf: Conf, wanted: 
         dy, written = gradient[:, start:end], buffer[:, start:end]
         finish = corrections.finish(start, end)
         if noise is not None:
-            dy = dy.contiguous(memory_format=torch.channels_last).clone() if finish is None else (
-                bwd_apply(dy, written, finish, None, False)[0]
+            dy = (
+                dy.contiguous(memory_format=torch.channels_last).clone()
+                if finish is None
+                else (bwd_apply(dy, written, finish, None, False)[0])
             )
             drop(dy, noise, layer)
             finish = None
@@ -356,7 +356,9 @@ def backward_stages(dz, buffer, params: Params, kept: Kept, conf: Conf, wanted: 
         dx, source = gradient[:, : conf.channels], buffer[:, : conf.channels]
         finish = corrections.finish(0, conf.channels)
         # A tensor of its own: a view would keep the whole gradient buffer alive.
-        dx = dx.clone(memory_format=torch.channels_last) if finish is None else (
-            bwd_apply(dx, source, finish, None, False)[0]
+        dx = (
+            dx.clone(memory_format=torch.channels_last)
+            if finish is None
+            else (bwd_apply(dx, source, finish, None, False)[0])
         )
     return dx, dweights, dgammas, dbetas

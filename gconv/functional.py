@@ -1,4 +1,5 @@
-"""The functional forms: what torch.nn.functional's conv2d and batch_norm take, their fusion, and whole blocks."""
+"""The functional forms: what torch.nn.functional's conv2d and batch_norm take, their fusion, whole
+blocks."""
 
 from gconv.batch_norm import batch_norm
 from gconv.bottleneck import bottleneck, fuse_bottleneck_forward

@@ -1,8 +1,8 @@
 """Batch statistics over the processes of a distributed training: what nn.SyncBatchNorm stands for, on any
 device and backend of torch.distributed.
 
-Every process takes mean and variance of its own batch; they are merged by Chan's rule (Chan, Golub and LeVeque
-1983), in float64 and in the order of the ranks, so that all processes have the same bits.
+Every process takes mean and variance of its own batch; they are merged by Chan's rule (Chan, Golub and
+LeVeque 1983), in float64 and in the order of the ranks, so that all processes have the same bits.
 """
 
 import torch
@@ -56,7 +56,7 @@ def _synchronises(bn) -> bool:
         and bn.training
         and dist.is_available()
         and dist.is_initialized()
-        and dist.get_world_size(bn.process_group or dist.group.WORLD) > 1
+        and dist.get_world_size(_group(bn)) > 1
     )
 
 
