@@ -450,9 +450,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         reason = not_fusable(conv, bn)
         if reason is not None:
             z = tail(bn(conv(x)), residual, relu)
-            backend.record(
-                backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z
-            )
+            backend.record(backend.one_by_one(reason), "conv_bn_relu", x, z)
             return z
         padding = conv.padding
         if conv.padding_mode != "zeros":

@@ -68,20 +68,6 @@ def _check_rate(owner: str, drop_rate: float) -> None:
         raise ValueError(f"{owner}: drop_rate: want 0 to 1, got {drop_rate}")
 
 
-def _runs_modules(owner: nn.Module, x: Tensor, memory: str, reason_of: Callable[[], str | None]) -> bool:
-    """True where the children of `owner` are called one by one: as asked, under torch.fx tracing (the graph
-    then has torchvision's nodes), and where one of them is watched or of a type that a fused call cannot
-    stand for, which a trace shows."""
-    if memory == "naive" or isinstance(x, torch.fx.Proxy):
-        return True
-    reason = reason_of()
-    if reason is None:
-        return False
-    decision = backend.Decision("torch", "modules", f"called one by one: {reason}")
-    backend.record(decision, type(owner).__name__, x)
-    return True
-
-
 def _norm_reason(norm) -> str | None:
     if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not is_frozen(norm):
         return f"want BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d, got {type(norm).__name__}"
@@ -172,7 +158,7 @@ class DenseLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _reason(self) -> str | None:
-        """Why the layer has to be called, or None."""
+        """Why the layer, whatever it is, has to be called, or None."""
         if type(self) is not DenseLayer:
             return f"want DenseLayer, got {type(self).__name__}"
         names = ("norm1", "relu1", "conv1")
@@ -191,7 +177,33 @@ class DenseLayer(nn.Module):
         return self.norm1, self.conv1, *second, self.drop_rate
 
 
-class DenseBlock(nn.ModuleDict):
+class _Fused(nn.Module):
+    """A container that runs its children as one call where `memory` and the children allow it."""
+
+    memory: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_modules(x)
+        else:
+            return self._run(x)
+
+    @torch.jit.unused
+    def _run(self, x: Tensor) -> Tensor:
+        # Under torch.fx tracing the graph gets torchvision's nodes.
+        if self.memory == "naive" or isinstance(x, torch.fx.Proxy):
+            return self._forward_modules(x)
+        reason = self._reason_alone()
+        if reason is not None:
+            backend.record(backend.one_by_one(reason), type(self).__name__, x)
+            return self._forward_modules(x)
+        return self._forward_fused(x)
+
+    def extra_repr(self) -> str:
+        return f"memory={self.memory!r}"
+
+
+class DenseBlock(_Fused, nn.ModuleDict):
     """num_layers DenseLayers, each on the concatenation of the input and the outputs of the layers before it.
 
     [N, num_input_features, H, W] -> [N, num_input_features + num_layers * growth_rate, H, W]: the input and
@@ -232,16 +244,7 @@ class DenseBlock(nn.ModuleDict):
             width = num_input_features + i * growth_rate
             self[f"denselayer{i + 1}"] = DenseLayer(width, growth_rate, bn_size, drop_rate, norm_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_modules(x)
-        else:
-            return self._run(x)
-
-    @torch.jit.unused
-    def _run(self, x: Tensor) -> Tensor:
-        if _runs_modules(self, x, self.memory, self._reason):
-            return self._forward_modules(x)
+    def _forward_fused(self, x: Tensor) -> Tensor:
         return fuse_dense_block_forward(x, self._parts(), None, self.memory)
 
     def _forward_modules(self, x: Tensor) -> Tensor:
@@ -253,19 +256,18 @@ class DenseBlock(nn.ModuleDict):
     def _reason(self) -> str | None:
         """Why the layers have to be called, or None."""
         for name, layer in self._modules.items():
-            reason = layer._reason() if isinstance(layer, DenseLayer) else f"got {type(layer).__name__}"
+            reason = DenseLayer._reason(layer)
             if reason is not None:
                 return f"{name}: {reason}"
         return None
 
+    _reason_alone = _reason
+
     def _parts(self) -> list[tuple]:
         return [layer._parts() for layer in self._modules.values()]
 
-    def extra_repr(self) -> str:
-        return f"memory={self.memory!r}"
 
-
-class Transition(nn.Sequential):
+class Transition(_Fused, nn.Sequential):
     """What is between two dense blocks: BN-ReLU-1x1-2x2 average pooling.
 
     [N, num_input_features, H, W] -> [N, num_output_features, H // 2, W // 2]. Children are `norm`, `relu`,
@@ -303,16 +305,7 @@ class Transition(nn.Sequential):
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_modules(x)
-        else:
-            return self._run(x)
-
-    @torch.jit.unused
-    def _run(self, x: Tensor) -> Tensor:
-        if _runs_modules(self, x, self.memory, self._reason_alone):
-            return self._forward_modules(x)
+    def _forward_fused(self, x: Tensor) -> Tensor:
         conv = self.conv
         y = F.avg_pool2d(batch_norm_module(x, self.norm), 2)
         return grouped_conv(y, conv.weight, conv.bias, groups=conv.groups)
@@ -335,9 +328,6 @@ class Transition(nn.Sequential):
 
     def _reason_alone(self) -> str | None:
         return self._reason() or not_fusable(self.conv, self.norm)
-
-    def extra_repr(self) -> str:
-        return f"memory={self.memory!r}"
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

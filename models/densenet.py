@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gconv.batch_norm import is_frozen
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.dense_layers import DenseBlock, Transition, check_memory, remap_densenet_keys, run_dense_block
 from gconv.layers import Conv2d
@@ -150,6 +151,10 @@ class DenseNet(nn.Module):
         return _run_fused(x, list(self.features))
 
 
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen(module)
+
+
 def _run_fused(x: Tensor, modules: list[nn.Module]) -> Tensor:
     """The modules in their order and a ReLU; neighbours that are one call run as one."""
     last = len(modules) - 1
@@ -160,9 +165,10 @@ def _run_fused(x: Tensor, modules: list[nn.Module]) -> Tensor:
             x = run_dense_block(x, module, rest[0])
             relu_done = not isinstance(rest[0], Transition)
             i += 2
-        elif isinstance(module, nn.Conv2d) and len(rest) == 2 and not_plain_relu(rest[1]) is None:
-            x = fuse_modules_forward(x, module, rest[0])
-            i += 3
+        elif isinstance(module, nn.Conv2d) and rest and _is_batch_norm(rest[0]):
+            relu = len(rest) == 2 and not_plain_relu(rest[1]) is None
+            x = fuse_modules_forward(x, module, rest[0], relu=relu)
+            i += 2 + relu
         else:
             x = module(x)
             i += 1

@@ -77,8 +77,7 @@ def _calls_modules(owner: nn.Module, x: Tensor) -> bool:
     reason = not_plain_relu(owner.relu)
     if reason is None:
         return False
-    decision = backend.Decision("torch", "modules", f"called one by one: relu: {reason}")
-    backend.record(decision, type(owner).__name__, x)
+    backend.record(backend.one_by_one(f"relu: {reason}"), type(owner).__name__, x)
     return True
 
 
