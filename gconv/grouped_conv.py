@@ -85,6 +85,18 @@ def grouped_conv_fwd_stats_ref(x, weight, stride, padding, dilation, groups, act
     return y, mean, var
 
 
+def grouped_conv_fwd_into_ref(
+    x, weight, stride, padding, dilation, groups, act, affine, residual, relu, want_stats, y
+):
+    """(mean, var): writes `grouped_conv_fwd_ref` to y, a view of whatever else; mean and biased variance [K] of y
+    as stored, of shape [0] unless wanted, which excludes affine, residual and relu."""
+    y.copy_(grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act, affine, residual, relu))
+    if not want_stats:
+        return x.new_zeros(0, dtype=wide(x)), x.new_zeros(0, dtype=wide(x))
+    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
+    return mean, var
+
+
 def grouped_conv_bwd_input_ref(
     dy, weight, input_size, stride, padding, dilation, groups, y=None, finish=None, x=None, act=None,
     residual=None,
@@ -153,6 +165,7 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
 
 
 fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
+fwd_into = op("grouped_conv_fwd_into", grouped_conv_fwd_into_ref)
 fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
 bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
 bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
@@ -367,6 +380,11 @@ def fwd_fake(x, weight, stride, padding, dilation, groups, act, affine, residual
     return empty_channels_last(x, conv_output_size(x, weight, stride, padding, dilation))
 
 
+def fwd_into_fake(x, weight, *args):
+    size = weight.shape[0] if args[-2] else 0
+    return x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.float32)
+
+
 def fwd_formula(args, outputs, grads, wanted):
     x, weight, *conf, act, affine, _, relu = args
     if act is not None:
@@ -462,6 +480,7 @@ def bwd_formula(args, outputs, grads, wanted):
 
 
 register("grouped_conv_fwd", fwd_fake, grouped_conv_fwd_ref, fwd_formula)
+register("grouped_conv_fwd_into", fwd_into_fake, None)
 register("grouped_conv_fwd_stats", fwd_stats_fake, grouped_conv_fwd_stats_ref, fwd_stats_formula)
 register("grouped_conv_bwd_input", _bwd_input_fake, grouped_conv_bwd_input_ref, _bwd_input_formula)
 register("grouped_conv_bwd_weight", _bwd_weight_fake, grouped_conv_bwd_weight_ref, _bwd_weight_formula)
