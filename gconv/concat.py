@@ -1,12 +1,13 @@
-"""Concatenation along the channels without a copy: convolutions write into slices of one buffer, and prefixes of
-it are read in place (the shared storage of Pleiss et al. 2017, "Memory-Efficient Implementation of DenseNets",
-arXiv 1707.06990, section 3, kept instead of filled by a copy).
+"""Concatenation along the channels without a copy: convolutions write into slices of one buffer, and prefixes
+of it are read where they lie (asked for in pytorch#7983, #29378 and #70600; the concatenation of Pleiss et al.
+2017, "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3, is in shared memory too, but by
+a copy).
 
 The buffer has two aliases. Ops write through one with a version counter of its own, so that a further slot
 spoils nothing that autograd saved. Every tensor handed out is of the other and shares its counter, so that
-whoever else writes is found out. Handed out are: a slot with gradients as a tensor of its own, whose history an
-in-place operation may extend; a prefix, and a slot without gradients, as a view made inside a Function or
-without grad mode, where torch refuses operations that would have to change the history of other tensors.
+whoever else writes is found out. A slot with gradients is handed out as a tensor of its own, whose history an
+in-place operation may extend. A prefix, and a slot without gradients, is a view made inside a Function or
+without grad mode: torch refuses operations on those that would have to change the history of other tensors.
 """
 
 import itertools
@@ -32,7 +33,7 @@ def _not_in_place() -> str | None:
 
 
 class Into(Function):
-    """`function` of the arguments before the last with its first output in a slot; for autograd's tape alone. The
+    """`function` of all arguments but the last with its first output in a slot, for autograd's tape alone; the
     last argument is (function, fill, memory, handed_out), as `Slot.run` has them."""
 
     @staticmethod
@@ -66,7 +67,7 @@ def _copy(memory, x) -> tuple:
 
 
 class Join(Function):
-    """The first channels of `buffer`, a prefix, for the slots that lie there; each slot's gradient is a view."""
+    """The prefix of `buffer` in which `slots` lie; the gradient of each is a view."""
 
     @staticmethod
     def forward(ctx, buffer, *slots):
@@ -96,8 +97,8 @@ class Slot:
         return f"<slot {self.index} of {self.concat!r}>"
 
     def run(self, function, fill, size, *args) -> tuple:
-        """(y, *rest), the outputs of an autograd Function of args, of which x is the first, with y [N, K, OH, OW] =
-        size in this slot: `fill(memory, *args)` writes y and returns the rest."""
+        """(y, *rest): the outputs of an autograd Function of args, y of this size in the slot. `fill(memory,
+        *args)` writes y and returns the rest; the first of args has y's dtype and device."""
         concat, index = self.concat, self.index
         concat._check(index, size, args[0])
         memory, handed_out = concat._slices(index, size, args[0])
@@ -120,7 +121,8 @@ class Slot:
             self.concat._keep(self.index, x, False)
             return x
         (y,) = self.run(_Copy, _copy, x.shape, x)
-        backend.record(backend.Decision("torch", "torch.copy_", "by design: into a slot of Concat"), "concat", x)
+        reason = "by design: copied into a slot of Concat"
+        backend.record(backend.Decision("torch", "torch.copy_", reason), "concat", x)
         return y
 
 
@@ -145,36 +147,36 @@ class Concat:
     """torch.cat(slots, 1) without the copy: a buffer [N, sum(channels), H, W] whose slots convolutions write.
 
         concat = gconv.Concat(64, 32)
-        skip = conv(x, into=concat[0])      # [N, 64, H, W]: gconv's layers and functions take `into`
-        concat.put(1, upsampled)            # [N, 32, H, W]: anything else is copied
-        y = next_conv(concat.read())        # [N, 96, H, W]
+        skip = conv(x, into=concat[0])  # [N, 64, H, W]: gconv's layers and functions take `into`
+        concat.put(1, upsampled)        # [N, 32, H, W]: anything else is copied
+        y = next_conv(concat.read())    # [N, 96, H, W] in, no copy
 
     The first write fixes N, H, W, dtype and device and allocates the buffer, channels_last whatever the inputs
-    are. Slots are written once each, in any order; `prefix(k)`, the concatenation of the first k slots, can be
+    are. Slots are written once each, in any order. `prefix(k)`, the concatenation of the first k slots, can be
     read as soon as they are written and as often as wanted. One Concat serves one forward: make a new one in
     each.
 
-    Written slots and prefixes are tensors of the buffer and part of the autograd graph. In the backward each slot
-    receives its slice of a prefix's gradient as a view; where several prefixes were read, autograd adds the
-    slices. Without gradients (no_grad, inference_mode, frozen layers) nothing is kept. Double backward,
-    checkpointing (around the Concat and all its writes) and autocast work.
+    Slots and prefixes are parts of the autograd graph. In the backward each slot receives its slice of a
+    prefix's gradient as a view; where several prefixes were read, autograd adds the slices. Without gradients
+    (no_grad, inference_mode, frozen layers) no graph is kept. Double backward works, and so do autocast and
+    checkpointing, the latter around the Concat and all its writes.
 
-    What runs on torch, a 7x7 convolution or a tensor that is not on the CPU, is computed and copied into its slot,
-    which a trace shows as `torch.copy_`. Inside torch.compile, function transforms (torch.func), forward-mode AD
-    and the tracers of torch.fx and torch.jit nothing is written in place: results are kept where they are, and
-    `prefix` is torch.cat, which a trace shows where it sees the call.
+    What runs on torch, a 7x7 convolution or a tensor that is not on the CPU, is computed and then copied into
+    its slot, which a trace shows as `torch.copy_`. Inside torch.compile, function transforms (torch.func),
+    forward-mode AD, torch.fx and torch.jit.trace nothing is written in place: results are kept as they are, and
+    `prefix` is `torch.cat`, which a trace shows where it sees the call.
 
-    In-place operations on these tensors are torch's: they count as changes of all slots and prefixes at once, so
-    that the backward of whatever had saved one raises; so does the backward of a prefix if a slot was changed
-    after it was read. On a prefix itself, torch refuses them while gradients are recorded.
+    In-place operations change the memory of slots and prefixes alike, and torch's version counter counts them
+    for all: the backward of whatever had saved one raises, and so does that of a prefix whose slots were
+    changed after it was read. On a prefix torch refuses them while gradients are recorded.
 
     Args:
         channels: of each slot, at least 1.
 
     Raises:
-        ValueError: channels; what is written does not fit the slot, or the dtype, device, batch and image of the
-            first write; `prefix` of no slot or of more than there are.
-        IndexError: no such slot.
+        ValueError: what is written does not fit the slot, or not the batch, image, dtype and device of the first
+            write; `prefix` of no slot or of more than there are; channels.
+        IndexError: there is no such slot.
         RuntimeError: a slot is written twice, or read before it is written.
 
     Determinism: values and gradients are those of torch.cat, bit for bit.
@@ -219,7 +221,7 @@ class Concat:
         taken = self._slots[:slots]
         missing = [index for index, slot in enumerate(taken) if slot is None]
         if missing:
-            raise RuntimeError(f"Concat: prefix({slots}): want its slots written, got slot {missing[0]} unwritten")
+            raise RuntimeError(f"Concat: prefix({slots}): want its slots written, slot {missing[0]} is not")
         reason = _not_in_place()
         if reason is None and all(self._inside[:slots]):
             if not unwatched(*taken):
@@ -239,24 +241,25 @@ class Concat:
     def _check(self, index: int, size, like) -> None:
         if self._slots[index] is not None:
             raise RuntimeError(
-                f"Concat: slot {index}: want one write, got a second (a Concat serves one forward: make a new one)"
+                f"Concat: slot {index}: want one write, got a second (make a new Concat in each forward)"
             )
-        n, h, w, origin = "N", "H", "W", ""
-        if self._first is not None:
-            first, origin = self._slots[self._first], f" as of slot {self._first}"
-            n, _, h, w = first.shape
-        if len(size) != 4 or size[1] != self.channels[index] or (origin and tuple(size) != (n, size[1], h, w)):
-            raise ValueError(
-                f"Concat: slot {index}: want [{n}, {self.channels[index]}, {h}, {w}]{origin}, got {list(size)}"
-            )
-        if origin and like.dtype != first.dtype:
-            raise ValueError(f"Concat: slot {index}: want dtype {first.dtype}{origin}, got {like.dtype}")
-        if origin and not backend.same_device(like, first):
-            raise ValueError(f"Concat: slot {index}: want device {first.device}{origin}, got {like.device}")
+        channels, got = self.channels[index], list(size)
+        if len(got) != 4 or got[1] != channels:
+            raise ValueError(f"Concat: slot {index}: want [N, {channels}, H, W], got {got}")
+        if self._first is None:
+            return
+        first, origin = self._slots[self._first], f"as of slot {self._first}"
+        n, _, h, w = first.shape
+        if got != [n, channels, h, w]:
+            raise ValueError(f"Concat: slot {index}: want {[n, channels, h, w]} {origin}, got {got}")
+        if like.dtype != first.dtype:
+            raise ValueError(f"Concat: slot {index}: want dtype {first.dtype} {origin}, got {like.dtype}")
+        if not backend.same_device(like, first):
+            raise ValueError(f"Concat: slot {index}: want device {first.device} {origin}, got {like.device}")
 
     def _keep(self, index: int, slot, inside: bool) -> None:
         self._slots[index], self._inside[index] = slot, inside
-        if self._first is None:
+        if self._first is None and isinstance(slot, torch.Tensor):
             self._first = index
 
     def _slices(self, index: int, size, like) -> tuple:
