@@ -1,7 +1,7 @@
 """Concatenation along the channels without a copy: convolutions write into slices of one buffer, and prefixes
-of it are read where they lie (asked for in pytorch#7983, #29378 and #70600; the concatenation of Pleiss et al.
-2017, "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3, is in shared memory too, but by
-a copy).
+of it are read where they lie (asked for in pytorch#7983, #29378 and #70600; the concatenation of Pleiss et
+al. 2017, "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990, section 3, is in shared memory
+too, but by a copy).
 
 The buffer has two aliases. Ops write through one with a version counter of its own, so that a further slot
 spoils nothing that autograd saved. Every tensor handed out is of the other and shares its counter, so that
@@ -33,8 +33,8 @@ def _not_in_place() -> str | None:
 
 
 class Into(Function):
-    """`function` of all arguments but the last with its first output in a slot, for autograd's tape alone; the
-    last argument is (function, fill, memory, handed_out), as `Slot.run` has them."""
+    """`function` of all arguments but the last with its first output in a slot, for autograd's tape alone.
+    The last argument is (function, fill, memory, handed_out), as `Slot.run` has them."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -151,10 +151,10 @@ class Concat:
         concat.put(1, upsampled)        # [N, 32, H, W]: anything else is copied
         y = next_conv(concat.read())    # [N, 96, H, W] in, no copy
 
-    The first write fixes N, H, W, dtype and device and allocates the buffer, channels_last whatever the inputs
-    are. Slots are written once each, in any order. `prefix(k)`, the concatenation of the first k slots, can be
-    read as soon as they are written and as often as wanted. One Concat serves one forward: make a new one in
-    each.
+    The first write fixes N, H, W, dtype and device and allocates the buffer, channels_last whatever the
+    inputs are. Slots are written once each, in any order. `prefix(k)`, the concatenation of the first k
+    slots, can be read as soon as they are written and as often as wanted. One Concat serves one forward: make
+    a new one in each.
 
     Slots and prefixes are parts of the autograd graph. In the backward each slot receives its slice of a
     prefix's gradient as a view; where several prefixes were read, autograd adds the slices. Without gradients
@@ -163,8 +163,8 @@ class Concat:
 
     What runs on torch, a 7x7 convolution or a tensor that is not on the CPU, is computed and then copied into
     its slot, which a trace shows as `torch.copy_`. Inside torch.compile, function transforms (torch.func),
-    forward-mode AD, torch.fx and torch.jit.trace nothing is written in place: results are kept as they are, and
-    `prefix` is `torch.cat`, which a trace shows where it sees the call.
+    forward-mode AD, torch.fx and torch.jit.trace nothing is written in place: results are kept as they are,
+    and `prefix` is `torch.cat`, which a trace shows where it sees the call.
 
     In-place operations change the memory of slots and prefixes alike, and torch's version counter counts them
     for all: the backward of whatever had saved one raises, and so does that of a prefix whose slots were
@@ -174,12 +174,13 @@ class Concat:
         channels: of each slot, at least 1.
 
     Raises:
-        ValueError: what is written does not fit the slot, or not the batch, image, dtype and device of the first
-            write; `prefix` of no slot or of more than there are; channels.
+        ValueError: what is written does not fit the slot, or not the batch, image, dtype and device of the
+            first write; `prefix` of no slot or of more than there are; channels.
         IndexError: there is no such slot.
         RuntimeError: a slot is written twice, or read before it is written.
 
-    Determinism: values and gradients are those of torch.cat, bit for bit.
+    Determinism: on the kernels values and gradients are those of torch.cat, bit for bit; torch's own operators
+    may round otherwise where the memory format is another.
     """
 
     def __init__(self, *channels: int):
