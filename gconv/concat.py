@@ -32,7 +32,7 @@ def _not_in_place() -> str | None:
     return "torch.jit.trace" if torch.jit.is_tracing() else None
 
 
-class Into(Function):
+class ConcatSlot(Function):
     """`function` of all arguments but the last with its first output in a slot, for autograd's tape alone.
     The last argument is (function, fill, memory, handed_out), as `Slot.run` has them."""
 
@@ -50,7 +50,7 @@ class Into(Function):
 
 
 class _Copy(Function):
-    """What `Into` needs to know of a copy."""
+    """What `ConcatSlot` needs to know of a copy."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -66,7 +66,7 @@ def _copy(memory, x) -> tuple:
     return ()
 
 
-class Join(Function):
+class ConcatPrefix(Function):
     """The prefix of `buffer` in which `slots` lie; the gradient of each is a view."""
 
     @staticmethod
@@ -83,8 +83,8 @@ class Join(Function):
         return None, *[dslot if want else None for want, dslot in slices]
 
 
-_into_apply = applier(Into)
-_join_apply = applier(Join)
+_slot_apply = applier(ConcatSlot)
+_prefix_apply = applier(ConcatPrefix)
 
 
 class Slot:
@@ -105,7 +105,7 @@ class Slot:
         if unwatched(*[arg for arg in args if isinstance(arg, torch.Tensor)]):
             outputs = handed_out, *fill(memory, *args)
         else:
-            outputs = _into_apply(*args, (function, fill, memory, handed_out))
+            outputs = _slot_apply(*args, (function, fill, memory, handed_out))
         concat._keep(index, outputs[0], True)
         return outputs
 
@@ -167,8 +167,8 @@ class Concat:
     and `prefix` is `torch.cat`, which a trace shows where it sees the call.
 
     In-place operations change the memory of slots and prefixes alike, and torch's version counter counts them
-    for all: the backward of whatever had saved one raises, and so does that of a prefix whose slots were
-    changed after it was read. On a prefix torch refuses them while gradients are recorded.
+    for all: the backward of whatever had saved one raises, and so does that of a prefix that was read before.
+    On a prefix torch refuses them while gradients are recorded.
 
     Args:
         channels: of each slot, at least 1.
@@ -179,8 +179,7 @@ class Concat:
         IndexError: there is no such slot.
         RuntimeError: a slot is written twice, or read before it is written.
 
-    Determinism: on the kernels values and gradients are those of torch.cat, bit for bit; torch's own operators
-    may round otherwise where the memory format is another.
+    Determinism: the kernels return the bits that they return for the result of torch.cat.
     """
 
     def __init__(self, *channels: int):
@@ -226,7 +225,7 @@ class Concat:
         reason = _not_in_place()
         if reason is None and all(self._inside[:slots]):
             if not unwatched(*taken):
-                return _join_apply(self._buffer, *taken)
+                return _prefix_apply(self._buffer, *taken)
             with torch.no_grad():
                 return self._buffer.narrow(1, 0, self._ends[slots - 1])
         joined = torch.cat(taken, 1)

@@ -211,51 +211,40 @@ def test_data_parallel_threads_share_nothing():
 
 
 class Log(TorchDispatchMode):
-    """The ops that ran and the storages they made, by size."""
+    """The ops with results of at least `least` elements, and the sizes of these results' storages."""
 
-    def __init__(self):
+    def __init__(self, least=0):
         super().__init__()
-        self.names, self.storages, self.keep = [], {}, []
+        self.least, self.names, self.storages, self.keep = least, [], {}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.names.append(func.overloadpacket.__name__)
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.keep.append(value)
+            if isinstance(value, torch.Tensor) and value.numel() >= self.least:
+                self.names.append(func.overloadpacket.__name__)
+                self.keep.append(value)  # no memory is used twice
                 self.storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return result
 
 
-def copies_of(model, x, size):
-    """How many storages of `size` bytes a training step's forward makes, and the names of its ops and of the
-    backward's."""
-    with Log() as forward:
-        y = model(x)
-    with Log() as backward:
-        y.sum().backward()
-    return sum(nbytes == size for nbytes in forward.storages.values()), forward.names, backward.names
-
-
-def test_a_dense_block_holds_one_buffer():
-    one, other = twins(Dense)
-    x = image()
-    channels = sum(one.channels)
-    bytes_of = 4 * x.shape[0] * x.shape[2] * x.shape[3]
-    count, forward, backward = copies_of(one, x, channels * bytes_of)
-    count_of_cat, forward_of_cat, _ = copies_of(other, x, channels * bytes_of)
-    assert count == count_of_cat == 1  # Concat's is the buffer, the other the last of the copies
-    # A prefix of the smaller sizes exists as a copy for cat alone.
-    widths = {sum(one.channels[:i]) * bytes_of for i in range(2, len(one.channels))}
-    with Log() as log, torch.no_grad():
-        one(x)
-    assert not widths & set(log.storages.values())
-    with Log() as log, torch.no_grad():
-        other(x)
-    assert widths <= set(log.storages.values())
-    assert "cat" not in forward and forward_of_cat.count("cat") == len(one.channels)
-    for copying in ("copy_", "clone", "_to_copy", "contiguous", "cat"):
-        assert copying not in forward and copying not in backward, copying
+def test_a_dense_block_copies_nothing():
+    x = image().to(memory_format=torch.channels_last)
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    slot = 4 * pixels  # larger than any parameter
+    copying = {"copy_", "clone", "_to_copy", "contiguous", "cat"}
+    for model, with_cat in zip(twins(Dense), (False, True)):
+        with Log(slot) as forward:
+            y = model(x)
+        dy = torch.randn_like(y)
+        with Log(slot) as backward:
+            y.backward(dy)
+        assert ("cat" in forward.names) == with_cat and "add" in backward.names
+        if not with_cat:
+            assert not copying & set(forward.names) and not copying & set(backward.names)
+        widths = [sum(model.channels[:i]) for i in range(2, len(model.channels) + 1)]
+        sizes = list(forward.storages.values())
+        found = [width for width in widths if 4 * width * pixels in sizes]
+        assert found == (widths if with_cat else widths[-1:])
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -296,13 +285,12 @@ def test_less_is_kept_for_the_backward():
         return sum(storages.values())
 
     x = image()
-    one, other = twins(UNet)
     pixels = 4 * x.shape[0] * x.shape[2] * x.shape[3]
-    # max_pool2d keeps its input in one piece: the copy of a slot is as large as what torch.cat keeps twice.
-    assert kept(one) <= kept(other)
+    one, other = twins(UNet)
+    assert kept(other) - kept(one) == one.base * pixels + 2 * one.base * pixels // 4
     one, other = twins(Dense)
-    nested = sum(sum(one.channels[:i]) for i in range(2, len(one.channels)))
-    assert kept(one) <= kept(other) - nested * pixels
+    copies = sum(sum(one.channels[:i]) for i in range(1, len(one.channels)))
+    assert kept(other) - kept(one) == (copies - sum(one.channels)) * pixels
 
 
 # ----------------------------------------------------------------------------------------- every way to write
@@ -432,7 +420,7 @@ def test_gradients_of_several_readers_add_up():
         loss = (first * 3).sum() + concat.prefix(2).square().sum() + concat.read().cos().sum() + slot.sum()
         loss.backward()
         results.append(x.grad)
-    assert torch.equal(*results)
+    assert torch.allclose(*results, rtol=1e-12)
 
 
 def test_a_slot_nobody_reads_and_parts_without_gradient():
@@ -490,7 +478,8 @@ def test_double_backward_on_the_kernels(training):
 # ---------------------------------------------------------------------------------------- in-place operations
 
 
-COUNTER = "modified by an inplace operation"
+# What torch says of a saved tensor that has another version now; the second of a saved prefix.
+COUNTER = "modified by an inplace operation|another view of its base has been modified inplace"
 
 
 def saved():
@@ -658,7 +647,7 @@ def test_forward_mode():
         return concat.read()
 
     x, tangent = image(), image(seed=4)
-    y, dy = torch.func.jvp(function, (x,), (tangent,))
+    _, dy = torch.func.jvp(function, (x,), (tangent,))
     assert torch.equal(dy, torch.cat((x.cos() * tangent, 2 * tangent), 1))
     with forward_ad.dual_level():
         dy = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
