@@ -523,8 +523,7 @@ def _run(x, layers, end, memory):
 def not_shared(reason, x) -> None:
     """Says in a trace that a dense block runs as plain modules. No fallback: each of them decides for
     itself."""
-    decision = backend.Decision("torch", "modules", f"called one by one: {reason}")
-    backend.record(decision, "dense_block", x)
+    backend.record(backend.one_by_one(reason), "dense_block", x)
 
 
 def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
