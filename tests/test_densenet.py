@@ -12,7 +12,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from model_checks import assert_as_good, lively, pair, seeded, training_step
+from fused_checks import FrozenBatchNorm2d
+from model_checks import assert_as_good, assert_same_to_the_bit, lively, pair, seeded, training_step
 from torch import nn
 from torchvision_models import names_and_shapes, require_torchvision
 
@@ -93,20 +94,7 @@ def test_stock_form_is_torchvisions_to_the_bit(form, drop_rate):
     theirs = require_torchvision().models.DenseNet
     want = seeded(theirs, drop_rate=drop_rate, **TINY)
     actual, fused = (seeded(models.DenseNet, drop_rate=drop_rate, **TINY, **kwargs) for kwargs in (form, {}))
-    state = want.state_dict()
-    for model in (actual, fused):
-        assert list(model.state_dict()) == list(state)
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor, state[key]), f"{key}: initial values differ"
-    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 5])
-    step, step_of_torchvision = (
-        seeded(training_step, 7, model=m, images=images, labels=labels) for m in (actual, want)
-    )
-    assert list(step) == list(step_of_torchvision)
-    for key, tensor in step_of_torchvision.items():
-        assert torch.equal(step[key], tensor), key
-    with torch.no_grad():
-        assert torch.equal(actual.eval()(images), want.eval()(images))
+    assert_same_to_the_bit(actual, fused, want)
 
 
 # -------------------------------------------------------------------- fused against stock
@@ -494,21 +482,6 @@ def test_frozen_and_synchronised_norms():
         same_values(synced, stock.eval(), images)
     same_values(frozen.train(), stock, images)
     assert torch.equal(frozen.features.norm5.running_var, stock.features.norm5.running_var)
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """torchvision's and detectron2's: an affine by buffers, in train mode too."""
-
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x):
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
 
 
 def test_fx_graph_has_torchvisions_nodes():
