@@ -312,6 +312,12 @@ def fall_back(op: str, reason: str) -> Decision:
     return Decision("torch", _torch_kernel(op), reason, True)
 
 
+def one_by_one(reason: str) -> Decision:
+    """The decision for modules that have to be called as they are instead of fused, and why: no fallback, for
+    that is what their owner asked for."""
+    return Decision("torch", "modules", f"called one by one: {reason}")
+
+
 # ------------------------------------------------------------------------------------------------- the record
 
 

@@ -394,6 +394,21 @@ def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, res
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def watched(module: nn.Module) -> str | None:
+    """What calling the module does beyond what its class says, or None."""
+    attributes = module.__dict__
+    if any(map(attributes.get, _HOOKS)):
+        return "has hooks"
+    return "its forward is replaced" if "forward" in attributes else None
+
+
+def not_plain_relu(module) -> str | None:
+    """Why `module` is no bare nn.ReLU that a fused call may stand for, or None."""
+    if type(module) is not nn.ReLU:
+        return f"want ReLU, got {type(module).__name__}"
+    return watched(module)
+
+
 def not_fusable(conv, bn) -> str | None:
     """Why the modules must be called as they are, or None."""
     if type(bn) is not nn.BatchNorm2d and not is_frozen(bn):
@@ -401,11 +416,9 @@ def not_fusable(conv, bn) -> str | None:
     if type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
         return f"conv: want Conv2d, got {type(conv).__name__}"
     for name, child in (("conv", conv), ("bn", bn)):
-        attributes = child.__dict__
-        if any(map(attributes.get, _HOOKS)):
-            return f"{name}: has hooks"
-        if "forward" in attributes:
-            return f"{name}: its forward is replaced"
+        reason = watched(child)
+        if reason is not None:
+            return f"{name}: {reason}"
     return None
 
 
@@ -435,9 +448,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         reason = not_fusable(conv, bn)
         if reason is not None:
             z = tail(bn(conv(x)), residual, relu)
-            backend.record(
-                backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z
-            )
+            backend.record(backend.one_by_one(reason), "conv_bn_relu", x, z)
             return z
         padding = conv.padding
         if conv.padding_mode != "zeros":

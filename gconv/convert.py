@@ -20,7 +20,7 @@ from torch import nn
 
 from gconv import backend
 from gconv.bottleneck import fuse_bottleneck_forward, not_chained
-from gconv.conv_bn_relu import fuse_modules_forward
+from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.layers import Conv2d, ConvBNReLU
 
 # ----------------------------------------------------------------------------------------- the blocks we know
@@ -189,18 +189,9 @@ def _block_of(cls: type) -> Block | None:
 # --------------------------------------------------------------------------------------------- fused forwards
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _is_plain_relu(module) -> bool:
     """True for an nn.ReLU that nobody watches: a hook on it must fire."""
-    return type(module) is nn.ReLU and not _has_hooks(module)
+    return not_plain_relu(module) is None
 
 
 def _present(owner: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -249,7 +240,7 @@ def _chain_reason(block: nn.Module) -> str | None:
 
 def _projection(downsample: nn.Module | None) -> tuple | None:
     """(conv, bn) of a converted shortcut that is nothing else and that nobody watches, or None."""
-    if not isinstance(downsample, _FusedSequential) or len(downsample) != 2 or _has_hooks(downsample):
+    if not isinstance(downsample, _FusedSequential) or len(downsample) != 2 or watched(downsample):
         return None
     (conv_name, conv), (_, bn) = downsample._modules.items()
     return (conv, bn) if conv_name in downsample._gconv_fused else None
@@ -451,10 +442,11 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def _runs_fused_itself(module: nn.Module) -> bool:
-    """True for ConvBNReLU and for the models and blocks of gconv.models, unless those were asked to be
-    stock."""
-    ours = isinstance(module, ConvBNReLU) or type(module).__module__.startswith("gconv.models.")
-    return ours and not getattr(module, "stock", False)
+    """True for ConvBNReLU and for the models and blocks of gconv.models and gconv.dense_layers, unless those
+    were asked to be stock or naive."""
+    ours = type(module).__module__.startswith(("gconv.models.", "gconv.dense_layers"))
+    stock = getattr(module, "stock", False) or getattr(module, "memory", None) == "naive"
+    return isinstance(module, ConvBNReLU) or (ours and not stock)
 
 
 def _chained(module: nn.Module) -> list[nn.Conv2d]:
