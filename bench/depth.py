@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import entries, machine
+from . import entries, machine, records
 from .entries import Entry
 from .networks import CONTESTANTS, EAGER, Contestant, Job
 from .screen import Cell, Screen

@@ -118,9 +118,7 @@ def _note(entry: Entry, last: dict) -> str:
         entry.contestant.remark,
         "; ".join(entry.ready["fallbacks"]),
         # Of several precisions the fastest was taken: say what the others took.
-        ", ".join(f"{precision}: {1e3 * s:.0f} ms" for precision, s in seconds.items())
-        if len(seconds) > 1
-        else "",
+        ", ".join(f"{precision}: {1e3 * s:.0f} ms" for precision, s in seconds.items()),
         "" if last["finite"] else "the loss of the last step is not finite",
     ]
     return "; ".join(filter(None, parts))
@@ -249,9 +247,8 @@ def run(options: Options) -> Run:
         screen.step("roofs: copy and GEMM")
         measured = roofs.measure(DTYPES[options.dtype])
         modes = ",".join(options.modes)
-        exact = entries.start(
-            "the float64 reference", options.job(options.modes[0]), modes, folder, "--exact"
-        )
+        job, threads = options.job(options.modes[0]), torch.get_num_threads()
+        exact = entries.start("the float64 reference", job, modes, folder, threads, "--exact")
         try:
             entries.await_ready(exact, screen, "weights")
         finally:

@@ -27,7 +27,7 @@ from .allocations import allocations_of
 from .networks import CONTESTANTS, Job, Network
 from .workers import tell
 
-TRIES = 3  # calls of each of several precisions, of which the fastest decides
+TRIES = 3  # calls of each precision where there are several; the fastest decides
 
 
 def summary(network: Network) -> dict:
@@ -48,14 +48,14 @@ def summary(network: Network) -> dict:
 
 
 def fastest(contestant: networks.Contestant, job: Job, state: dict) -> tuple[Network, dict[str, float]]:
-    """The contestant in its fastest precision, and the seconds of a call in each."""
+    """The contestant in its fastest precision, and where it has several the seconds of a call in each."""
     best, seconds = None, {}
     precisions = contestant.precisions(job)
-    tries = TRIES if len(precisions) > 1 else 1
     for precision in precisions:
         tell(event="step", text=f"{precision}: first call")
         network = Network(contestant, job, precision, state)
-        seconds[precision] = float(timing.turn(network, 0, tries).ms.min()) / 1e3
+        if len(precisions) > 1:
+            seconds[precision] = float(timing.turn(network, 0, TRIES).ms.min()) / 1e3
         if best is None or seconds[precision] < seconds[best.precision]:
             best = network
         del network
