@@ -8,7 +8,7 @@ import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DTYPES, ISAS, assert_accurate, assert_exact, assert_same_bits, channel, place
+from checks import DTYPES, assert_accurate, assert_exact, assert_same_bits, channel, place
 from conv_cases import FWD_VARIANTS, STATS_VARIANTS, Case
 
 import gconv
@@ -52,7 +52,7 @@ def unwritten(shape, dtype):
 
 GROUPED = [
     Case(*width, 2, 9, 11, *rest)
-    for width in ((4, 4, 8), (8, 8, 3), (16, 16, 2), (64, 32, 1), (33, 17, 1), (5, 1, 1), (3, 2, 1), (7, 3, 1))
+    for width in ((4, 4, 8), (8, 8, 3), (64, 32, 1), (33, 17, 1), (5, 1, 1), (3, 2, 1), (7, 3, 1))
     for rest in (((1, 1),), ((2, 2), (1, 1), (1, 1)))
 ]  # fmt: skip
 POINTWISE = [
@@ -86,8 +86,8 @@ def into(ops, case, at):
 
 @pytest.mark.parametrize("case", GROUPED + POINTWISE, ids=str)
 @dtypes
-@kinds
-def test_forward_into_a_slice(isa, ops, case, dtype, kind):
+def test_forward_into_a_slice(isa, ops, case, dtype):
+    kind = checks.rotate(("integer", "normal"), str(case), str(dtype))
     at = checks.rotate(PLACES, str(case), str(dtype), kind)
     for name, variants in (("fwd", FWD_VARIANTS), ("fwd_stats", STATS_VARIANTS)):
         variant = checks.rotate(variants, str(case), str(dtype), kind, name)
@@ -96,8 +96,8 @@ def test_forward_into_a_slice(isa, ops, case, dtype, kind):
 
 @pytest.mark.parametrize("case", (*GROUPED[::3], *POINTWISE[::2]), ids=str)
 @dtypes
-@places
-def test_forward_into_a_slice_has_the_bits_of_the_plain_op(isa, ops, case, dtype, at):
+def test_forward_into_a_slice_has_the_bits_of_the_plain_op(isa, ops, case, dtype):
+    at = checks.rotate(PLACES, str(case), str(dtype), "bits")
     args = conv_cases.fwd_problem(case, dtype, "normal", "act")[0]
     y, mean, var = into(ops, case, at)["fwd_stats"](*args[:7])
     if case.kernel == 1:
@@ -198,16 +198,16 @@ def verify_added(got, exact, own, args, dtype, kind):
 
 
 @pytest.mark.parametrize("case", ADDED, ids=str)
-@pytest.mark.parametrize("variant", ["act", "finish_act"])
 @dtypes
 @kinds
-def test_gradient_added_to_a_slice(isa, ops, case, variant, dtype, kind):
+def test_gradient_added_to_a_slice(isa, ops, case, dtype, kind):
+    variant = checks.rotate(("act", "finish_act"), str(case), str(dtype), kind)
     args, exact, own, before = added_problem(case, dtype, kind, variant)
     at = checks.rotate(PLACES, str(case), variant, str(dtype), kind)
     got = run_added(ops, args, before, True, at)
     verify_added(got, exact, own, args, dtype, kind)
     dx, dweight, sums = got
-    g, plain_dweight, plain_sums = ops.pointwise_conv_bwd(*args, None, True, True, False)
+    _, plain_dweight, plain_sums = ops.pointwise_conv_bwd(*args, None, True, True, False)
     assert_same_bits(dweight, plain_dweight, "dweight")
     if dtype is torch.float32:
         assert_same_bits(sums, plain_sums, "sums")
@@ -227,10 +227,9 @@ def test_added_sums_are_of_what_was_not_rounded(isa, ops):
             continue
         args, (_, exact, magnitude), _, before = added_problem(ADDED[0], dtype, "normal", "act")
         _, _, sums = run_added(ops, args, before)
-        own = conv_cases.bwd_input_problem(ADDED[0], torch.float32, "normal", "act")[2][1]
-        assert not torch.equal(sums, ops.pointwise_conv_bwd(*args, None, True, False, False)[2])
-        error = ((sums - exact).abs() / magnitude).max().item()
-        assert error < 1e-5 and own, f"{dtype}: {error}"
+        rounded = ops.pointwise_conv_bwd(*args, None, True, False, False)[2]
+        error, of_rounded = (((s - exact).abs() / magnitude.clamp_min(1e-3)).max() for s in (sums, rounded))
+        assert error < 1e-5 < of_rounded, f"{dtype}: {error} and {of_rounded}"
 
 
 def test_added_gradients_accumulate(isa, ops):
@@ -328,9 +327,9 @@ def test_pool_and_its_backward(isa, ops, shape, dtype, kind):
 def test_pool_of_many_values_far_from_zero(isa, ops):
     """Sums over many squares keep what plain float32 would lose."""
     gen = checks.generator("pool of many")
-    x = place(torch.randn(2, 20, 130, 121, generator=gen) + 100, "channels_last")
-    act = torch.stack([torch.ones(20), torch.ones(20), torch.full((20,), 100.0), torch.ones(20)])
-    dy = torch.randn(2, 20, 65, 60, generator=gen) + 3
+    x = place(torch.randn(2, 5, 130, 121, generator=gen) + 100, "channels_last")
+    act = torch.stack([torch.ones(5), torch.ones(5), torch.full((5,), 100.0), torch.ones(5)])
+    dy = torch.randn(2, 5, 65, 60, generator=gen) + 3
     verify_pooled(run_pooled(ops, x, act, dy), x, act, dy, "normal")
 
 
@@ -395,10 +394,10 @@ def everything(ops, dtype, n):
 @dtypes
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, dtype):
     threads(2)
-    want = everything(ops, dtype, 3)
+    want = everything(ops, dtype, 2)
     for number in (2, 1, 3, 4):
         threads(number)
-        for name, got in everything(ops, dtype, 3).items():
+        for name, got in everything(ops, dtype, 2).items():
             assert_same_bits(got, want[name], f"{name} with {number} threads")
 
 
@@ -485,9 +484,8 @@ def test_refused_in_one_line(ops, name):
 
 
 def test_the_checks_notice(ops):
-    with pytest.raises(AssertionError, match="outside the slice"):
-        with slice_of(torch.zeros(2, 4, 3, 3)) as y:
-            y._base.permute(0, 3, 1, 2)[1, 0, 0, 0] = 1
+    with pytest.raises(AssertionError, match="outside the slice"), slice_of(torch.zeros(2, 4, 3, 3)) as y:
+        y._base.permute(0, 3, 1, 2)[1, 0, 0, 0] = 1
     case = ADDED[0]
     args, exact, own, before = added_problem(case, torch.float32, "normal", "act")
     dx, dweight, sums = run_added(ops, args, before)
