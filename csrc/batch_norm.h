@@ -6,6 +6,8 @@
 //   bwd_reduce  g = dz*mask; dbeta = sum g; dgamma = sum g*(x - mean)*rstd; and the table `finish` of
 //   bwd_apply   dx = A*g + B*(x - mean) + C
 //   bwd_finish  the same table from sums that somebody else took
+//   pool        y = mean of relu(a*x + b) over squares of 2x2; an odd last row or column is in none
+//   pool_bwd    g = dy/4 of the square, masked; dx = a*g; sum g, sum g*(x - mean)*rstd; and y again
 //   update_running  running <- (1 - momentum)*running + momentum*new, var unbiased
 //
 // mask is not(z <= 0) where the saved output z is given, else not(a*x + b <= 0) where the affine is, else 1;
@@ -115,6 +117,32 @@ struct BatchNormBwdApplyParams {
   Nhwc g;               // outgoing: masked dz, the gradient of the residual; data null: not wanted
 };
 
+struct BatchNormPoolParams {
+  BatchNormShape shape;  // of x
+  DType dtype;           // of x and y
+  Isa isa;
+  Nhwc x;               // incoming
+  const float* affine;  // incoming [2, C]: a, b
+  Nhwc y;               // outgoing, of the pooled shape
+
+  BatchNormShape pooled() const { return {shape.n, shape.h / 2, shape.w / 2, shape.c}; }
+};
+
+struct BatchNormPoolBwdParams {
+  BatchNormShape shape;  // of x and dx; h and w at least 2
+  DType dtype;           // of dy, x, dx and y
+  Isa isa;
+  Nhwc dy;           // incoming, of the pooled shape
+  Nhwc x;            // incoming
+  const float* act;  // incoming [4, C]: a, b, mean, rstd
+  Nhwc dx;           // outgoing: 0 in what is in no square
+  float* sums;       // outgoing [2, C]: sum g, sum g*(x - mean)*rstd, g in float32
+  Nhwc y;            // outgoing, of the pooled shape: the forward's; data null: not wanted
+  float* workspace;  // batch_norm_pool_bwd_workspace() floats
+
+  BatchNormShape pooled() const { return {shape.n, shape.h / 2, shape.w / 2, shape.c}; }
+};
+
 // A stage does the share `ith` of `nth` of its work; all shares of a stage must be done before the next
 // begins.
 int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p);
@@ -133,5 +161,11 @@ void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t 
 void batch_norm_bwd_finish_cpu(const BatchNormBwdFinishParams& p, int64_t ith, int64_t nth);
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth);
+
+void batch_norm_pool_cpu(const BatchNormPoolParams& p, int64_t ith, int64_t nth);
+
+int64_t batch_norm_pool_bwd_workspace(const BatchNormPoolBwdParams& p);
+void batch_norm_pool_bwd_cpu(const BatchNormPoolBwdParams& p, int64_t ith, int64_t nth);
+void batch_norm_pool_bwd_merge_cpu(const BatchNormPoolBwdParams& p, int64_t ith, int64_t nth);
 
 }  // namespace gconv

@@ -101,9 +101,10 @@ std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var
   return {rstd, affine};
 }
 
-Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
-                        const OptionalTensor& residual_affine, bool relu) {
-  const Activations a("batch_norm_apply", "x", x);
+namespace {
+
+void apply(const Activations& a, const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
+           const OptionalTensor& residual_affine, bool relu, const Tensor& y) {
   const Tensor input = channels_adjacent(x);
   const OptionalTensor more = a.readable("residual", residual);
   check(residual.has_value() || !residual_affine.has_value(), a.op,
@@ -117,10 +118,26 @@ Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTen
   p.residual = view_of(more);
   p.residual_affine = channel_floats(a.op, "residual_affine", residual_affine, a.table(2));
   p.relu = relu;
-  Tensor y = empty_channels_last(a.sizes(), x);
   p.y = writable_view_of(y);
   run_stage(batch_norm_apply_cpu, p, a.elements());
+}
+
+}  // namespace
+
+Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
+                        const OptionalTensor& residual_affine, bool relu) {
+  const Activations a("batch_norm_apply", "x", x);
+  const Tensor y = empty_channels_last(a.sizes(), x);
+  apply(a, x, affine, residual, residual_affine, relu, y);
   return y;
+}
+
+// y may be the residual, or x.
+void batch_norm_apply_into(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
+                           const OptionalTensor& residual_affine, bool relu, const Tensor& y) {
+  const Activations a("batch_norm_apply_into", "x", x);
+  check_output(a.op, "y", y, a.scalar_type, a.sizes());
+  apply(a, x, affine, residual, residual_affine, relu, y);
 }
 
 namespace {
@@ -244,6 +261,58 @@ std::tuple<Tensor, Tensor> batch_norm_bwd_apply(const Tensor& dz, const Tensor& 
   return {dx, g};
 }
 
+namespace {
+
+// x's activations, and the shape of what pooling by 2x2 makes of them.
+struct Pooled : Activations {
+  Shape pooled;
+
+  Pooled(const char* op_name, const Tensor& x)
+      : Activations(op_name, "x", x), pooled{shape.n, shape.c, shape.h / 2, shape.w / 2} {
+    check(shape.h >= 2 && shape.w >= 2, op, ": x: want an image of at least 2x2, got ", Described{x});
+  }
+};
+
+Tensor batch_norm_pool(const Tensor& x, const Tensor& affine) {
+  const Pooled a("batch_norm_pool", x);
+  const Tensor input = channels_adjacent(x), y = empty_channels_last(a.pooled, x);
+  const BatchNormPoolParams p{a.shape,
+                              a.dtype,
+                              isa_current(),
+                              gconv::view_of(input),
+                              channel_floats(a.op, "affine", affine, a.table(2)),
+                              writable_view_of(y)};
+  run_stage(batch_norm_pool_cpu, p, a.elements());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& act,
+                                               bool want_y, const Tensor& dx) {
+  const Pooled a("batch_norm_pool_bwd", x);
+  check_tensor(a.op, "dy", dy, a.scalar_type, a.pooled);
+  check_output(a.op, "dx", dx, a.scalar_type, a.sizes());
+  const Tensor gradient = channels_adjacent(dy), input = channels_adjacent(x);
+  Tensor sums = empty_floats(a.table(2), x);
+  Tensor y = want_y ? empty_channels_last(a.pooled, x) : empty({0}, a.scalar_type, x);
+  BatchNormPoolBwdParams p{};
+  p.shape = a.shape;
+  p.dtype = a.dtype;
+  p.isa = isa_current();
+  p.dy = gconv::view_of(gradient);
+  p.x = gconv::view_of(input);
+  p.act = channel_floats(a.op, "act", act, a.table(4));
+  p.dx = writable_view_of(dx);
+  p.sums = floats_of(sums);
+  if (want_y) p.y = writable_view_of(y);
+  const Tensor workspace = empty_floats({batch_norm_pool_bwd_workspace(p)}, x);
+  p.workspace = floats_of(workspace);
+  run_stage(batch_norm_pool_bwd_cpu, p, a.elements());
+  run_stage(batch_norm_pool_bwd_merge_cpu, p, workspace.numel());
+  return {sums, y};
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
   m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
   m.def(
@@ -257,6 +326,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu) "
       "-> Tensor");
   m.def(
+      "batch_norm_apply_into(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu, "
+      "Tensor(a!) y) -> ()");
+  m.def(
       "batch_norm_bwd_reduce(Tensor dz, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
       "Tensor? z, bool want_g) -> (Tensor dgamma, Tensor dbeta, Tensor finish, Tensor g)");
   m.def(
@@ -269,6 +341,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
   m.def(
       "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor finish, Tensor? z, bool want_g) "
       "-> (Tensor dx, Tensor g)");
+  m.def("batch_norm_pool(Tensor x, Tensor affine) -> Tensor");
+  m.def(
+      "batch_norm_pool_bwd(Tensor dy, Tensor x, Tensor act, bool want_y, Tensor(a!) dx) "
+      "-> (Tensor sums, Tensor y)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
@@ -276,10 +352,13 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("batch_norm_fold", TORCH_BOX(&batch_norm_fold));
   m.impl("batch_norm_update_running", TORCH_BOX(&batch_norm_update_running));
   m.impl("batch_norm_apply", TORCH_BOX(&batch_norm_apply));
+  m.impl("batch_norm_apply_into", TORCH_BOX(&batch_norm_apply_into));
   m.impl("batch_norm_bwd_reduce", TORCH_BOX(&batch_norm_bwd_reduce));
   m.impl("batch_norm_bwd_reduce_pair", TORCH_BOX(&batch_norm_bwd_reduce_pair));
   m.impl("batch_norm_bwd_finish", TORCH_BOX(&batch_norm_bwd_finish));
   m.impl("batch_norm_bwd_apply", TORCH_BOX(&batch_norm_bwd_apply));
+  m.impl("batch_norm_pool", TORCH_BOX(&batch_norm_pool));
+  m.impl("batch_norm_pool_bwd", TORCH_BOX(&batch_norm_pool_bwd));
 }
 
 }  // namespace gconv

@@ -33,6 +33,39 @@ inline Tensor activation(const char* op, const char* name, const Tensor& t, Scal
   return channels_adjacent(t);
 }
 
+// Where a forward writes, and what it does to its results on the way.
+template <typename Params>
+struct Output {
+  Params p{};
+  Tensor y, added, mean, var;
+
+  // In `into` where it is given, else in a tensor of its own.
+  void place(const char* op, const Tensor& x, const OptionalTensor& into) {
+    const auto& s = p.shape;
+    if (into.has_value()) check_output(op, "y", *into, x.scalar_type(), {s.n, s.k, s.oh, s.ow});
+    y = into.has_value() ? *into : empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
+    p.y = writable_view_of(y);
+  }
+  void epilogue(const char* op, const OptionalTensor& affine, const OptionalTensor& residual, bool relu) {
+    const auto& s = p.shape;
+    p.affine = channel_floats(op, "affine", affine, {2, s.k});
+    p.relu = relu;
+    if (!residual.has_value()) return;
+    added = activation(op, "residual", *residual, y.scalar_type(), {s.n, s.k, s.oh, s.ow});
+    p.residual = view_of(added);
+  }
+  // After the epilogue, which they exclude.
+  void statistics(const char* op, bool wanted) {
+    check(!wanted || (p.affine == nullptr && p.residual.data == nullptr && !p.relu), op,
+          ": want_stats: want none of affine, residual and relu with it");
+    const Shape shape{wanted ? p.shape.k : 0};
+    mean = empty_floats(shape, y), var = empty_floats(shape, y);
+    if (!wanted) return;
+    p.mean = floats_of(mean);
+    p.var = floats_of(var);
+  }
+};
+
 // What a gradient starts from; y and finish come together.
 struct OutputGradient {
   const Tensor& dy;

@@ -66,12 +66,11 @@ void choose_kernels(const char* op, const char* name, const Tensor& t, Params& p
 }
 
 // Tensors the params point into; they must outlive the stages.
-struct Forward {
-  GroupedConvFwdParams p{};
-  Tensor x, weight, y, workspace;
+struct Forward : Output<GroupedConvFwdParams> {
+  Tensor x, weight, workspace;
 
   Forward(const char* op, const Tensor& input, const Tensor& filters, const Geometry& geometry,
-          const OptionalTensor& act)
+          const OptionalTensor& act, const OptionalTensor& into)
       : x(input), weight(filters) {
     choose_kernels(op, "x", x, p);
     p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(op, "weight", weight));
@@ -79,12 +78,11 @@ struct Forward {
     check_tensor(op, "weight", weight, x.scalar_type(), shape_of(op, "weight", weight));
     x = channels_adjacent(x);
     weight = dense_weight(weight);
-    y = empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
     p.x = view_of(x);
     p.weight = weight.const_data_ptr();
     p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
     p.act = channel_floats(op, "act", act, {2, s.c});
-    p.y = writable_view_of(y);
+    place(op, x, into);
   }
 
   void run() {
@@ -102,17 +100,23 @@ Tensor grouped_conv_fwd(const Tensor& x, const Tensor& weight, const Ints& strid
                         const Ints& dilation, int64_t groups, const OptionalTensor& act,
                         const OptionalTensor& affine, const OptionalTensor& residual, bool relu) {
   const char* op = "grouped_conv_fwd";
-  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
-  const GroupedConvShape& s = f.p.shape;
-  f.p.affine = channel_floats(op, "affine", affine, {2, s.k});
-  f.p.relu = relu;
-  Tensor added;
-  if (residual.has_value()) {
-    added = activation(op, "residual", *residual, f.x.scalar_type(), {s.n, s.k, s.oh, s.ow});
-    f.p.residual = view_of(added);
-  }
+  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act, std::nullopt);
+  f.epilogue(op, affine, residual, relu);
   f.run();
   return f.y;
+}
+
+std::tuple<Tensor, Tensor> grouped_conv_fwd_into(const Tensor& x, const Tensor& weight, const Ints& stride,
+                                                 const Ints& padding, const Ints& dilation, int64_t groups,
+                                                 const OptionalTensor& act, const OptionalTensor& affine,
+                                                 const OptionalTensor& residual, bool relu, bool want_stats,
+                                                 const Tensor& y) {
+  const char* op = "grouped_conv_fwd_into";
+  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act, y);
+  f.epilogue(op, affine, residual, relu);
+  f.statistics(op, want_stats);
+  f.run();
+  return {f.mean, f.var};
 }
 
 }  // namespace
@@ -122,12 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const
                                                           const Ints& dilation, int64_t groups,
                                                           const OptionalTensor& act) {
   const char* op = "grouped_conv_fwd_stats";
-  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act);
-  Tensor mean = empty_floats({f.p.shape.k}, f.x), var = empty_floats({f.p.shape.k}, f.x);
-  f.p.mean = floats_of(mean);
-  f.p.var = floats_of(var);
+  Forward f(op, x, weight, Geometry{op, stride, padding, dilation, groups}, act, std::nullopt);
+  f.statistics(op, true);
   f.run();
-  return {f.y, mean, var};
+  return {f.y, f.mean, f.var};
 }
 
 namespace {
@@ -271,6 +273,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "grouped_conv_fwd(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "SymInt groups, Tensor? act, Tensor? affine, Tensor? residual, bool relu) -> Tensor");
   m.def(
+      "grouped_conv_fwd_into(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups, Tensor? act, Tensor? affine, Tensor? residual, bool relu, bool want_stats, "
+      "Tensor(a!) y) -> (Tensor mean, Tensor var)");
+  m.def(
       "grouped_conv_fwd_stats(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
       "SymInt groups, Tensor? act) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
@@ -289,6 +295,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("grouped_conv_fwd", TORCH_BOX(&gconv::grouped_conv_fwd));
+  m.impl("grouped_conv_fwd_into", TORCH_BOX(&gconv::grouped_conv_fwd_into));
   m.impl("grouped_conv_fwd_stats", TORCH_BOX(&gconv::grouped_conv_fwd_stats));
   m.impl("grouped_conv_bwd_input", TORCH_BOX(&gconv::grouped_conv_bwd_input));
   m.impl("grouped_conv_bwd_weight", TORCH_BOX(&gconv::grouped_conv_bwd_weight));

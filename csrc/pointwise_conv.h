@@ -2,12 +2,13 @@
 //
 //   forward  y = w . act(x) at every pixel taken; y = relu?(c*y + d [+ residual]), or batch statistics of
 //            y as stored
-//   bwd      dx = w' . finish(dy) [+ residual]; with act: dx masked by the ReLU, and its two sums
+//   bwd      dx = w' . finish(dy) [+ residual]; with act: dx masked by the ReLU, and its two sums; with add:
+//            a times it on top of what dx holds
 //            dw = sum over pixels of finish(dy) (x) act(x)
 //
-// Of a stride's pixels the first is taken; dx is 0 (or the residual) at the others. Activations may be slices
-// of wider buffers. Work is cut by shape alone and partial results are merged in a fixed order, so every
-// result is bit-identical from run to run and for any number of threads.
+// Of a stride's pixels the first is taken; dx is 0 (or the residual, or left alone by add) at the others.
+// Activations may be slices of wider buffers. Work is cut by shape alone and partial results are merged in a
+// fixed order, so every result is bit-identical from run to run and for any number of threads.
 #pragma once
 #include "cpu/isa.h"
 #include "tensor.h"
@@ -49,6 +50,7 @@ struct PointwiseConvBwdParams {
   const void* weight;   // incoming [K, C], read for dx
   Nhwc residual;        // incoming, added to dx, without act only; data null: none
   Nhwc dx;              // outgoing [N, C, H, W]; data null: not wanted
+  bool add;             // with act: dx += a*g for the masked gradient g, the sums being those of g in float32
   float* sums;          // outgoing [2, C] with act and dx: sum dx, sum dx*(x - mean)*rstd
   void* dweight;        // outgoing [K, C]; null: not wanted
   float* workspace;     // pointwise_conv_bwd_workspace() floats, 64-byte aligned

@@ -31,23 +31,20 @@ int64_t work_of(const PointwiseConvShape& s) {
 }
 
 // Tensors the params point into; they must outlive the stages.
-struct Forward {
-  PointwiseConvFwdParams p{};
-  Tensor x, weight, y, workspace;
+struct Forward : Output<PointwiseConvFwdParams> {
+  Tensor x, weight, workspace;
 
   Forward(const char* op, const Tensor& input, const Tensor& filters, const Ints& stride,
-          const OptionalTensor& act) {
+          const OptionalTensor& act, const OptionalTensor& into) {
     p.dtype = activation_dtype(op, "x", input);
     p.isa = isa_current();
     p.shape = conv_shape(op, input, filters, stride);
-    const PointwiseConvShape& s = p.shape;
     x = channels_adjacent(input);
     weight = dense_weight(filters);
-    y = empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
     p.x = view_of(x);
     p.weight = weight.const_data_ptr();
-    p.act = channel_floats(op, "act", act, {2, s.c});
-    p.y = writable_view_of(y);
+    p.act = channel_floats(op, "act", act, {2, p.shape.c});
+    place(op, x, into);
   }
 
   void run() {
@@ -61,33 +58,89 @@ struct Forward {
   }
 };
 
+// The gradients of one call; what they point into must outlive the stages.
+struct Backward : Gradient<PointwiseConvBwdParams> {
+  const char* op;
+  Tensor x, weight, residual, dx, dweight, sums;
+
+  Backward(const char* name, const OutputGradient& from, const Tensor& input, const Tensor& filters,
+           const Ints& stride, const OptionalTensor& act)
+      : op(name), x(input), weight(filters) {
+    p.dtype = activation_dtype(op, "x", x);
+    p.isa = isa_current();
+    p.shape = conv_shape(op, x, weight, stride);
+    const ScalarType type = x.scalar_type();
+    take(op, from, type);
+    p.act = channel_floats(op, "act", act, {4, p.shape.c});
+    dx = empty({0}, type, x), dweight = empty({0}, type, x), sums = empty_floats({0}, x);
+  }
+  Shape input_size() const { return {p.shape.n, p.shape.c, p.shape.h, p.shape.w}; }
+
+  void to_input(const Tensor& to) {
+    dx = to;
+    p.dx = writable_view_of(dx);
+    weight = dense_weight(weight);
+    p.weight = weight.const_data_ptr();
+    if (p.act == nullptr) return;
+    read_input();
+    sums = empty_floats({2, p.shape.c}, x);
+    p.sums = floats_of(sums);
+  }
+  void to_weight(bool channels_last) {
+    read_input();
+    const Shape size{p.shape.k, p.shape.c, 1, 1};
+    dweight = torch::stable::empty({size.size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    p.dweight = dweight.mutable_data_ptr();
+  }
+  void run(bool want_dx, bool want_dweight) {
+    const PointwiseConvShape& s = p.shape;
+    if (!want_dx && !want_dweight) return;
+    workspace = empty_floats({pointwise_conv_bwd_workspace(p)}, x);
+    p.workspace = floats_of(workspace);
+    if (p.dx.data != nullptr) run_stage(pointwise_conv_bwd_pack_cpu, p, s.c * s.k);  // null: no images
+    run_stage(pointwise_conv_bwd_cpu, p, (want_dx + want_dweight) * work_of(s));
+    run_stage(pointwise_conv_bwd_merge_cpu, p, s.c * s.k);
+  }
+
+ private:
+  void read_input() {
+    x = channels_adjacent(x);
+    p.x = view_of(x);
+  }
+};
+
 }  // namespace
 
 Tensor pointwise_conv_fwd(const Tensor& x, const Tensor& weight, const Ints& stride,
                           const OptionalTensor& act, const OptionalTensor& affine,
                           const OptionalTensor& residual, bool relu) {
   const char* op = "pointwise_conv_fwd";
-  Forward f(op, x, weight, stride, act);
-  const PointwiseConvShape& s = f.p.shape;
-  f.p.affine = channel_floats(op, "affine", affine, {2, s.k});
-  f.p.relu = relu;
-  Tensor added;
-  if (residual.has_value()) {
-    added = activation(op, "residual", *residual, x.scalar_type(), {s.n, s.k, s.oh, s.ow});
-    f.p.residual = view_of(added);
-  }
+  Forward f(op, x, weight, stride, act, std::nullopt);
+  f.epilogue(op, affine, residual, relu);
   f.run();
   return f.y;
 }
 
+std::tuple<Tensor, Tensor> pointwise_conv_fwd_into(const Tensor& x, const Tensor& weight, const Ints& stride,
+                                                   const OptionalTensor& act, const OptionalTensor& affine,
+                                                   const OptionalTensor& residual, bool relu, bool want_stats,
+                                                   const Tensor& y) {
+  const char* op = "pointwise_conv_fwd_into";
+  Forward f(op, x, weight, stride, act, y);
+  f.epilogue(op, affine, residual, relu);
+  f.statistics(op, want_stats);
+  f.run();
+  return {f.mean, f.var};
+}
+
 std::tuple<Tensor, Tensor, Tensor> pointwise_conv_fwd_stats(const Tensor& x, const Tensor& weight,
                                                             const Ints& stride, const OptionalTensor& act) {
-  Forward f("pointwise_conv_fwd_stats", x, weight, stride, act);
-  Tensor mean = empty_floats({f.p.shape.k}, f.x), var = empty_floats({f.p.shape.k}, f.x);
-  f.p.mean = floats_of(mean);
-  f.p.var = floats_of(var);
+  const char* op = "pointwise_conv_fwd_stats";
+  Forward f(op, x, weight, stride, act, std::nullopt);
+  f.statistics(op, true);
   f.run();
-  return {f.y, mean, var};
+  return {f.y, f.mean, f.var};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pointwise_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
@@ -96,49 +149,29 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv_bwd(const Tensor& dy, const Te
                                                       const OptionalTensor& residual, bool want_dx,
                                                       bool want_dweight, bool channels_last) {
   const char* op = "pointwise_conv_bwd";
-  Gradient<PointwiseConvBwdParams> g;
-  PointwiseConvBwdParams& p = g.p;
-  p.dtype = activation_dtype(op, "x", x);
-  p.isa = isa_current();
-  p.shape = conv_shape(op, x, weight, stride);
-  const PointwiseConvShape& s = p.shape;
-  const ScalarType type = x.scalar_type();
-  const Shape input{s.n, s.c, s.h, s.w};
-  g.take(op, {dy, y, finish}, type);
+  Backward b(op, {dy, y, finish}, x, weight, stride, act);
   check(!act.has_value() || !residual.has_value(), op, ": residual: want none together with act");
-  p.act = channel_floats(op, "act", act, {4, s.c});
-  Tensor dx = empty({0}, type, x), dweight = empty({0}, type, x), sums = empty_floats({0}, x);
-  Tensor source = x, filters, added;
-  if (want_dweight || (want_dx && act.has_value())) {
-    source = channels_adjacent(x);
-    p.x = view_of(source);
-  }
-  if (residual.has_value()) added = activation(op, "residual", *residual, type, input);
-  if (want_dx) {
-    filters = dense_weight(weight);
-    p.weight = filters.const_data_ptr();
-    dx = empty_channels_last(input, x);
-    p.dx = writable_view_of(dx);
-    if (residual.has_value()) p.residual = view_of(added);
-    if (act.has_value()) {
-      sums = empty_floats({2, s.c}, x);
-      p.sums = floats_of(sums);
-    }
-  }
-  if (want_dweight) {
-    const Shape size{s.k, s.c, 1, 1};
-    dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
-                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-    p.dweight = dweight.mutable_data_ptr();
-  }
-  g.workspace = empty_floats({pointwise_conv_bwd_workspace(p)}, x);
-  p.workspace = floats_of(g.workspace);
-  if (p.dx.data != nullptr) run_stage(pointwise_conv_bwd_pack_cpu, p, s.c * s.k);  // null: no images
-  if (want_dx || want_dweight) {
-    run_stage(pointwise_conv_bwd_cpu, p, (want_dx + want_dweight) * work_of(s));
-    run_stage(pointwise_conv_bwd_merge_cpu, p, s.c * s.k);
-  }
-  return {dx, dweight, sums};
+  if (residual.has_value())
+    b.residual = activation(op, "residual", *residual, x.scalar_type(), b.input_size());
+  if (want_dx) b.to_input(empty_channels_last(b.input_size(), x));
+  if (want_dx && residual.has_value()) b.p.residual = view_of(b.residual);
+  if (want_dweight) b.to_weight(channels_last);
+  b.run(want_dx, want_dweight);
+  return {b.dx, b.dweight, b.sums};
+}
+
+std::tuple<Tensor, Tensor> pointwise_conv_bwd_add(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                  const Ints& stride, const OptionalTensor& y,
+                                                  const OptionalTensor& finish, const Tensor& act,
+                                                  const Tensor& dx, bool want_dweight, bool channels_last) {
+  const char* op = "pointwise_conv_bwd_add";
+  Backward b(op, {dy, y, finish}, x, weight, stride, act);
+  check_output(op, "dx", dx, x.scalar_type(), b.input_size());
+  b.p.add = true;
+  b.to_input(dx);
+  if (want_dweight) b.to_weight(channels_last);
+  b.run(true, want_dweight);
+  return {b.dweight, b.sums};
 }
 
 }  // namespace gconv
@@ -148,16 +181,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
       "pointwise_conv_fwd(Tensor x, Tensor weight, SymInt[] stride, Tensor? act, Tensor? affine, "
       "Tensor? residual, bool relu) -> Tensor");
   m.def(
+      "pointwise_conv_fwd_into(Tensor x, Tensor weight, SymInt[] stride, Tensor? act, Tensor? affine, "
+      "Tensor? residual, bool relu, bool want_stats, Tensor(a!) y) -> (Tensor mean, Tensor var)");
+  m.def(
       "pointwise_conv_fwd_stats(Tensor x, Tensor weight, SymInt[] stride, Tensor? act) "
       "-> (Tensor y, Tensor mean, Tensor var)");
   m.def(
       "pointwise_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, Tensor? y, Tensor? finish, "
       "Tensor? act, Tensor? residual, bool want_dx, bool want_dweight, bool channels_last) "
       "-> (Tensor dx, Tensor dweight, Tensor sums)");
+  m.def(
+      "pointwise_conv_bwd_add(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, Tensor? y, "
+      "Tensor? finish, Tensor act, Tensor(a!) dx, bool want_dweight, bool channels_last) "
+      "-> (Tensor dweight, Tensor sums)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("pointwise_conv_fwd", TORCH_BOX(&gconv::pointwise_conv_fwd));
+  m.impl("pointwise_conv_fwd_into", TORCH_BOX(&gconv::pointwise_conv_fwd_into));
   m.impl("pointwise_conv_fwd_stats", TORCH_BOX(&gconv::pointwise_conv_fwd_stats));
   m.impl("pointwise_conv_bwd", TORCH_BOX(&gconv::pointwise_conv_bwd));
+  m.impl("pointwise_conv_bwd_add", TORCH_BOX(&gconv::pointwise_conv_bwd_add));
 }

@@ -121,6 +121,18 @@ inline Nhwc writable_view_of(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(2), x.stride(3)};
 }
 
+// A tensor that an op writes to: as it is, or not at all.
+inline void check_output(const char* op, const char* name, const Tensor& t, ScalarType type,
+                         const Shape& shape) {
+  check_tensor(op, name, t, type, shape);
+  bool apart = true;
+  for (int64_t i : {0, 2, 3}) apart = apart && (t.size(i) <= 1 || t.stride(i) >= t.size(1));
+  const bool adjacent = t.size(1) <= 1 || t.stride(1) == 1;
+  check((adjacent && apart) || t.numel() == 0, op, ": ", name,
+        ": want channels side by side and pixels apart (channels_last or a slice of it), got strides ",
+        Shape{t.stride(0), t.stride(1), t.stride(2), t.stride(3)});
+}
+
 inline Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
   return torch::stable::empty({shape.size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               MemoryFormat::ChannelsLast);

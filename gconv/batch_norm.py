@@ -66,6 +66,33 @@ def batch_norm_apply_ref(x, affine, residual=None, residual_affine=None, relu=Fa
     return stored(torch.relu(y) if relu else y, x.dtype)
 
 
+def batch_norm_apply_into_ref(x, affine, residual, residual_affine, relu, y) -> None:
+    """Writes `batch_norm_apply_ref` to y, which may be the residual or x."""
+    y.copy_(batch_norm_apply_ref(x, affine, residual, residual_affine, relu))
+
+
+def batch_norm_pool_ref(x, affine):
+    """Mean of relu(a*x + b) over squares of 2x2, affine [2, C] = (a; b): [N, C, H//2, W//2] of x [N, C, H, W],
+    an odd last row or column being dropped. Computed in float32, rounded once."""
+    return stored(F.avg_pool2d(torch.relu(per_channel(affine[0]) * x + per_channel(affine[1])), 2), x.dtype)
+
+
+def batch_norm_pool_bwd_ref(dy, x, act, want_y, dx):
+    """(sums, y): the backward of `batch_norm_pool_ref` with act [4, C] = (a; b; mean; rstd).
+
+    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0]: writes a*g to dx, 0 in a dropped
+    row or column; sums [2, C] are (sum g; sum g*(x - mean)*rstd), g in float32; y is the forward's, of shape [0]
+    unless wanted.
+    """
+    a, _, mean, rstd = act
+    h, w = 2 * dy.shape[2], 2 * dy.shape[3]
+    pooled = x[:, :, :h, :w]
+    spread = dy.to(wide(dy)).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    g = _masked(spread, pooled, act[:2], None)
+    dx.zero_()[:, :, :h, :w] = per_channel(a) * g
+    return _sums_ref(g, pooled, mean, rstd), batch_norm_pool_ref(x, act[:2]) if want_y else x.new_zeros(0)
+
+
 def _masked(dz, x, affine, z):
     """dz where the ReLU let through, in float32: by its output z, else by the sign of a*x + b, else
     everywhere."""
@@ -162,14 +189,25 @@ def batch_norm_update_running_ref(
             running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
 
 
-_stats = op("batch_norm_stats", batch_norm_stats_ref)
+stats = op("batch_norm_stats", batch_norm_stats_ref)
 fold = op("batch_norm_fold", batch_norm_fold_ref)
 apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
+apply_into = op("batch_norm_apply_into", batch_norm_apply_into_ref)
+pool = op("batch_norm_pool", batch_norm_pool_ref)
+pool_bwd = op("batch_norm_pool_bwd", batch_norm_pool_bwd_ref)
 bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
 bwd_reduce_pair = op("batch_norm_bwd_reduce_pair", batch_norm_bwd_reduce_pair_ref)
 bwd_finish = op("batch_norm_bwd_finish", batch_norm_bwd_finish_ref)
 bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
 _update_running = op("batch_norm_update_running", batch_norm_update_running_ref)
+
+
+def constant_finish(table, masked=False):
+    """`finish` of a normalisation by constants, of its table [4, C] = (a; b; mean; rstd): its backward is a
+    scale. Masks by the ReLU after it, or nothing."""
+    zero = torch.zeros_like(table[0])
+    mask = (table[0], table[1]) if masked else (zero, zero + 1)
+    return torch.stack((table[0], zero, zero, table[2], *mask))
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -220,7 +258,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def forward(x, gamma, beta, residual, eps, relu):
-        mean, var = call(_stats, x)
+        mean, var = call(stats, x)
         rstd, affine = call(fold, mean, var, gamma, beta, eps)
         return call(apply_affine, x, affine, residual, None, relu), mean, var, rstd, affine
 
@@ -352,6 +390,15 @@ def _stats_fake(x):
     return mean, torch.empty_like(mean)
 
 
+def _pool_fake(x, affine):
+    n, c, h, w = x.shape
+    return empty_channels_last(x, (n, c, h // 2, w // 2))
+
+
+def _pool_bwd_fake(dy, x, act, want_y, dx):
+    return torch.empty_like(act[:2]), _pool_fake(x, act) if want_y else x.new_empty(0)
+
+
 def _bwd_apply_fake(dz, x, finish, z, want_g):
     return empty_channels_last(x, x.shape), empty_channels_last(x, x.shape) if want_g else x.new_empty(0)
 
@@ -364,6 +411,9 @@ register(
     lambda x, affine, residual, residual_affine, relu: empty_channels_last(x, x.shape),
     batch_norm_apply_ref,
 )
+register("batch_norm_apply_into", lambda *args: None, None)
+register("batch_norm_pool", _pool_fake, batch_norm_pool_ref)
+register("batch_norm_pool_bwd", _pool_bwd_fake, None)
 register("batch_norm_bwd_reduce", _bwd_reduce_fake, batch_norm_bwd_reduce_ref)
 register("batch_norm_bwd_reduce_pair", _bwd_reduce_pair_fake, batch_norm_bwd_reduce_pair_ref)
 register("batch_norm_bwd_finish", _bwd_finish_fake, batch_norm_bwd_finish_ref)

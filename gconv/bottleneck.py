@@ -41,6 +41,7 @@ from gconv.batch_norm import (
     check_count,
     check_eps,
     check_residual,
+    constant_finish,
     fold,
     kernels_run,
     normalize,
@@ -123,12 +124,6 @@ def _forward_stages(x, residual, weights, gammas, betas, means, variances, conf)
     return apply_affine(h, act, more, scaled, True), ys, tables, found
 
 
-def _constant_finish(table):
-    """`finish` of a normalisation by constants: its backward is a scale. Masks nothing."""
-    zero = torch.zeros_like(table[0])
-    return torch.stack((table[0], zero, zero, table[2], zero, zero + 1))
-
-
 def _end_of_block(dz, z, ys, tables, gammas, conf, want_sums, want_g):
     """(g, dgammas, dbeta, finishes) of the last and the shortcut's normalisation, g being dz masked by the
     block's ReLU; one pass over dz and z."""
@@ -144,7 +139,7 @@ def _end_of_block(dz, z, ys, tables, gammas, conf, want_sums, want_g):
         g = torch.ops.aten.threshold_backward(dz, z, 0)
     for at, i in enumerate((2, 3)):
         if tables[i] is not None and not conf.batch[i]:
-            finishes[at] = _constant_finish(tables[i])
+            finishes[at] = constant_finish(tables[i])
     return g, dgammas, dbeta, finishes
 
 
@@ -173,7 +168,7 @@ def _backward_stages(dz, x, weights, gammas, ys, tables, z, wanted, conf):
     def finish(i, sums):
         n, _, h, w = ys[i].shape
         dgammas[i], dbetas[i], table = bwd_finish(sums, tables[i][2], tables[i][3], gammas[i], n * h * w)
-        return table if conf.batch[i] else _constant_finish(tables[i])
+        return table if conf.batch[i] else constant_finish(tables[i])
 
     dx, dresidual = None, g
     if into_down:

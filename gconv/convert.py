@@ -442,11 +442,13 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def _runs_fused_itself(module: nn.Module) -> bool:
-    """True for ConvBNReLU and for the models and blocks of gconv.models and gconv.dense_layers, unless those
-    were asked to be stock or naive."""
-    ours = type(module).__module__.startswith(("gconv.models.", "gconv.dense_layers"))
-    stock = getattr(module, "stock", False) or getattr(module, "memory", None) == "naive"
-    return isinstance(module, ConvBNReLU) or (ours and not stock)
+    """True for ConvBNReLU, for the models and blocks of gconv.models and for dense blocks and transitions,
+    unless those were asked to be stock or naive."""
+    home = type(module).__module__
+    if home == "gconv.dense_layers":
+        return getattr(module, "memory", "naive") != "naive"
+    ours = isinstance(module, ConvBNReLU) or home.startswith("gconv.models.")
+    return ours and not getattr(module, "stock", False)
 
 
 def _chained(module: nn.Module) -> list[nn.Conv2d]:

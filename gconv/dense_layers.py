@@ -114,6 +114,8 @@ class DenseLayer(nn.Module):
     State dicts load with names of either kind (`remap_densenet_keys`).
     """
 
+    has_bottleneck: torch.jit.Final[bool]
+
     def __init__(
         self,
         num_input_features: int,

@@ -17,12 +17,15 @@ from gconv.grouped_conv import (
     convolution,
     fwd_fake,
     fwd_formula,
+    fwd_into_fake,
     fwd_stats_fake,
     fwd_stats_formula,
     grouped_conv_bwd_input_ref,
     grouped_conv_bwd_weight_ref,
+    grouped_conv_fwd_into_ref,
     grouped_conv_fwd_ref,
     grouped_conv_fwd_stats_ref,
+    per_channel,
     wide,
 )
 
@@ -60,6 +63,13 @@ def pointwise_conv_fwd_stats_ref(x, weight, stride, act=None):
     return grouped_conv_fwd_stats_ref(_taken(x, stride), weight, (1, 1), *DENSE, act)
 
 
+def pointwise_conv_fwd_into_ref(x, weight, stride, act, affine, residual, relu, want_stats, y):
+    """(mean, var): `grouped_conv_fwd_into_ref` of `pointwise_conv_fwd_ref`."""
+    conf = ((1, 1), *DENSE)
+    rest = (act, affine, residual, relu, want_stats, y)
+    return grouped_conv_fwd_into_ref(_taken(x, stride), weight, *conf, *rest)
+
+
 def pointwise_conv_bwd_ref(
     dy, x, weight, stride, y=None, finish=None, act=None, residual=None, want_dx=True, want_dweight=True,
     channels_last=False, groups=1,
@@ -90,9 +100,29 @@ def pointwise_conv_bwd_ref(
     return dx, dweight, sums
 
 
+def pointwise_conv_bwd_add_ref(dy, x, weight, stride, y, finish, act, dx, want_dweight, channels_last):
+    """(dweight, sums): `pointwise_conv_bwd_ref` with act [4, C] = (a; b; mean; rstd), but the gradient to x itself
+    is added to dx.
+
+    With g the masked gradient, in float32 throughout: dx += a*g, and sums [2, C] are (sum g; sum g*(x -
+    mean)*rstd). Pixels that a stride leaves out keep what dx holds.
+    """
+    high = wide(x)
+    wider = [None if t is None else t.to(high) for t in (dy, _taken(x, stride), weight)]
+    y = None if y is None else y.to(high)
+    g, dweight, sums = pointwise_conv_bwd_ref(
+        *wider, (1, 1), y, finish, act, None, True, want_dweight, channels_last
+    )
+    into = _taken(dx, stride)
+    into.copy_(into + per_channel(act[0]) * g)
+    return dweight.to(x.dtype), sums
+
+
 fwd = op("pointwise_conv_fwd", pointwise_conv_fwd_ref)
+fwd_into = op("pointwise_conv_fwd_into", pointwise_conv_fwd_into_ref)
 fwd_stats = op("pointwise_conv_fwd_stats", pointwise_conv_fwd_stats_ref)
 bwd = op("pointwise_conv_bwd", pointwise_conv_bwd_ref)
+bwd_add = op("pointwise_conv_bwd_add", pointwise_conv_bwd_add_ref)
 
 
 # -------------------------------------------------- in the place of grouped_conv's ops, for kernels of 1x1
@@ -127,7 +157,11 @@ def _bwd_weight(dy, x, weight_size, stride, padding, dilation, groups, y, finish
     return _bwd(dy, x, weight, *conf, y, finish, act, False, True, channels_last)[1]
 
 
-POINTWISE[:] = [ConvOps(_fwd, _fwd_stats, _bwd_input, _bwd_weight, _bwd)]
+def _fwd_into(x, weight, stride, padding, dilation, groups, *rest):
+    return fwd_into(x, weight, stride, *rest)
+
+
+POINTWISE[:] = [ConvOps(_fwd, _fwd_stats, _bwd_input, _bwd_weight, _bwd, _fwd_into)]
 
 
 # -------------------------------------------------------------- what the ops are to autograd and to compilers
@@ -163,6 +197,10 @@ def _bwd_fake(dy, x, weight, stride, y, finish, act, residual, *wanted):
     return bwd_fake(dy, x, weight, stride, *DENSE, y, finish, act, *wanted)
 
 
+def _bwd_add_fake(dy, x, weight, stride, y, finish, act, dx, want_dweight, channels_last):
+    return bwd_fake(dy, x, weight, stride, *DENSE, y, finish, act, True, want_dweight, channels_last)[1:]
+
+
 def _bwd_formula(args, outputs, grads, wanted):
     dy, x, weight, stride, y, finish, act, _, want_dx, *rest = args
     args = (dy, x, weight, stride, *DENSE, y, finish, act, want_dx, *rest)
@@ -174,14 +212,16 @@ def _bwd_formula(args, outputs, grads, wanted):
 
 
 register("pointwise_conv_fwd", _fwd_fake, pointwise_conv_fwd_ref, _fwd_formula)
+register("pointwise_conv_fwd_into", fwd_into_fake, None)
 register("pointwise_conv_fwd_stats", _fwd_stats_fake, pointwise_conv_fwd_stats_ref, _fwd_stats_formula)
 register("pointwise_conv_bwd", _bwd_fake, pointwise_conv_bwd_ref, _bwd_formula)
+register("pointwise_conv_bwd_add", _bwd_add_fake, None)
 
 
 # -------------------------------------------------------------------------------------------- the function
 
 
-def pointwise_conv(x, weight, bias=None, stride=1):
+def pointwise_conv(x, weight, bias=None, stride=1, into=None):
     """1x1 convolution: torch.nn.functional.conv2d without padding, dilation and groups.
 
     y[n, k, h, w] = bias[k] + sum over c of x[n, c, h*stride, w*stride] * weight[k, c] (Lin, Chen & Yan 2014,
@@ -197,6 +237,7 @@ def pointwise_conv(x, weight, bias=None, stride=1):
         weight: [K, C, 1, 1], dtype and device of x.
         bias: [K], dtype and device of x.
         stride: an int or a pair, at least 1.
+        into: a slot of a `gconv.Concat`, which becomes the result.
 
     Returns:
         [N, K, OH, OW] (or [K, OH, OW]) with OH = (H - 1) // stride + 1, dtype of x; channels_last if x or
@@ -210,4 +251,4 @@ def pointwise_conv(x, weight, bias=None, stride=1):
     check_tensors("pointwise_conv", x, weight, bias)
     if weight.dim() != 4 or weight.shape[2] != 1 or weight.shape[3] != 1:
         raise ValueError(f"pointwise_conv: weight: want [K, C, 1, 1], got {list(weight.shape)}")
-    return convolution("pointwise_conv", x, weight, bias, stride, 0, 1, 1)
+    return convolution("pointwise_conv", x, weight, bias, stride, 0, 1, 1, into)

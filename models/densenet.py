@@ -97,10 +97,11 @@ class DenseNet(nn.Module):
                     "DenseNet: memory_efficient: want False with memory='naive' or stock=True, got True"
                 )
             self.memory = "ultra"
+        self.stock = self.memory == "naive"
         norm = nn.BatchNorm2d if norm_layer is None else norm_layer
         self.features = nn.Sequential()
         if small_images:
-            conv = nn.Conv2d if self.memory == "naive" else Conv2d
+            conv = nn.Conv2d if self.stock else Conv2d
             self.features.conv0 = conv(in_channels, num_init_features, kernel_size=3, padding=1, bias=False)
         else:
             self.features.conv0 = nn.Conv2d(
@@ -142,7 +143,7 @@ class DenseNet(nn.Module):
 
     @torch.jit.unused
     def _run_features(self, x: Tensor) -> Tensor:
-        if self.memory == "naive" or isinstance(x, torch.fx.Proxy):
+        if self.stock or isinstance(x, torch.fx.Proxy):
             # Not in place: what a hook on `features` was given stays as it was.
             return F.relu(self.features(x))
         x = to_channels_last(x)

@@ -66,3 +66,22 @@ def training_step(model, images, labels):
     result |= {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}
     optimizer.step()
     return result | {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def assert_same_to_the_bit(actual, fused, want):
+    """`actual` and `fused` start with the weights of `want`; actual's training step and inference are want's,
+    dropout included."""
+    state = want.state_dict()
+    for model in (actual, fused):
+        assert list(model.state_dict()) == list(state)
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[key]), f"{key}: initial values differ"
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 5])
+    step, wanted = (
+        seeded(training_step, 7, model=model, images=images, labels=labels) for model in (actual, want)
+    )
+    assert list(step) == list(wanted)
+    for key, tensor in wanted.items():
+        assert torch.equal(step[key], tensor), key
+    with torch.no_grad():
+        assert torch.equal(actual.eval()(images), want.eval()(images))

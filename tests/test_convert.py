@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from fused_checks import FrozenBatchNorm2d
 from torch import nn
 from torchvision_models import import_torchvision, require_torchvision
 
@@ -77,21 +78,6 @@ class BasicBlock(nn.Module):
         out += identity
         out = self.relu(out)
         return out
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """torchvision.ops' and detectron2's: an affine from buffers, in train mode too."""
-
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x):
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
 
 
 class Net(nn.Module):

@@ -34,12 +34,14 @@ def test_python_code_runs(index, ops, capsys):
     if "calls" in names:
         assert names["logits"].shape == (2, 10) and "cpu." in printed
         assert len(CODE[index].strip().splitlines()) <= 18, "the example is to stay short"
+    elif "UNet" in names:
+        assert names["UNet"]()(torch.randn(1, 3, 8, 8)).shape == (1, 32, 8, 8)
     else:
         assert "layer1.0.conv2+bn2+relu → fused" in printed
 
 
 def test_there_is_code():
-    assert len(CODE) == 2
+    assert len(CODE) == 3
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

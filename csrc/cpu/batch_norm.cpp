@@ -38,6 +38,16 @@ double compensated(float high, float low) {
   return std::isfinite(high) ? static_cast<double>(high) + low : high;
 }
 
+// Sum `which` of the slabs' partial results, each slab's `floats` long, for channels [first, first + width).
+void sum_slabs(const float* workspace, int64_t slabs, int64_t floats, int64_t channels, int which,
+               int64_t first, int64_t width, double* sums) {
+  std::fill(sums, sums + width, 0.0);
+  for (int64_t s = 0; s < slabs; ++s) {
+    const float* partial = workspace + s * floats + 2 * which * channels + first;
+    for (int64_t c = 0; c < width; ++c) sums[c] += compensated(partial[c], partial[channels + c]);
+  }
+}
+
 }  // namespace
 
 int64_t batch_norm_stats_workspace(const BatchNormStatsParams& p) {
@@ -111,11 +121,7 @@ void batch_norm_bwd_reduce_merge_cpu(const BatchNormBwdReduceParams& p, int64_t 
   const bool mask_from_x = p.affine != nullptr && p.z.data == nullptr;
   for_merged(channels, ith, nth, [&](int64_t first, int64_t width) {
     const auto sum = [&](int which, double* sums) {
-      std::fill(sums, sums + width, 0.0);
-      for (int64_t s = 0; s < plan.slabs; ++s) {
-        const float* partial = p.workspace + s * floats + 2 * which * channels + first;
-        for (int64_t c = 0; c < width; ++c) sums[c] += compensated(partial[c], partial[channels + c]);
-      }
+      sum_slabs(p.workspace, plan.slabs, floats, channels, which, first, width, sums);
     };
     double sum_g[MERGED_CHANNELS], sum_gx[MERGED_CHANNELS];
     sum(0, sum_g);
@@ -153,6 +159,32 @@ void batch_norm_bwd_finish_cpu(const BatchNormBwdFinishParams& p, int64_t ith, i
 
 void batch_norm_bwd_apply_cpu(const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
   table(p.isa).bwd_apply(p, ith, nth);
+}
+
+void batch_norm_pool_cpu(const BatchNormPoolParams& p, int64_t ith, int64_t nth) {
+  table(p.isa).pool(p, ith, nth);
+}
+
+int64_t batch_norm_pool_bwd_workspace(const BatchNormPoolBwdParams& p) {
+  return BatchNormSlabs(p.pooled()).slabs * 4 * p.shape.c;
+}
+
+void batch_norm_pool_bwd_cpu(const BatchNormPoolBwdParams& p, int64_t ith, int64_t nth) {
+  table(p.isa).pool_bwd(p, ith, nth);
+}
+
+void batch_norm_pool_bwd_merge_cpu(const BatchNormPoolBwdParams& p, int64_t ith, int64_t nth) {
+  const int64_t slabs = BatchNormSlabs(p.pooled()).slabs, channels = p.shape.c;
+  const float* rstd = p.act + 3 * channels;
+  for_merged(channels, ith, nth, [&](int64_t first, int64_t width) {
+    double sums[MERGED_CHANNELS];
+    for (int which = 0; which < 2; ++which) {
+      sum_slabs(p.workspace, slabs, 4 * channels, channels, which, first, width, sums);
+      for (int64_t i = 0; i < width; ++i)
+        p.sums[which * channels + first + i] =
+            static_cast<float>(which == 0 ? sums[i] : sums[i] * rstd[first + i]);
+    }
+  });
 }
 
 }  // namespace gconv

@@ -1,113 +1,19 @@
 // The passes of batch_norm over whole activations, compiled once per instruction set.
 //
-// Computes: stats, apply, bwd_reduce and bwd_apply of batch_norm.h.
-// Grid: reductions: slab of rows x panel of channels (BatchNormSlabs); elementwise passes: any share of the
-// rows. Tile: four rows x one vector of channels; reductions keep one accumulator per channel in L1, where
-// each visit
+// Computes: stats, apply, bwd_reduce and bwd_apply of batch_norm.h; pool and pool_bwd are in
+// batch_norm_pool.h. Grid: reductions: slab of rows x panel of channels (BatchNormSlabs); elementwise passes:
+// any share of the rows. Tile: four rows x one vector of channels; reductions keep one accumulator per
+// channel in L1, where each visit
 //   takes four rows.
 // Bytes moved: every operand once. The second look of stats, at a block's squared deviations, finds it in
 // cache. Accumulation: float32 in a block of rows, then in a slab; double across slabs.
 #pragma once
-#include "cpu/batch_norm_table.h"
-#include "cpu/vec.h"
+#include "cpu/batch_norm_pool.h"
+#include "cpu/batch_norm_rows.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
 namespace batch_norm {
-
-GCONV_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-
-// The rows (pixels) of an activation, numbered as if they lay in one line. Where one stride serves all of
-// them no division is needed to find one; slices and expanded tensors mostly keep that property, crops do
-// not.
-template <typename T>
-class Rows {
- public:
-  Rows(const BatchNormShape& s, const Nhwc& x)
-      : data_(static_cast<T*>(x.data)),
-        h_(s.h),
-        w_(s.w),
-        n_stride_(x.stride_n),
-        h_stride_(x.stride_h),
-        w_stride_(x.stride_w) {
-    const int64_t sizes[3] = {s.w, s.h, s.n}, strides[3] = {x.stride_w, x.stride_h, x.stride_n};
-    int64_t count = 1;
-    for (int i = 0; i < 3; ++i) {
-      if (sizes[i] == 1) continue;  // whatever its stride, it is never taken
-      if (count == 1)
-        row_stride_ = strides[i];
-      else if (strides[i] != count * row_stride_)
-        one_stride_ = false;
-      count *= sizes[i];
-    }
-  }
-  bool absent() const { return data_ == nullptr; }
-  GCONV_INLINE T* row(int64_t r) const {
-    if (one_stride_) return data_ + r * row_stride_;
-    const int64_t line = r / w_;
-    return data_ + (line / h_) * n_stride_ + (line % h_) * h_stride_ + (r % w_) * w_stride_;
-  }
-
-  // Channel c of ROWS rows from r on, and of those AHEAD rows further: what to fetch while these are worked
-  // on.
-  template <int ROWS>
-  struct Group {
-    T *at[ROWS], *next[ROWS];
-  };
-  template <int ROWS>
-  GCONV_INLINE Group<ROWS> group(int64_t r, int64_t end, int64_t c) const {
-    Group<ROWS> g;
-    for (int i = 0; i < ROWS; ++i) {
-      g.at[i] = row(r + i) + c;
-      g.next[i] = row(std::min(r + i + AHEAD, end - 1)) + c;
-    }
-    return g;
-  }
-  static constexpr int AHEAD = 4;
-
- private:
-  T* data_;
-  int64_t h_, w_, n_stride_, h_stride_, w_stride_;
-  int64_t row_stride_ = 0;
-  bool one_stride_ = true;
-};
-
-// Calls f(c, lanes) for every vector of channels in [begin, end); lanes is LANES except perhaps in the last.
-template <typename F>
-GCONV_INLINE void for_channels(int64_t begin, int64_t end, F&& f) {
-  int64_t c = begin;
-  for (; c + LANES <= end; c += LANES) f(c, LANES);
-  if (c < end) f(c, static_cast<int>(end - c));
-}
-
-// Calls f(first row, number of rows) for every four rows in [begin, end), then for each of the rest.
-template <typename F>
-GCONV_INLINE void for_rows(int64_t begin, int64_t end, F&& f) {
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) f(r, std::integral_constant<int, 4>());
-  for (; r < end; ++r) f(r, std::integral_constant<int, 1>());
-}
-
-// The sum of f(0) ... f(ROWS - 1), as a tree.
-template <int ROWS, typename F>
-GCONV_INLINE Vec sum_rows(F&& f) {
-  if constexpr (ROWS == 1)
-    return f(0);
-  else
-    return add(add(f(0), f(1)), add(f(2), f(3)));
-}
-
-// s + a[0]*b[0] + ... + a[ROWS - 1]*b[ROWS - 1], as a tree. Which product joins which sum is said here: left
-// to the compiler it would differ between kernels that must agree.
-template <int ROWS>
-GCONV_INLINE Vec sum_products(Vec s, const Vec* a, const Vec* b) {
-  if constexpr (ROWS == 1)
-    return fma(a[0], b[0], s);
-  else
-    return add(s, add(fma(a[0], b[0], mul(a[1], b[1])), fma(a[2], b[2], mul(a[3], b[3]))));
-}
-
-constexpr int64_t PANEL = BatchNormSlabs::PANEL;
 
 // Mean and M2 of x - pivot in rows [begin, end) of channels [c0, c1), merged into the slab's, where `before`
 // rows are already. The pivot, a row of x itself, keeps float32 means as small as the spread of the values.
@@ -164,18 +70,6 @@ void stats_block(const Rows<T>& x, const float* pivot, int64_t begin, int64_t en
   });
 }
 
-// Calls f(slab, first row, end row, first channel, end channel) for the share of the slabs x panels.
-template <typename F>
-GCONV_INLINE void for_slabs(const BatchNormShape& shape, int64_t ith, int64_t nth, F&& f) {
-  const BatchNormSlabs plan(shape);
-  const Share share(plan.slabs * plan.panels, ith, nth);
-  for (int64_t unit = share.begin; unit < share.end; ++unit) {
-    const int64_t slab = unit / plan.panels, begin = slab * plan.slab_rows, c0 = unit % plan.panels * PANEL;
-    const int64_t end = begin + plan.rows_of(slab), c1 = std::min(c0 + PANEL, shape.c);
-    f(plan, slab, begin, end, c0, c1);
-  }
-}
-
 // The passes take a null pointer of the storage type from with_dtype.
 template <typename T>
 void stats(T*, const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
@@ -196,15 +90,6 @@ void stats(T*, const BatchNormStatsParams& p, int64_t ith, int64_t nth) {
       });
 }
 
-// Stores a vector of an output; `stream` says whether the whole of it goes past the caches.
-template <typename T>
-GCONV_INLINE void write(T* p, Vec v, int lanes, bool stream) {
-  if (stream && lanes == LANES)
-    stream_as(p, v);
-  else
-    store_lanes(p, v, lanes);
-}
-
 // What apply adds.
 enum class Residual { none, plain, scaled };
 
@@ -214,7 +99,8 @@ void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   const float *a = p.affine, *b = p.affine + p.shape.c;
   const float *scale = p.residual_affine, *shift = scale == nullptr ? nullptr : scale + p.shape.c;
   const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
-  const bool stream = streams<T>(p.y, rows, p.shape.c);
+  // In place, the line that is written has just been read.
+  const bool stream = p.y.data != p.residual.data && streams<T>(p.y, rows, p.shape.c);
   const Share share(rows, ith, nth);
   for (int64_t r = share.begin; r < share.end; ++r) {
     const auto in = x.template group<1>(r, share.end, 0);
@@ -264,14 +150,6 @@ GCONV_INLINE Vec masked(Vec dz, Vec x, const T* z, const float* a, const float* 
     return relu_mask(dz, fma(load_lanes(a + c, lanes), x, load_lanes(b + c, lanes)));
   else
     return dz;
-}
-
-// Adds b to the sum held in high + low without loss (Knuth's two-sum).
-GCONV_INLINE void add_exactly(float* high, float* low, Vec b, int lanes) {
-  const Vec a = load_lanes(high, lanes), sum = add(a, b), b_seen = sub(sum, a);
-  const Vec lost = add(sub(a, sub(sum, b_seen)), sub(b, b_seen));
-  store_lanes(high, sum, lanes);
-  store_lanes(low, add(load_lanes(low, lanes), lost), lanes);
 }
 
 // BRANCHES: 2 where another normalisation shares the gradient.
@@ -411,6 +289,12 @@ constexpr BatchNormTable TABLE = {
     },
     [](const BatchNormBwdApplyParams& p, int64_t ith, int64_t nth) {
       with_dtype(p.dtype, [&](auto* type) { bwd_apply(type, p, ith, nth); });
+    },
+    [](const BatchNormPoolParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype, [&](auto* type) { pool(type, p, ith, nth); });
+    },
+    [](const BatchNormPoolBwdParams& p, int64_t ith, int64_t nth) {
+      with_dtype(p.dtype, [&](auto* type) { pool_bwd(type, p, ith, nth); });
     },
 };
 

@@ -31,7 +31,7 @@ struct BatchNormSlabs {
 // The passes as one instruction set provides them. The partial results of stats lie in workspace as
 // [slabs][2][C], mean and M2 of x - pivot, followed by the pivot [C]; those of bwd_reduce as [slabs][4][C],
 // sum g and sum g*(x - mean), each a float32 and what it lacks; with another branch [slabs][6][C], its sum
-// last.
+// last. Those of pool_bwd lie as of one branch; its rows are the pooled ones.
 inline int64_t partial_sums(const BatchNormBwdReduceParams& p) { return p.other.x.data ? 6 : 4; }
 
 struct BatchNormTable {
@@ -39,6 +39,8 @@ struct BatchNormTable {
   Stage<BatchNormApplyParams> apply;
   Stage<BatchNormBwdReduceParams> bwd_reduce;
   Stage<BatchNormBwdApplyParams> bwd_apply;
+  Stage<BatchNormPoolParams> pool;
+  Stage<BatchNormPoolBwdParams> pool_bwd;
 };
 
 GCONV_DECLARE_TABLES(BatchNormTable, batch_norm);

@@ -58,7 +58,7 @@ inline Pass plan_input_gradient(const PointwiseConvBwdParams& q) {
   Pass p = plan(q, s.k, s.c, q.workspace);
   p.transposed = true;
   p.source = source_of_dy(q);
-  p.mask_x = q.x, p.mask_act = q.act;
+  p.mask_x = q.x, p.mask_act = q.act, p.add = q.add;
   p.output = q.dx;
   p.output_at = taken(s, q.dx), p.residual_at = taken(s, q.residual), p.mask_at = taken(s, q.x);
   return p;

@@ -39,6 +39,7 @@ struct Pass {
   Nhwc residual;  // added to the output
   Nhwc mask_x;    // input-gradient epilogue
   const float* mask_act;
+  bool add;  // to the output, what the prologue's affine makes of the masked gradient
   Nhwc output;
   PixelGrid output_at, residual_at, mask_at;
   PointwiseConvShape shape;
@@ -57,8 +58,8 @@ struct Pass {
   }
   // Two vectors' weights lie together.
   int64_t pair_vectors(int64_t vector) const { return std::min<int64_t>(2, vectors() - vector / 2 * 2); }
-  // An input gradient leaves pixels between those that are computed.
-  bool gaps() const { return transposed && (shape.stride_h > 1 || shape.stride_w > 1); }
+  // An input gradient leaves pixels between those that are computed; adding leaves them as they are.
+  bool gaps() const { return transposed && !add && (shape.stride_h > 1 || shape.stride_w > 1); }
 };
 
 // Cuts the work by shape alone, so that every thread count gives the same bits.
@@ -137,8 +138,9 @@ void store_results(const Pass& p, const TileResult& r, const float* values, int6
   }
 }
 
-// g = dx where the prologue's ReLU passed, and the sums of g and g*xhat.
-template <typename T>
+// g = dx where the prologue's ReLU passed, stored, or a*g added to the output; and the sums of g and g*xhat,
+// of g as it was stored or, added, before any rounding.
+template <typename T, bool ADD>
 void store_masked(const Pass& p, const TileResult& r, const float* values, int64_t channel, int lanes,
                   CompensatedSum (&sums)[2]) {
   T* out = static_cast<T*>(p.output.data) + channel;
@@ -149,11 +151,17 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
   Vec sum = zero(), sum_xhat = zero();
   for (int64_t i = 0; i < r.pixels; ++i) {
     const Vec raw = load_lanes(x + r.mask_at[i], lanes);
-    const Vec g = rounded_to(x, relu_mask(load(values + i * LANES), fma(a, raw, b)));
-    if (stream)
-      stream_as(out + r.output_at[i], g);
-    else
-      store_lanes(out + r.output_at[i], g, lanes);
+    Vec g = relu_mask(load(values + i * LANES), fma(a, raw, b));
+    T* at = out + r.output_at[i];
+    if constexpr (ADD) {
+      store_lanes(at, fma(a, g, load_lanes(at, lanes)), lanes);
+    } else {
+      g = rounded_to(x, g);
+      if (stream)
+        stream_as(at, g);
+      else
+        store_lanes(at, g, lanes);
+    }
     sum = add(sum, g);
     sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
   }
@@ -195,7 +203,9 @@ void store_vector(const Pass& p, const TileResult& r, const float* values, int64
                   CompensatedSum (&sums)[2]) {
   const int64_t channel = vector * LANES;
   const int lanes = static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel));
-  if (p.mask_act != nullptr) return store_masked<T>(p, r, values, channel, lanes, sums);
+  if (p.mask_act != nullptr)
+    return p.add ? store_masked<T, true>(p, r, values, channel, lanes, sums)
+                 : store_masked<T, false>(p, r, values, channel, lanes, sums);
   const bool residual = p.residual.data != nullptr;
   if (p.affine != nullptr)
     residual ? store_results<T, true, true>(p, r, values, channel, lanes)
@@ -275,9 +285,8 @@ inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   const int64_t blocks = p.blocks(), chunks = p.chunks();
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    p.stream =
-        streams<T>(p.output, p.shape.n * (p.transposed ? p.shape.h * p.shape.w : p.shape.oh * p.shape.ow),
-                   p.output_channels);
+    const int64_t pixels = p.transposed ? p.shape.h * p.shape.w : p.shape.oh * p.shape.ow;
+    p.stream = !p.add && streams<T>(p.output, p.shape.n * pixels, p.output_channels);
     for (int64_t i = share.begin; i < share.end; ++i)
       pass_task<T>(p, by_chunk ? i % blocks : i / chunks, by_chunk ? i / blocks : i % chunks, scratch);
     if (p.stream) stream_end();
