@@ -197,10 +197,10 @@ def together(results):
     return {n: None if v is None else torch.stack([r[n] for r in results]) for n, v in results[0].items()}
 
 
-def compare_draws(draws, dtype, autocast=None):
+def compare_draws(draws, dtype, autocast=None, steps=1):
     """`compare` of several (stock, ours, x) together: of a few values, some of stock are right by luck."""
     measured = [
-        measure(*draw, None, dtype if autocast is None else torch.float32, 1, autocast, i)
+        measure(*draw, None, dtype if autocast is None else torch.float32, steps, autocast, i)
         for i, draw in enumerate(draws)
     ]
     exact, own, got = zip(*measured, strict=True)
