@@ -179,7 +179,7 @@ def batch_norm_update_running_ref(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
-            momentum = num_batches_tracked.reciprocal()
+            momentum = num_batches_tracked.double().reciprocal()
     if shift is not None:
         mean = mean + shift
     for running, new, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):
