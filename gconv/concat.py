@@ -139,8 +139,9 @@ def writes_in_place(into: Slot | None) -> bool:
 
 
 def placed(y, into: Slot | None):
-    """The result of what cannot write it elsewhere itself."""
-    return y if into is None else into.put(y)
+    """The result of what cannot write it elsewhere itself. While torch.fx traces a layer as the root, `into` is a
+    Proxy that stands for None."""
+    return into.put(y) if isinstance(into, Slot) else y
 
 
 class Concat:
@@ -162,9 +163,10 @@ class Concat:
     checkpointing, the latter around the Concat and all its writes.
 
     What runs on torch, a 7x7 convolution or a tensor that is not on the CPU, is computed and then copied into
-    its slot, which a trace shows as `torch.copy_`. Inside torch.compile, function transforms (torch.func),
-    forward-mode AD, torch.fx and torch.jit.trace nothing is written in place: results are kept as they are,
-    and `prefix` is `torch.cat`, which a trace shows where it sees the call.
+    its slot, which a trace shows as `torch.copy_`. gconv's kernels read slots and prefixes in place; torch's
+    operators may copy a slot for themselves, as max_pool2d does on the CPU. Inside torch.compile, function
+    transforms (torch.func), forward-mode AD, torch.fx and torch.jit.trace nothing is written in place:
+    results are kept as they are, and `prefix` is `torch.cat`, which a trace shows where it sees the call.
 
     In-place operations change the memory of slots and prefixes alike, and torch's version counter counts them
     for all: the backward of whatever had saved one raises, and so does that of a prefix that was read before.

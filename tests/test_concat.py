@@ -198,29 +198,29 @@ def bn_of(channels, frozen=False):
     return bn.eval() if frozen else bn
 
 
-def residual(k=6, h=8, w=12):
-    return torch.randn(2, k, h, w)
+def residual(x):
+    return torch.randn(2, 6, *x.shape[2:]).to(x.dtype)
 
 
 WRITERS = {
     "grouped_conv": (lambda x, w, **kw: GF.grouped_conv(x, w, None, 1, 1, 1, 2, **kw), (6, 4, 3, 3)),
-    "stride 2": (lambda x, w, **kw: GF.conv2d(x, w, torch.arange(6.0), 2, 1, 1, 2, **kw), (6, 4, 3, 3)),
+    "stride 2": (lambda x, w, **kw: GF.conv2d(x, w, torch.arange(6).to(x), 2, 1, 1, 2, **kw), (6, 4, 3, 3)),
     "dilated": (lambda x, w, **kw: GF.conv2d(x, w, None, 1, 2, 2, 2, **kw), (6, 4, 3, 3)),
     "winograd": (lambda x, w, **kw: GF.conv2d(x, w, None, 1, 1, **kw), (32, 8, 3, 3)),
-    "pointwise_conv": (lambda x, w, **kw: GF.pointwise_conv(x, w, torch.arange(6.0), **kw), (6, 8, 1, 1)),
+    "pointwise_conv": (lambda x, w, **kw: GF.pointwise_conv(x, w, torch.arange(6).to(x), **kw), (6, 8, 1, 1)),
     "pointwise stride": (lambda x, w, **kw: GF.pointwise_conv(x, w, None, 2, **kw), (6, 8, 1, 1)),
     "7x7 on torch": (lambda x, w, **kw: GF.conv2d(x, w, None, 2, 3, **kw), (6, 8, 7, 7)),
     "train": (lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6), None, 1, 1, 1, 2, **kw), (6, 4, 3, 3)),
     "train, no ReLU": (
-        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6), torch.ones(6), 1, 1, 1, 2, relu=False, **kw),
+        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6), torch.ones(6).to(x), 1, 1, 1, 2, relu=False, **kw),
         (6, 4, 3, 3),
     ),
     "train + residual": (
-        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6), residual=residual(), **kw), (6, 8, 1, 1),
+        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6), residual=residual(x), **kw), (6, 8, 1, 1),
     ),
     "infer": (lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6, True), None, 1, 1, 1, 2, **kw), (6, 4, 3, 3)),
     "infer + residual": (
-        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6, True), residual=residual(), **kw), (6, 8, 1, 1),
+        lambda x, w, **kw: GF.conv_bn_relu(x, w, bn_of(6, True), residual=residual(x), **kw), (6, 8, 1, 1),
     ),
     "fuse": (
         lambda x, w, **kw: GF.fuse_modules_forward(x, conv_of(w), bn_of(6), relu=False, **kw), (6, 8, 3, 3),
@@ -240,10 +240,12 @@ def conv_of(weight):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_writer(name, layout, grad, nan_filled_memory):
+def test_every_writer(name, dtype, layout, grad, nan_filled_memory):
     op, size = WRITERS[name]
-    x, weight = image(c=8), torch.randn(size, generator=torch.Generator().manual_seed(1))
+    x = image(c=8, dtype=dtype)
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
     if layout == "nhwc":
         x = x.to(memory_format=torch.channels_last)
     elif layout == "strided":
@@ -255,10 +257,10 @@ def test_every_writer(name, layout, grad, nan_filled_memory):
         with torch.set_grad_enabled(grad):
             y = op(*leaves) if concat is None else op(*leaves, into=concat[1])
             if concat is not None:
-                last = concat.put(2, torch.full((2, 5, *y.shape[2:]), 5.0))
-                first = concat.put(0, torch.full((2, 3, *y.shape[2:]), 3.0))
+                last = concat.put(2, torch.full((2, 5, *y.shape[2:]), 5.0, dtype=dtype))
+                first = concat.put(0, torch.full((2, 3, *y.shape[2:]), 3.0, dtype=dtype))
                 whole = concat.read()
-                assert whole.data_ptr() == first.data_ptr() == y.data_ptr() - 12
+                assert whole.data_ptr() == first.data_ptr() == y.data_ptr() - 3 * x.element_size()
                 assert (first == 3).all() and (last == 5).all() and torch.equal(whole[:, 3:-5], y)
             if grad:
                 (y if concat is None else whole[:, 3:-5]).square().sum().backward()

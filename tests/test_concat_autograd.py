@@ -219,6 +219,14 @@ def test_export_and_fx_and_jit_trace():
     assert torch.allclose(traced(other_x), other(other_x), atol=1e-5)
 
 
+def test_a_slot_that_a_traced_layer_does_not_know_stays_unwritten():
+    layer, concat = gconv.Conv2d(3, 4, 3, padding=1), gconv.Concat(4)
+    y = torch.fx.symbolic_trace(layer)(image(), concat[0])
+    assert torch.equal(y, layer(image()))
+    with pytest.raises(RuntimeError, match="slot 0 is not"):
+        concat.read()
+
+
 def test_layers_still_script():
     for layer in (gconv.Conv2d(3, 4, 3, padding=1), gconv.ConvBNReLU(3, 4, 3, padding=1).eval()):
         assert torch.allclose(torch.jit.script(layer)(image()), layer(image()), atol=1e-5)

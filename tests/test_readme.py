@@ -104,6 +104,6 @@ def test_paths_exist():
 def test_markers_of_the_benchmark_tables():
     from gconv.bench import readme
 
-    without = readme.update(README, [], [])
+    without = readme.update(README, [], [], [])
     assert all(without.count(marker) == 1 for pair in readme.MARKERS.values() for marker in pair)
     assert without.count("No run has been recorded yet") == len(readme.MARKERS)
