@@ -19,6 +19,8 @@ LOCK := $(if $(shell command -v flock),flock $(BUILD)/.lock)
 # Run from build/: started in the checkout, Python would import ./gconv instead of the installed package.
 INSTALLED = cd $(BUILD) && PYTHONPATH=$(BUILD)/site:$(BUILD)/deps
 PYTEST = $(PY) -m pytest --rootdir=$(CURDIR) -c $(CURDIR)/pyproject.toml
+# A process per core with one thread each, where pytest-xdist is there; tests that are about threads set their number.
+WORKERS = $(shell $(INSTALLED) $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 4 --dist worksteal")
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
@@ -40,7 +42,7 @@ demo: build ## train on real digits beside stock PyTorch, time the layers of Res
 	@$(INSTALLED) $(PY) -m gconv.bench demo --out $(REPORT) $(ARGS)
 
 test: build ## run the whole test suite
-	@$(INSTALLED) $(PYTEST) $(ARGS) $(CURDIR)/tests
+	@$(INSTALLED) OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) $(ARGS) $(CURDIR)/tests
 
 bench: build ## time the layers (ARGS passes options on)
 	@$(INSTALLED) $(PY) -m gconv.bench layers --out $(REPORT) $(ARGS)

@@ -5,6 +5,7 @@ against float64; nothing is timed, so as many of them run side by side as torch 
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ _OPTIONAL = ("MB resident", "compiled")
 
 @dataclass
 class Options:
-    """growth: k; compile_seconds: how long contestants that compile may take in all to do so; depths that
-    would exceed it are left out."""
+    """growth: k; compile_seconds: how long contestants that compile may take in all; depths beyond that are
+    left out."""
 
     depths: tuple[int, ...] = (40, 64, 100, 136, 190)
     growth: int = 12
@@ -79,7 +80,7 @@ class _Budget:
         """Why so many layers are not compiled, or None."""
         if self.per_layer * depth <= self.left:
             return None
-        return f"compiling would take longer than what is left of {self.all:g} s"
+        return f"compiling would take longer than what is left of {self.all:g} s (--compile-seconds)"
 
     def took(self, seconds: float, depth: int) -> None:
         self.left -= seconds
@@ -101,7 +102,13 @@ def _choose(
 
 
 def _enter(
-    job: Job, chosen: list[Contestant], folder: str, screen: Screen, what: str, entered: list[Entry]
+    job: Job,
+    depth: int,
+    chosen: list[Contestant],
+    folder: str,
+    screen: Screen,
+    entered: list[Entry],
+    budget: _Budget,
 ) -> dict[str, str]:
     """Fills `entered` with those that run, each set up, its results in the folder; returns by label why
     others do not."""
@@ -117,13 +124,22 @@ def _enter(
     for i in range(len(chosen)):
         start(i + torch.get_num_threads())
         entry = waiting[i]
+        compiles = entry.contestant.compiles
+        began = time.monotonic()
         try:
-            entry.ready = entries.await_ready(entry.worker, screen, f"{what}: {entry.contestant.label}")
+            entry.ready = entries.await_ready(
+                entry.worker,
+                screen,
+                f"L = {depth}: {entry.contestant.label}",
+                budget.left if compiles else None,
+            )
         except WorkerDied as died:
-            if not entry.contestant.compiles:
+            if not compiles:
                 raise
             failed[entry.contestant.label] = entry.failed(died)
             entered.remove(entry)
+        if compiles:
+            budget.took(time.monotonic() - began, depth)
     return failed
 
 
@@ -171,10 +187,7 @@ def _measure(
             exact.close()
         try:
             chosen = _choose(job, depth, options, budget, skipped)
-            failed = _enter(job, chosen, folder, screen, what, entered)
-            for entry in entered:
-                if entry.contestant.compiles:
-                    budget.took(entry.ready["first_seconds"], depth)
+            failed = _enter(job, depth, chosen, folder, screen, entered, budget)
             entries.check(MODE, folder, entered, failed)
             skipped |= {f"{label}, {what}": reason for label, reason in failed.items()}
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from .agreement import check_network
 from .match import ALLOWED, NONSENSE, Verdict
 from .networks import EAGER, Contestant, Job
 from .screen import Screen
-from .workers import Worker
+from .workers import Worker, WorkerDied
 
 __all__ = ["Entry", "await_ready", "check", "start"]
 
@@ -55,13 +56,20 @@ def start(label: str, job: Job, modes: str, folder: str, threads: int, *who: str
     )  # fmt: skip
 
 
-def await_ready(worker: Worker, screen: Screen, what: str) -> dict:
-    """What the process says once it is ready."""
+def await_ready(worker: Worker, screen: Screen, what: str, seconds: float | None = None) -> dict:
+    """What the process says once it is ready. WorkerDied also where it takes longer than so many seconds."""
     screen.step(what)
+    began = time.monotonic()
+
+    def wait() -> None:
+        screen.tick(0)
+        if seconds is not None and time.monotonic() - began > seconds:
+            raise WorkerDied(f"not ready within {seconds:.0f} s")
+
     return worker.hear(
         "ready",
         on_other=lambda message: screen.tick(0, None, f"{what}: {message['text']}"),
-        on_wait=lambda: screen.tick(0),
+        on_wait=wait,
     )
 
 

@@ -170,7 +170,7 @@ def _depth_headline(run: depth.Run) -> dict:
     ]
     first = run.rows[0]
     text = (
-        f"Memory against depth, k = {first['growth']}, L = {deepest}: MB kept per image {', '.join(kept)}. "
+        f"Memory against depth, k = {first['growth']}, L = {deepest}: MB per image kept: {', '.join(kept)}. "
     )
     wrong = [f"{CONTESTANTS[row['contestant']].label} at L = {row['depth']}" for row in run.wrong]
     text += f"WRONG RESULT of {', '.join(wrong)}." if wrong else "All results match float64."

@@ -80,8 +80,8 @@ def batch_norm_pool_ref(x, affine):
 def batch_norm_pool_bwd_ref(dy, x, act, want_y, dx):
     """(sums, y): the backward of `batch_norm_pool_ref` with act [4, C] = (a; b; mean; rstd).
 
-    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0]: writes a*g to dx, 0 where there is
-    no square; sums [2, C] are (sum g; sum g*(x - mean)*rstd), g in float32; y is the forward's, of shape [0]
+    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0], in float32: writes a*g to dx, 0
+    where there is no square; sums [2, C] are (sum g; sum g*(x - mean)*rstd); y is the forward's, of shape [0]
     unless wanted.
     """
     a, _, mean, rstd = act
@@ -179,7 +179,7 @@ def batch_norm_update_running_ref(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
-            momentum = num_batches_tracked.reciprocal()
+            momentum = num_batches_tracked.double().reciprocal()
     if shift is not None:
         mean = mean + shift
     for running, new, factor in ((running_mean, mean, 1.0), (running_var, var, count / (count - 1))):

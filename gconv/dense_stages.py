@@ -30,7 +30,7 @@ from gconv.batch_norm import (
     pool_bwd,
     stats,
 )
-from gconv.grouped_conv import bwd, fwd_into, in_channels_last
+from gconv.grouped_conv import bwd, fwd_into, in_channels_last, wide
 
 
 class LayerConf(NamedTuple):
@@ -148,7 +148,7 @@ def forward_stages(buffer, params: Params, conf: Conf, ranks):
     norms, weights, noises = _Norms(params), iter(params.weights), iter(params.noises)
     ys, variances = [], []
     shared = conf.shares_statistics
-    mean, var = (buffer.new_empty(conf.total if shared else 0, dtype=torch.float32) for _ in range(2))
+    mean, var = (buffer.new_empty(conf.total if shared else 0, dtype=wide(buffer)) for _ in range(2))
 
     def take(begin, end, statistics):
         mean[begin:end], var[begin:end] = ranks.merge(*statistics)

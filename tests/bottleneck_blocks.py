@@ -1,12 +1,7 @@
 """A bottleneck of torch's modules twice, stock and as a chain: what the tests of the chain compare."""
 
-import copy
-import math
-
-import checks
 import torch
-from checks import LAYOUTS, place
-from fused_checks import FrozenBatchNorm2d, randomize
+from fused_checks import FrozenBatchNorm2d, clear_input, randomized_twins
 from torch import nn
 
 import gconv
@@ -27,7 +22,7 @@ class Block(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(c, a, 1, bias=False), norm("bn1", a)
         self.conv2, self.bn2 = nn.Conv2d(a, b, 3, stride, **middle), norm("bn2", b)
         self.conv3, self.bn3 = nn.Conv2d(b, k, 1, bias=False), norm("bn3", k)
-        self.relu = nn.ReLU()
+        self.inner, self.relu = nn.ReLU(), nn.ReLU()
         self.downsample = None
         if down:
             self.downsample = nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False), norm("downsample", k))
@@ -43,50 +38,20 @@ class Block(nn.Module):
         if not self.stock:
             down = None if self.downsample is None or residual is not None else tuple(self.downsample)
             return fuse_bottleneck_forward(x, self.pairs(), down, residual)
-        h = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(h)))))
+        h = self.inner(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.inner(self.bn2(self.conv2(h)))))
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(y + (shortcut if residual is None else residual))
 
 
 def twins(key, *args, training=True, **kwargs):
     """(stock, ours) of the same state."""
-    stock = Block(*args, **kwargs).train(training)
-    for i, pair in enumerate(stock.all_pairs()):
-        randomize(*pair, (key, i))
-    ours = copy.deepcopy(stock)
-    ours.stock = False
-    return stock, ours
-
-
-def inner_margin(block, x):
-    """Distance of the nearest value from the kink of an inner ReLU, in float64."""
-    exact, nearest = copy.deepcopy(block).double(), [math.inf]
-
-    def watch(module, args):
-        nearest[0] = min(nearest[0], args[0].detach().abs().min().item())
-
-    handle = exact.relu.register_forward_pre_hook(watch)
-    exact.conv3.register_forward_hook(lambda *_: handle.remove())  # the last ReLU is compare's business
-    with torch.no_grad(), checks.one_thread():
-        exact(x.detach().double())
-    return nearest[0]
-
-
-# Distance from the kink of an inner ReLU under which rounding may put a value on either side: its gradient
-# would be there in one result and not in the other, and neither be wrong.
-INNER_MARGIN = {torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
+    return randomized_twins(Block(*args, **kwargs).train(training), key)
 
 
 def block_input(block, size, key, dtype=torch.float32):
     """An input whose values stay clear of the inner ReLUs' kinks."""
-    n, h, w = size
-    for attempt in range(5000):
-        gen = checks.generator("block input", key, attempt)
-        x = torch.randn(n, block.conv1.in_channels, h, w, generator=gen).to(dtype)
-        if inner_margin(block, x) > INNER_MARGIN[dtype]:
-            return place(x, checks.rotate(LAYOUTS, key)).requires_grad_()
-    raise AssertionError("no input is clear of the kinks")
+    return clear_input(block, block.conv1.in_channels, size, key, dtype)
 
 
 def assert_chained(calls=1):

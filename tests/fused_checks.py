@@ -5,7 +5,7 @@ import copy
 import checks
 import pytest
 import torch
-from checks import KINK_MARGIN, assert_accurate, assert_same_bits
+from checks import KINK_MARGIN, LAYOUTS, assert_accurate, assert_same_bits, place
 from torch import nn
 
 import gconv
@@ -50,6 +50,43 @@ def randomize(conv, bn, key):
                 t.copy_(torch.rand(t.shape, generator=gen) + 0.5)
             elif t.is_floating_point():
                 t.copy_(torch.randn(t.shape, generator=gen) * 0.5 + (name == "weight"))
+
+
+def randomized_twins(stock, key):
+    """(stock, ours) of the same random state, of a block of torch's modules."""
+    for i, pair in enumerate(stock.all_pairs()):
+        randomize(*pair, (key, i))
+    ours = copy.deepcopy(stock)
+    ours.stock = False
+    return stock, ours
+
+
+# Distance from the kink of an inner ReLU under which rounding may put a value on either side: its gradient
+# would be there in one result and not in the other, and neither be wrong.
+INNER_MARGIN = {torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
+
+
+def clear_input(block, channels, size, key, dtype=torch.float32):
+    """An input [N, channels, H, W] whose values stay clear of the kinks of `block.inner`, the ReLUs inside: a
+    random one, moved by gradient descent for as long as some are near. The last ReLU is compare's business."""
+    exact = copy.deepcopy(block).double().requires_grad_(False)
+    exact.stock, margin, seen = True, INNER_MARGIN[dtype], []
+    exact.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().flatten()))
+    for attempt in range(50):
+        gen = checks.generator("block input", key, attempt)
+        x = torch.randn(size[0], channels, *size[1:], generator=gen).double().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=margin)
+        for _ in range(100):
+            seen.clear()
+            with checks.one_thread():
+                exact(x.detach().to(dtype).double() + (x - x.detach()))
+                distance = torch.cat(seen)
+                if distance.min() > margin:
+                    return place(x.detach().to(dtype), checks.rotate(LAYOUTS, key)).requires_grad_()
+                optimizer.zero_grad()
+                (2 * margin - distance).relu().square().sum().backward()
+            optimizer.step()
+    raise AssertionError("no input is clear of the kinks")
 
 
 def run(module, x, dz, residual, steps=1):
@@ -160,10 +197,10 @@ def together(results):
     return {n: None if v is None else torch.stack([r[n] for r in results]) for n, v in results[0].items()}
 
 
-def compare_draws(draws, dtype, autocast=None):
+def compare_draws(draws, dtype, autocast=None, steps=1):
     """`compare` of several (stock, ours, x) together: of a few values, some of stock are right by luck."""
     measured = [
-        measure(*draw, None, dtype if autocast is None else torch.float32, 1, autocast, i)
+        measure(*draw, None, dtype if autocast is None else torch.float32, steps, autocast, i)
         for i, draw in enumerate(draws)
     ]
     exact, own, got = zip(*measured, strict=True)
