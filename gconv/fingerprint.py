@@ -1,6 +1,7 @@
 """What a function does, comparably: how convert knows other projects' blocks, whatever they are called."""
 
 import dis
+import functools
 from collections.abc import Callable
 from types import CodeType
 
@@ -28,6 +29,10 @@ def fingerprint(function: Callable) -> tuple | None:
     return *_instructions(code), function.__defaults__
 
 
+_known = functools.cache(fingerprint)
+
+
 def same_code(function: Callable, known: Callable) -> bool:
+    """Whether `function` does what `known`, a function of ours, does."""
     found = fingerprint(function)
-    return found is not None and found == fingerprint(known)
+    return found is not None and found == _known(known)
