@@ -434,10 +434,20 @@ def not_plain_relu(module) -> str | None:
     return watched(module)
 
 
-def not_fusable(conv, bn, synchronised: bool = False) -> str | None:
-    """Why the modules must be called as they are, or None; `conv` may be None. `synchronised`: the fusion
-    merges the statistics of several processes itself."""
-    fused = type(bn) is nn.BatchNorm2d or is_frozen(bn) or (synchronised and type(bn) is nn.SyncBatchNorm)
+def brings_relu(bn) -> bool:
+    """True for timm's BatchNormAct2d, or a copy of it, that drops nothing and ends in a bare nn.ReLU."""
+    if not isinstance(bn, nn.BatchNorm2d) or type(bn).__name__ != "BatchNormAct2d":
+        return False
+    drop, act = bn._modules.get("drop"), bn._modules.get("act")
+    return type(drop) is nn.Identity and not watched(drop) and not_plain_relu(act) is None
+
+
+def not_fusable(conv, bn, in_dense_block: bool = False) -> str | None:
+    """Why the modules must be called as they are, or None; `conv` may be None. `in_dense_block`: the fusion
+    merges the statistics of several processes itself and applies a ReLU to what `bn` gives."""
+    fused = type(bn) is nn.BatchNorm2d or is_frozen(bn)
+    if in_dense_block:
+        fused = fused or type(bn) is nn.SyncBatchNorm or brings_relu(bn)
     if not fused:
         return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
     if conv is not None and type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gconv import backend
 from gconv.batch_norm import batch_norm_module, is_frozen
-from gconv.conv_bn_relu import not_fusable, not_plain_relu, watched
+from gconv.conv_bn_relu import brings_relu, not_fusable, not_plain_relu, watched
 from gconv.dense_block import fuse_dense_block_forward
 from gconv.grouped_conv import grouped_conv
 from gconv.layers import Conv2d
@@ -74,6 +74,12 @@ def _norm_reason(norm) -> str | None:
     return watched(norm)
 
 
+def _norm_relu_reason(norm) -> str | None:
+    if not brings_relu(norm):
+        return f"want BatchNormAct2d with ReLU, got {type(norm).__name__}"
+    return watched(norm)
+
+
 def _conv_reason(conv) -> str | None:
     if type(conv) is not nn.Conv2d and type(conv) is not Conv2d:
         return f"want Conv2d, got {type(conv).__name__}"
@@ -84,16 +90,38 @@ _REASONS = {"norm": _norm_reason, "relu": not_plain_relu, "conv": _conv_reason}
 
 
 def _children_reason(owner: nn.Module, names: tuple[str, ...]) -> str | None:
-    """Why the children of these names have to be called, or None."""
+    """Why the children of these names have to be called, or None. A norm without a relu of its number brings
+    a ReLU itself."""
     children = owner._modules
     if tuple(children) != names:
         return f"want {', '.join(names)}, got {', '.join(children)}"
     for name, child in children.items():
-        check = _REASONS.get(name[:4])
+        kind, number = name[:4], name[4:]
+        check = _REASONS.get(kind)
+        if kind == "norm" and f"relu{number}" not in names:
+            check = _norm_relu_reason
         reason = check and check(child)
         if reason is not None:
             return f"{name}: {reason}"
     return None
+
+
+def layer_reason(layer: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Why a dense layer, which has children of these names and a drop_rate, has to be called, or None."""
+    reason = watched(layer) or _children_reason(layer, names)
+    if reason is None and layer.drop_rate > 0 and layer._modules[names[-1]].training != layer.training:
+        reason = "its convolution is not in its mode"
+    return reason
+
+
+def transition_reason(transition: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Why the children of a transition, which have these names, have to be called, or None."""
+    reason = _children_reason(transition, names)
+    if reason is None and not _is_pointwise(transition.conv):
+        reason = f"conv: want 1x1, got {transition.conv}"
+    if reason is None and not _halves(transition.pool):
+        reason = f"pool: want AvgPool2d(2, 2), got {transition.pool}"
+    return reason
 
 
 class DenseLayer(nn.Module):
@@ -166,12 +194,7 @@ class DenseLayer(nn.Module):
         names = ("norm1", "relu1", "conv1")
         if self.has_bottleneck:
             names = (*names, "norm2", "relu2", "conv2")
-        reason = watched(self) or _children_reason(self, names)
-        if reason is None and self.drop_rate > 0:
-            last = self.conv2 if self.has_bottleneck else self.conv1
-            if last.training != self.training:
-                reason = "its convolution is not in its mode"
-        return reason
+        return layer_reason(self, names)
 
     def _parts(self) -> tuple:
         """(bn1, conv1, bn2, conv2, dropout), as `fuse_dense_block_forward` takes them."""
@@ -321,12 +344,7 @@ class Transition(_Fused, nn.Sequential):
         """Why the children have to be called, or None."""
         if type(self) is not Transition:
             return f"want Transition, got {type(self).__name__}"
-        reason = _children_reason(self, ("norm", "relu", "conv", "pool"))
-        if reason is None and not _is_pointwise(self.conv):
-            reason = f"conv: want 1x1, got {self.conv}"
-        if reason is None and not _halves(self.pool):
-            reason = f"pool: want AvgPool2d(2, 2), got {self.pool}"
-        return reason
+        return transition_reason(self, ("norm", "relu", "conv", "pool"))
 
     def _reason_alone(self) -> str | None:
         return self._reason() or not_fusable(self.conv, self.norm)

@@ -1,5 +1,7 @@
 """What the tests of the models share: a fused model and its stock twin, a training step, a criterion."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,6 +70,16 @@ def training_step(model, images, labels):
     return result | {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
+def assert_steps_as_good(actual, baseline, exact, factor=4.0):
+    """Two training steps held to one in float64, as `lively` models begin them: one batch was counted."""
+    assert list(actual) == list(exact)
+    for key, want in exact.items():
+        if key.endswith("num_batches_tracked"):
+            assert actual[key] == want == 2, key
+        else:
+            assert_as_good(actual[key], baseline[key], want, key, factor, floor=1e-5)
+
+
 def assert_same_to_the_bit(actual, fused, want):
     """`actual` and `fused` start with the weights of `want`; actual's training step and inference are want's,
     dropout included."""
@@ -85,3 +97,14 @@ def assert_same_to_the_bit(actual, fused, want):
         assert torch.equal(step[key], tensor), key
     with torch.no_grad():
         assert torch.equal(actual.eval()(images), want.eval()(images))
+
+
+def assert_compiled_step_equals(model, images, labels):
+    """torch.compile takes a training step of `model` in one graph, with the results of eager mode."""
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    want, actual = (training_step(m, images, labels) for m in (model, compiled))
+    for key, tensor in want.items():
+        compiled_key = "_orig_mod." + key if key not in ("loss", "images.grad") else key
+        torch.testing.assert_close(
+            actual[compiled_key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )

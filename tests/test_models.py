@@ -11,7 +11,15 @@ import pickle
 
 import pytest
 import torch
-from model_checks import assert_as_good, assert_same_to_the_bit, pair, seeded, training_step
+from model_checks import (
+    assert_as_good,
+    assert_compiled_step_equals,
+    assert_same_to_the_bit,
+    assert_steps_as_good,
+    pair,
+    seeded,
+    training_step,
+)
 from torch import nn
 from torchvision_models import DATA, NAMES, SEEDED, first_values, names_and_shapes, require_torchvision
 
@@ -137,12 +145,7 @@ def test_training_step_equals_stock(case):
     assert calls.get("gconv::conv_bn_relu_fwd_train", 0) == alone, calls
     assert calls.get("gconv::conv_bn_relu_bwd", 0) == alone, calls
     assert calls.get("gconv::grouped_conv_bwd", 0) >= len(blocks), calls
-    assert list(actual) == list(exact)
-    for key, want in exact.items():
-        if key.endswith("num_batches_tracked"):
-            assert actual[key] == want == 2, key
-        else:
-            assert_as_good(actual[key], baseline[key], want, key, floor=1e-5)
+    assert_steps_as_good(actual, baseline, exact)
 
 
 def test_training_step_in_float64_is_stocks():
@@ -372,15 +375,7 @@ def small(**kwargs):
 
 
 def test_compiled_training_step_has_no_graph_break():
-    eager, compiled = small(), small()
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    want = training_step(eager, images, labels)
-    actual = training_step(torch.compile(compiled, fullgraph=True, backend="aot_eager"), images, labels)
-    for key, tensor in want.items():
-        compiled_key = "_orig_mod." + key if key not in ("loss", "images.grad") else key
-        torch.testing.assert_close(
-            actual[compiled_key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_compiled_step_equals(small(), torch.randn(4, 3, 32, 32), torch.arange(4))
 
 
 def test_compiled_inference():
