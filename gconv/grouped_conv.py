@@ -164,12 +164,12 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
-fwd_into = op("grouped_conv_fwd_into", grouped_conv_fwd_into_ref)
-fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
-bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
-bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
-bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
+fwd = op("grouped_conv_fwd")
+fwd_into = op("grouped_conv_fwd_into")
+fwd_stats = op("grouped_conv_fwd_stats")
+bwd_input = op("grouped_conv_bwd_input")
+bwd_weight = op("grouped_conv_bwd_weight")
+bwd = op("grouped_conv_bwd")
 
 
 class ConvOps(NamedTuple):
@@ -599,7 +599,7 @@ def plan(name: str, x, weight, bias, stride, padding, dilation, groups, by_desig
             return found[1:]
     conf = resolve(name, x, weight, bias, stride, padding, dilation, groups)
     decision = decide(name, x, weight, None, *conf, by_design)
-    if key is not None and decision.backend == "cpu":
+    if key is not None and decision.ours:
         if len(_planned) >= MOST_PLANNED:
             _planned.clear()
         _planned[key] = geometry, conf, decision
@@ -670,7 +670,7 @@ def convolution(name: str, x, weight, bias, stride, padding, dilation, groups):
         return convolution(name, x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
     conf, decision = plan(name, x, weight, bias, stride, padding, dilation, groups)
-    if decision.backend == "cpu":
+    if decision.ours:
         y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf)
     else:
         y = F.conv2d(x, weight, bias, *conf)
