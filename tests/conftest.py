@@ -1,5 +1,5 @@
-"""Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads, the
-Triton kernels on a GPU or in Triton's interpreter."""
+"""Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads,
+the Triton kernels on a GPU or in Triton's interpreter."""
 
 import os
 

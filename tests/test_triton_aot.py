@@ -1,4 +1,4 @@
-"""The Triton kernels compile for Ampere and Hopper, without a GPU, within their registers and shared memory."""
+"""The Triton kernels compile for Ampere and Hopper within registers and shared memory, without a GPU."""
 
 import importlib.util
 import json

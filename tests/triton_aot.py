@@ -4,7 +4,7 @@
 
 Every module of gconv.kernels that has `configurations()` lists there all that its launchers may launch, as
 (kernel, signature, constexprs, options): `signature` maps the other parameters to Triton's type names
-("*fp16", "i32"; "i32:16" for one that is a multiple of 16), `options` are the launch's (num_warps, num_stages).
+("*fp16", "i32"; "i32:16" for a multiple of 16), `options` are those of the launch (num_warps, num_stages).
 Pointers are taken to be multiples of 16 bytes, as the memory of a whole tensor is. A kernel that does not
 compile, spills registers or takes more shared memory than a block may have is a fault, and the exit status
 is 1. --covering compiles of each kernel and dtype the configuration of the largest blocks alone.
