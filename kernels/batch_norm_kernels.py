@@ -147,8 +147,8 @@ def batch_norm_bwd_finish_kernel(
 # grid:     (slabs, blocks of channels)
 # tile:     [BLOCK_ROWS pixels, BLOCK_C channels], along the slab
 # bytes:    x once
-# accum.:   float32, of differences from the slab's first pixel: (mean, M2) of every BLOCK_ROWS-th pixel by
-#           Welford's recurrence; the lanes of a tile are merged by Chan's rule, the slabs by merge_statistics
+# accum.:   float32: (mean, M2) of every BLOCK_ROWS-th pixel by Welford's recurrence; the lanes of a tile are
+#           merged by Chan's rule, the slabs by merge_statistics
 @triton.jit
 def batch_norm_stats_kernel(
     x, partial, rows, slab, slabs, C, H, W, x_n, x_h, x_w,
@@ -159,8 +159,6 @@ def batch_norm_stats_kernel(
     within = c < multiple(C, ALIGN)
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, rows)
-    at = row_offset(tl.full([1], 0, tl.int32) + first, H, W, x_n, x_h, x_w, ALIGN, FLAT)
-    pivot = tl.load(x + at[:, None] + c[None, :], mask=within[None, :], other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     step = 1.0
@@ -169,7 +167,6 @@ def batch_norm_stats_kernel(
         valid = (row < last)[:, None]
         at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)
         v = tl.load(x + at[:, None] + c[None, :], mask=valid & within[None, :], other=0.0).to(tl.float32)
-        v -= pivot
         delta = tl.where(valid, v - mean, 0.0)
         mean += delta * (1.0 / step)
         m2 += delta * (v - mean)
@@ -177,10 +174,10 @@ def batch_norm_stats_kernel(
     # A lane's last pixel may lie behind the end of the slab.
     count = tl.maximum((last - first - lane + BLOCK_ROWS - 1) // BLOCK_ROWS, 0).to(tl.float32)[:, None]
     total = (last - first).to(tl.float32)
-    center = tl.sum(count * mean, 0)[None, :] / total
-    d = mean - center
+    center = tl.sum(count * mean, 0) / total
+    center += tl.sum(count * (mean - center[None, :]), 0) / total  # what rounding took
+    d = mean - center[None, :]
     squares = tl.sum(m2 + count * d * d, 0)
-    center = tl.sum(center + pivot, 0)  # of one row: it loses that dimension
     store_statistics(partial, tl.program_id(0), slabs, C, c, within, total, center, squares)
 
 

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 def missing_cuda():
     """Why Triton kernels do not run on a GPU here, or None."""
     if not torch.cuda.is_available():
-        return "needs a CUDA GPU (Triton's interpreter computes bfloat16 wrongly and has one thread)"
+        return "needs a CUDA GPU"
     return "needs TRITON_INTERPRET=0" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
@@ -96,7 +96,7 @@ def threads():
 
 
 @pytest.fixture
-def triton_backend(ops):
+def triton_backend():
     """The Triton kernels run every op in this test; the device its tensors have to be on: the GPU, or the CPU
     under Triton's interpreter."""
     import gconv

@@ -102,7 +102,8 @@ def compiled(entry, arch):
             kept.write_text(json.dumps(resources(log.getvalue())))
         row |= json.loads(kept.read_text()) | {"shared": binary.metadata.shared}
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"
+        lines = str(error).splitlines() or [""]
+        row["error"] = f"{type(error).__name__}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".rstrip()
     return row | {"seconds": round(time.perf_counter() - start, 2)}
 
 
