@@ -1,7 +1,9 @@
 """What the Triton kernels share: verbs on tiles in registers, the merging of partial results, and the launch.
 
-Partial results lie in memory one row per tile and are merged in an order that depends on their number alone,
-so every result is bit-identical from run to run.
+Kernels do not specialise on the values of integers: what alignment there is they learn from ALIGN, so the
+variants that are compiled ahead of time are those that run. Partial results lie in memory one row per tile
+and are merged in an order that depends on their number alone, so every result is bit-identical from run to
+run.
 """
 
 import torch
@@ -30,16 +32,22 @@ def activated(x, a, b):
 
 
 @triton.jit
-def finished(dy, y, finish, k, K, within):
-    """A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, rounded to dy's dtype: the gradient that a convolution's
-    backward works on. finish [6, K] = (A; B; C; mean; a; b); k are the channels, of a shape that broadcasts
-    to dy's, and `within` is true where k < K. What a mask has left out does not become 0."""
+def finish_vectors(finish, k, K, within):
+    """The rows A, B, C, mean, a, b of finish [6, K] at channels k, 0 where not within."""
     scale = tl.load(finish + k, mask=within, other=0.0)
     slope = tl.load(finish + K + k, mask=within, other=0.0)
     offset = tl.load(finish + 2 * K + k, mask=within, other=0.0)
     mean = tl.load(finish + 3 * K + k, mask=within, other=0.0)
     a = tl.load(finish + 4 * K + k, mask=within, other=0.0)
     b = tl.load(finish + 5 * K + k, mask=within, other=0.0)
+    return scale, slope, offset, mean, a, b
+
+
+@triton.jit
+def finished(dy, y, scale, slope, offset, mean, a, b):
+    """A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C, rounded to dy's dtype: the gradient that a convolution's
+    backward works on; the vectors broadcast to dy. Of pixels that a mask has left out it makes C - B*mean,
+    not 0."""
     y = y.to(tl.float32)
     g = tl.where(a * y + b <= 0, 0.0, dy.to(tl.float32))
     return (scale * g + slope * (y - mean) + offset).to(dy.dtype)
@@ -68,13 +76,21 @@ def grouped_tile(pid, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(v):
+    """Sum over the first dimension of v [rows, columns], rows a multiple of 16: in two steps, so that
+    rounding errors grow with 16 + rows/16 terms in whatever order a step is done."""
+    parts = tl.reshape(v, [v.shape[0] // 16, 16, v.shape[1]])
+    return tl.sum(tl.sum(parts, 1), 0)
+
+
+@triton.jit
 def statistics(v, valid):
     """(count, mean, M2) over the rows of v [rows, channels] float32 where valid [rows, 1]: M2 is the sum of
     squares about the tile's own mean."""
     count = tl.sum(valid.to(tl.float32))
-    mean = tl.sum(tl.where(valid, v, 0.0), 0) / tl.maximum(count, 1.0)
+    mean = sum_rows(tl.where(valid, v, 0.0)) / tl.maximum(count, 1.0)
     d = tl.where(valid, v - mean[None, :], 0.0)
-    return count, mean, tl.sum(d * d, 0)
+    return count, mean, sum_rows(d * d)
 
 
 @triton.jit
@@ -109,7 +125,7 @@ GROUPS = 64
 # tile:     [BLOCK_T tiles, BLOCK_C channels]
 # bytes:    8*tiles*C read
 # accum.:   float64, groups of BLOCK_T tiles about their own mean, then one after the other
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "C", "span", "groups"])
 def merge_statistics_kernel(
     partial, out, mean_out, var_out, tiles, C, span, groups,
     FINAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -154,7 +170,7 @@ def merge_statistics_kernel(
 # tile:     [BLOCK_T rows, BLOCK_L elements]
 # bytes:    4*parts*L read
 # accum.:   float64 if WIDE, else float32; groups of BLOCK_T rows, then one after the other
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "L", "span"])
 def merge_sums_kernel(
     partial, out, parts, L, span, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr
 ):
@@ -267,6 +283,13 @@ def check(op: str, name: str, t, dtype: torch.dtype, shape) -> None:
         raise RuntimeError(
             f"{op}: {name}: want {_described(dtype, shape)}, got {_described(t.dtype, t.shape)}"
         )
+
+
+def check_output(op: str, name: str, t, dtype: torch.dtype, shape) -> None:
+    """`check` of a tensor that a kernel writes to, which no copy can stand for."""
+    check(op, name, t, dtype, shape)
+    if t.stride(1) != 1 and t.shape[1] != 1:
+        raise RuntimeError(f"{op}: {name}: want channels side by side, got strides {list(t.stride())}")
 
 
 def _described(dtype, shape) -> str:
