@@ -315,7 +315,7 @@ def _train_into(memory, x, weight, bias, gamma, beta, residual, eps, relu, *conf
         apply_into(*args, memory)
 
     args = (x, weight, *conf, gamma, beta, residual, eps, relu)
-    return call(_forward_stages, ops_for(weight.shape).fwd_stats, fold, apply, *args)[1:]
+    return call(forward_stages, ops_for(weight.shape).fwd_stats, fold, apply, *args)[1:]
 
 
 def _train(x, weight, bias, bn, state, residual, relu, conf, count, into):
