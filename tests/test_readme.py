@@ -34,6 +34,8 @@ def test_python_code_runs(index, ops, capsys):
     if "calls" in names:
         assert names["logits"].shape == (2, 10) and "cpu." in printed
         assert len(CODE[index].strip().splitlines()) <= 18, "the example is to stay short"
+    elif "block" in names:
+        assert names["y"].shape == (2, 256, 28, 28) and names["model"].memory == "ultra"
     elif "UNet" in names:
         assert names["UNet"]()(torch.randn(1, 3, 8, 8)).shape == (1, 32, 8, 8)
     else:
@@ -41,7 +43,7 @@ def test_python_code_runs(index, ops, capsys):
 
 
 def test_there_is_code():
-    assert len(CODE) == 3
+    assert len(CODE) == 4
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
