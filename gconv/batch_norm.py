@@ -72,16 +72,16 @@ def batch_norm_apply_into_ref(x, affine, residual, residual_affine, relu, y) -> 
 
 
 def batch_norm_pool_ref(x, affine):
-    """Mean of relu(a*x + b) over squares of 2x2, affine [2, C] = (a; b): [N, C, H//2, W//2] of x [N, C, H, W],
-    an odd last row or column being dropped. Computed in float32, rounded once."""
+    """Mean of relu(a*x + b) over squares of 2x2 (an odd last row or column is in none): [N, C, H//2, W//2] of
+    x [N, C, H, W] with affine [2, C] = (a; b). Computed in float32, rounded once."""
     return stored(F.avg_pool2d(torch.relu(per_channel(affine[0]) * x + per_channel(affine[1])), 2), x.dtype)
 
 
 def batch_norm_pool_bwd_ref(dy, x, act, want_y, dx):
     """(sums, y): the backward of `batch_norm_pool_ref` with act [4, C] = (a; b; mean; rstd).
 
-    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0]: writes a*g to dx, 0 in a dropped
-    row or column; sums [2, C] are (sum g; sum g*(x - mean)*rstd), g in float32; y is the forward's, of shape [0]
+    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0], in float32: writes a*g to dx, 0
+    where there is no square; sums [2, C] are (sum g; sum g*(x - mean)*rstd); y is the forward's, of shape [0]
     unless wanted.
     """
     a, _, mean, rstd = act

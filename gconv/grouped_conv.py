@@ -79,23 +79,29 @@ def grouped_conv_fwd_ref(
     return stored(torch.relu(y) if relu else y, x.dtype)
 
 
+def _statistics_ref(y):
+    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
+    return mean, var
+
+
 def grouped_conv_fwd_stats_ref(x, weight, stride, padding, dilation, groups, act=None):
     """(y, mean, var): the convolution, and mean and biased variance [K] of y as stored, over N*OH*OW."""
     y = grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act)
-    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
-    return y, mean, var
+    return y, *_statistics_ref(y)
 
 
 def grouped_conv_fwd_into_ref(
     x, weight, stride, padding, dilation, groups, act, affine, residual, relu, want_stats, y
 ):
-    """(mean, var): writes `grouped_conv_fwd_ref` to y, a view of whatever else; mean and biased variance [K] of y
-    as stored, of shape [0] unless wanted, which excludes affine, residual and relu."""
+    """(mean, var): writes `grouped_conv_fwd_ref` to y [N, K, OH, OW], which may be a slice of a wider buffer.
+
+    mean and biased variance [K] are of y as stored, of shape [0] unless wanted; they exclude affine, residual
+    and relu.
+    """
     y.copy_(grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act, affine, residual, relu))
     if not want_stats:
         return x.new_zeros(0, dtype=wide(x)), x.new_zeros(0, dtype=wide(x))
-    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
-    return mean, var
+    return _statistics_ref(y)
 
 
 def grouped_conv_bwd_input_ref(

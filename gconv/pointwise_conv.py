@@ -101,8 +101,8 @@ def pointwise_conv_bwd_ref(
 
 
 def pointwise_conv_bwd_add_ref(dy, x, weight, stride, y, finish, act, dx, want_dweight, channels_last):
-    """(dweight, sums): `pointwise_conv_bwd_ref` with act [4, C] = (a; b; mean; rstd), but the gradient to x itself
-    is added to dx.
+    """(dweight, sums): `pointwise_conv_bwd_ref` with act [4, C] = (a; b; mean; rstd), but the gradient to x
+    itself is added to dx [N, C, H, W], which may be a slice of a wider buffer.
 
     With g the masked gradient, in float32 throughout: dx += a*g, and sums [2, C] are (sum g; sum g*(x -
     mean)*rstd). Pixels that a stride leaves out keep what dx holds.
