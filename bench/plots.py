@@ -257,8 +257,8 @@ def times(rows: list[dict]) -> bytes:
 
 def networks(rows: list[dict]) -> bytes:
     """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
-    step takes at its peak, light what was resident before, and a line where what it keeps for the backward
-    ends."""
+    step takes at its peak, light what was resident before, and in words what it keeps for the
+    backward."""
     modes = by_mode([row for row in rows if row.get("ms")])
     heights = [0.9 + 0.36 * len(group) for group in modes.values()]
     figure, axes = _figure(
@@ -288,14 +288,12 @@ def networks(rows: list[dict]) -> bytes:
             ratio = row.get("memory_ratio")
             ours = is_ours(row)
             text = f"{step[i]:.0f} of {peak[i]:.0f}" + (f"  {ratio:.2f}×" if ours and ratio else "")
+            if row.get("kept_mb") is not None:
+                text += f"  {row['kept_mb']:.0f} kept"
             right.text(peak[i] + 0.012 * peak.max(), i, text, va="center", fontsize=9,
                        fontweight="bold" if ours else "normal")  # fmt: skip
-            if row.get("kept_mb"):
-                end = peak[i] - step[i] + row["kept_mb"]
-                right.plot([end, end], [i - 0.33, i + 0.33], color="white", linewidth=2)
-        right.set_xlim(0, max(peak.max(), 1) * 1.38)
-        kept = "; to the line: kept" if any(row.get("kept_mb") for row in group) else ""
-        right.set_title(f"{STEPS[mode]}: peak memory, MiB; dark: the step's{kept}", fontsize=11, loc="left")
+        right.set_xlim(0, max(peak.max(), 1) * 1.5)
+        right.set_title(f"{STEPS[mode]}: memory at the peak, MiB; dark: the step's", fontsize=11, loc="left")
         for ax, names in ((left, True), (right, False)):
             ax.set_yticks(at, [CONTESTANTS[row["contestant"]].label for row in group] if names else [])
             ax.invert_yaxis()

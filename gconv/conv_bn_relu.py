@@ -92,7 +92,7 @@ def conv_bn_relu_ref(
 # ---------------------------------------------------------------------------------- a training step's stages
 
 
-def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
+def forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     """(z, y, mean, var, rstd, affine) of `ConvBatchNorm`, by the given ops or references."""
     *conf, gamma, beta, residual, eps, relu = args
     y, mean, var = fwd_stats(x, weight, *conf, None)
@@ -100,7 +100,7 @@ def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     return apply_affine(y, affine, residual, None, relu), y, mean, var, rstd, affine
 
 
-def _backward_stages(
+def backward_stages(
     reduce, apply, conv_bwd, dz, x, weight, stride, padding, dilation, groups, y, mean, rstd,
     gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def conv_bn_relu_fwd_train_ref(
     as by `batch_norm_update_running_ref`."""
     stages = (grouped_conv_fwd_stats_ref, batch_norm_fold_ref, batch_norm_apply_ref)
     args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-    z, y, mean, var, rstd, affine = _forward_stages(*stages, *args)
+    z, y, mean, var, rstd, affine = forward_stages(*stages, *args)
     if running_mean is not None:
         running = (running_mean, running_var, num_batches_tracked)
         batch_norm_update_running_ref(*running, mean, var, shift, y.numel() // y.shape[1], momentum)
@@ -139,16 +139,16 @@ def conv_bn_relu_bwd_ref(dz, x, *args):
     z; g, dz masked by the ReLU, is the residual's. affine and z say where the ReLU was shut, as in
     `batch_norm_bwd_reduce_ref`. dx, dweight and g have shape [0] unless wanted."""
     stages = (batch_norm_bwd_reduce_ref, batch_norm_bwd_apply_ref, grouped_conv_bwd_ref)
-    return _backward_stages(*stages, dz, x, *args)
+    return backward_stages(*stages, dz, x, *args)
 
 
-_fwd_train = op("conv_bn_relu_fwd_train", conv_bn_relu_fwd_train_ref)
-_bwd = op("conv_bn_relu_bwd", conv_bn_relu_bwd_ref)
+_fwd_train = op("conv_bn_relu_fwd_train")
+_bwd = op("conv_bn_relu_bwd")
 
 
 def _joined(x) -> bool:
     """A compiler is shown the stages: it fuses some of them with what surrounds them."""
-    return JOINED and x.is_cpu and not torch.compiler.is_compiling()
+    return JOINED and backend.backend_of(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -184,7 +184,7 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        return call(_forward_stages, ops_for(weight.shape).fwd_stats, fold, apply_affine, *args)
+        return call(forward_stages, ops_for(weight.shape).fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -243,7 +243,7 @@ class ConvBatchNormBackward(Function):
         if FINISH_ON_LOAD and _joined(x):
             grads = call(_bwd, *args)
         else:
-            grads = call(_backward_stages, bwd_reduce, bwd_apply, ops_for(weight.shape).bwd, *args)
+            grads = call(backward_stages, bwd_reduce, bwd_apply, ops_for(weight.shape).bwd, *args)
         return only((want_x, want_weight, want_gamma, want_beta, want_g), grads)
 
     @staticmethod
@@ -315,7 +315,7 @@ def _train_into(memory, x, weight, bias, gamma, beta, residual, eps, relu, *conf
         apply_into(*args, memory)
 
     args = (x, weight, *conf, gamma, beta, residual, eps, relu)
-    return call(_forward_stages, ops_for(weight.shape).fwd_stats, fold, apply, *args)[1:]
+    return call(forward_stages, ops_for(weight.shape).fwd_stats, fold, apply, *args)[1:]
 
 
 def _train(x, weight, bias, bn, state, residual, relu, conf, count, into):
@@ -395,7 +395,7 @@ def run_conv_bn_relu(
     check_into("conv_bn_relu", into)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
-    if decision.backend != "cpu":
+    if not decision.ours:
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)
         return placed(batch_norm_module(y, bn, residual, relu), into)

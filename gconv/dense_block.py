@@ -336,23 +336,23 @@ def _op_backward(ctx, grads):
 
 _LISTS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas"
 _CONF = "int[] ints, float[] floats"
-if backend.extension_loaded():
-    _library = torch.library.Library("gconv", "FRAGMENT")
-    _library.define(
-        f"dense_block_fwd(Tensor x, {_LISTS}, Tensor[] means, Tensor[] variances, Tensor[] noises, {_CONF}) "
-        "-> Tensor[]"
-    )
-    _library.define(
-        f"dense_block_bwd(Tensor dz, Tensor buffer, {_LISTS}, Tensor[] noises, Tensor[] kept, bool[] needs, "
-        f"{_CONF}) -> Tensor[]"
-    )
-    _library.impl("dense_block_fwd", _op_fwd, "CPU")
-    _library.impl("dense_block_bwd", _op_bwd, "CPU")
-    torch.library.register_fake("gconv::dense_block_fwd", _op_fwd_fake, lib=_library)
-    torch.library.register_fake("gconv::dense_block_bwd", _op_bwd_fake, lib=_library)
-    torch.library.register_autograd(
-        "gconv::dense_block_fwd", _op_backward, setup_context=_op_setup_context, lib=_library
-    )
+_library = torch.library.Library("gconv", "FRAGMENT")
+_library.define(
+    f"dense_block_fwd(Tensor x, {_LISTS}, Tensor[] means, Tensor[] variances, Tensor[] noises, {_CONF}) "
+    "-> Tensor[]"
+)
+_library.define(
+    f"dense_block_bwd(Tensor dz, Tensor buffer, {_LISTS}, Tensor[] noises, Tensor[] kept, bool[] needs, "
+    f"{_CONF}) -> Tensor[]"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("dense_block_fwd", _op_fwd, _key)
+    _library.impl("dense_block_bwd", _op_bwd, _key)
+torch.library.register_fake("gconv::dense_block_fwd", _op_fwd_fake, lib=_library)
+torch.library.register_fake("gconv::dense_block_bwd", _op_bwd_fake, lib=_library)
+torch.library.register_autograd(
+    "gconv::dense_block_fwd", _op_backward, setup_context=_op_setup_context, lib=_library
+)
 
 
 # -------------------------------------------------------------------------------------------- the functions
@@ -383,7 +383,7 @@ def _reason(x, layers, end) -> str | None:
     if x.dim() != 4:
         return f"x: want [N, C, H, W], got {list(x.shape)}"
     decision = decide("dense_block", x)
-    if decision.backend != "cpu":
+    if not decision.ours:
         return decision.reason
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode AD"
@@ -517,7 +517,7 @@ def _run(x, layers, end, memory):
         not_shared(reason, x)
         return None
     out = _shared(x, layers, end, memory == "ultra")
-    backend.record(backend.Decision("cpu", "cpu.dense_block"), "dense_block", x, out)
+    backend.record(backend.whole("dense_block", x), "dense_block", x, out)
     return out
 
 

@@ -171,12 +171,12 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
-fwd_into = op("grouped_conv_fwd_into", grouped_conv_fwd_into_ref)
-fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
-bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
-bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
-bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
+fwd = op("grouped_conv_fwd")
+fwd_into = op("grouped_conv_fwd_into")
+fwd_stats = op("grouped_conv_fwd_stats")
+bwd_input = op("grouped_conv_bwd_input")
+bwd_weight = op("grouped_conv_bwd_weight")
+bwd = op("grouped_conv_bwd")
 
 
 class ConvOps(NamedTuple):
@@ -607,7 +607,7 @@ def plan(name: str, x, weight, bias, stride, padding, dilation, groups, by_desig
             return found[1:]
     conf = resolve(name, x, weight, bias, stride, padding, dilation, groups)
     decision = decide(name, x, weight, None, *conf, by_design)
-    if key is not None and decision.backend == "cpu":
+    if key is not None and decision.ours:
         if len(_planned) >= MOST_PLANNED:
             _planned.clear()
         _planned[key] = geometry, conf, decision
@@ -691,7 +691,7 @@ def convolution(name: str, x, weight, bias, stride, padding, dilation, groups, i
         return convolution(name, *args).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
     conf, decision = plan(name, x, weight, bias, stride, padding, dilation, groups)
-    if decision.backend == "cpu":
+    if decision.ours:
         y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf, into)
     else:
         y = placed(F.conv2d(x, weight, bias, *conf), into)

@@ -118,11 +118,11 @@ def pointwise_conv_bwd_add_ref(dy, x, weight, stride, y, finish, act, dx, want_d
     return dweight.to(x.dtype), sums
 
 
-fwd = op("pointwise_conv_fwd", pointwise_conv_fwd_ref)
-fwd_into = op("pointwise_conv_fwd_into", pointwise_conv_fwd_into_ref)
-fwd_stats = op("pointwise_conv_fwd_stats", pointwise_conv_fwd_stats_ref)
-bwd = op("pointwise_conv_bwd", pointwise_conv_bwd_ref)
-bwd_add = op("pointwise_conv_bwd_add", pointwise_conv_bwd_add_ref)
+fwd = op("pointwise_conv_fwd")
+fwd_into = op("pointwise_conv_fwd_into")
+fwd_stats = op("pointwise_conv_fwd_stats")
+bwd = op("pointwise_conv_bwd")
+bwd_add = op("pointwise_conv_bwd_add")
 
 
 # -------------------------------------------------- in the place of grouped_conv's ops, for kernels of 1x1

@@ -28,8 +28,8 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """A dense block of torch's modules, called one by one or as a whole. end: None, "relu" for BN and ReLU, or
-    the channels of a transition."""
+    """A dense block of torch's modules, called one by one or as a whole. end: None, "relu" for BN and ReLU,
+    or the channels of a transition."""
 
     def __init__(
         self, channels, growth, layers, width=None, end=None, dropout=0.0, dilation=1, groups=1, frozen=False,
@@ -108,7 +108,7 @@ BLOCKS = (
 )  # fmt: skip
 # Few values, so that inputs can be found that stay clear of the kinks at lower precision.
 SMALL_BLOCKS = (
-    ((5, 3, 2), {"width": 4, "end": 6}, (1, 4, 4)),
+    ((4, 2, 2), {"width": 3, "end": 6}, (1, 4, 6)),
     ((4, 4, 2), {"width": 6, "end": "relu"}, (2, 3, 3)),
     ((4, 12, 2), {"width": 4}, (1, 3, 3)),
     ((4, 3, 2), {"end": 5}, (1, 5, 4)),

@@ -67,8 +67,9 @@ INNER_MARGIN = {torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
 
 
 def clear_input(block, channels, size, key, dtype=torch.float32):
-    """An input [N, channels, H, W] whose values stay clear of the kinks of `block.inner`, the ReLUs inside: a
-    random one, moved by gradient descent for as long as some are near. The last ReLU is compare's business."""
+    """An input [N, channels, H, W] whose values stay clear of the kinks of `block.inner`, the ReLUs inside:
+    a random one, moved by gradient descent for as long as some are near. The last ReLU is compare's
+    business."""
     exact = copy.deepcopy(block).double().requires_grad_(False)
     exact.stock, margin, seen = True, INNER_MARGIN[dtype], []
     exact.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().flatten()))
