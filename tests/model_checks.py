@@ -1,6 +1,8 @@
 """What the tests of the models share: a fused model and its stock twin, a training step, a criterion."""
 
 import copy
+import io
+import pickle
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,28 @@ def pair(name="resnext50_32x4d", size=64, batch=2, **kwargs):
     fused = seeded(getattr(models, name), seed=3, **kwargs)
     fused.load_state_dict(stock.state_dict())
     return fused, stock, images
+
+
+def anatomy(model):
+    """All that gconv.revert must bring back: class, attributes and identity of every module, parameter and
+    buffer."""
+    modules = [(name, type(m), id(m), sorted(m.__dict__)) for name, m in model.named_modules()]
+    return modules, [(n, id(t)) for n, t in (*model.named_parameters(), *model.named_buffers())]
+
+
+COPIES = ("deepcopy", "pickle", "torch.save")
+
+
+def copied(model, how):
+    """A copy of the model, made as one of COPIES says."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def relative_rms(actual, exact):
