@@ -260,8 +260,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# For 16-bit types; for float32 as TF32 half of BLOCK_K, the same bytes. Shared memory of all rows stays under
-# the 99 KiB that every GPU since compute capability 8.0 has.
+# For 16-bit types. Shared memory of all rows stays under the 99 KiB that every GPU since compute capability
+# 8.0 has.
 WIDE = Tile(128, 128, 64, 8, 3)  # the tensor cores' favourite: 64 operations per byte from L2
 WIDE_FINISH = Tile(128, 128, 32, 8, 3)  # a third operand in shared memory
 NARROW = Tile(128, 64, 64, 4, 3)  # at most 64 columns: wider tiles would compute zeros
@@ -277,9 +277,13 @@ SPLIT_PIXELS = 512  # fewer are not worth a partial result
 
 
 def _fitted(tile: Tile, dtype: torch.dtype, precision: str) -> Tile:
+    """The tile for the dtype: as TF32 the same bytes of BLOCK_K, and half the columns, or epilogues would
+    spill registers."""
     if dtype is not torch.float32:
         return tile
-    return tile._replace(BLOCK_K=tile.BLOCK_K // 2) if precision == "tf32" else FLOAT32
+    if precision != "tf32":
+        return FLOAT32
+    return Tile(tile.BLOCK_M, 64, tile.BLOCK_K // 2, tile.BLOCK_M // 16, tile.num_stages)
 
 
 def rows_tile(dtype: torch.dtype, precision: str, M: int, N: int, finish: bool) -> Tile:
