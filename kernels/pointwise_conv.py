@@ -161,11 +161,11 @@ def pointwise_conv_bwd_input_kernel(
         rstd = tl.load(act + 3 * C + n, mask=n < C, other=0.0)
         x_at = pixel_offset(m, OH, OW, multiple(x_n, ALIGN), multiple(x_h, ALIGN), multiple(x_w, ALIGN))
         raw = tl.load(x + x_at[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc = tl.where(a * raw + b <= 0, 0.0, acc)
-        g = tl.where(valid, acc, 0.0)  # rows past the last pixel hold what the finish makes of nothing
+        # Rows past the last pixel hold what the finish makes of nothing: the sums must not see it.
+        acc = tl.where((a * raw + b <= 0) | ~valid, 0.0, acc)
         row = partial + tile.to(tl.int64) * 2 * C + n
-        tl.store(row, sum_rows(g), mask=n < C)
-        tl.store(row + C, sum_rows(g * (raw - mean)) * rstd, mask=n < C)
+        tl.store(row, sum_rows(acc), mask=n < C)
+        tl.store(row + C, sum_rows(acc * (raw - mean)) * rstd, mask=n < C)
         if ADD:
             acc = tl.load(into, mask=mask, other=0.0).to(tl.float32) + a * acc
     if residual is not None:
@@ -260,14 +260,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Shared memory of all rows stays under the 99 KiB that every GPU since compute capability 8.0 has.
+# For 16-bit types; for float32 as TF32 half of BLOCK_K, the same bytes. Shared memory of all rows stays under
+# the 99 KiB that every GPU since compute capability 8.0 has.
 WIDE = Tile(128, 128, 64, 8, 3)  # the tensor cores' favourite: 64 operations per byte from L2
 WIDE_FINISH = Tile(128, 128, 32, 8, 3)  # a third operand in shared memory
 NARROW = Tile(128, 64, 64, 4, 3)  # at most 64 columns: wider tiles would compute zeros
 NARROW_FINISH = Tile(128, 64, 32, 4, 3)
 SMALL = Tile(64, 64, 64, 4, 3)  # wider tiles would leave multiprocessors idle
 SMALL_FINISH = Tile(64, 64, 32, 4, 3)
-FLOAT32 = Tile(64, 64, 32, 4, 3)  # accumulators and operands of FMAs share the registers
+FLOAT32 = Tile(64, 64, 16, 4, 3)  # not as TF32: operands of FMAs share the registers with the accumulators
 
 GROUP = 8  # rows of tiles walked together
 BUSY = 132  # multiprocessors of an H200; so many tiles at least, where there can be
@@ -275,24 +276,30 @@ SPLITS = 2 * BUSY  # programs of a weight gradient
 SPLIT_PIXELS = 512  # fewer are not worth a partial result
 
 
-def rows_tile(dtype: torch.dtype, M: int, N: int, finish: bool) -> Tile:
+def _fitted(tile: Tile, dtype: torch.dtype, precision: str) -> Tile:
+    if dtype is not torch.float32:
+        return tile
+    return tile._replace(BLOCK_K=tile.BLOCK_K // 2) if precision == "tf32" else FLOAT32
+
+
+def rows_tile(dtype: torch.dtype, precision: str, M: int, N: int, finish: bool) -> Tile:
     """The tile of a product with M pixels as rows and N channels as columns."""
-    if dtype is torch.float32:
-        return FLOAT32
     if triton.cdiv(M, 128) * triton.cdiv(N, 128 if N > 64 else 64) < BUSY:
-        return SMALL_FINISH if finish else SMALL
-    if N <= 64:
-        return NARROW_FINISH if finish else NARROW
-    return WIDE_FINISH if finish else WIDE
+        tile = SMALL_FINISH if finish else SMALL
+    elif N <= 64:
+        tile = NARROW_FINISH if finish else NARROW
+    else:
+        tile = WIDE_FINISH if finish else WIDE
+    return _fitted(tile, dtype, precision)
 
 
-def weight_tile(dtype: torch.dtype, K: int, C: int, finish: bool) -> Tile:
+def weight_tile(dtype: torch.dtype, precision: str, K: int, C: int, finish: bool) -> Tile:
     """The tile of a weight gradient [K, C]."""
-    if dtype is torch.float32:
-        return FLOAT32
     if min(K, C) <= 64:
-        return SMALL_FINISH if finish else SMALL
-    return WIDE_FINISH if finish else WIDE
+        tile = SMALL_FINISH if finish else SMALL
+    else:
+        tile = WIDE_FINISH if finish else WIDE
+    return _fitted(tile, dtype, precision)
 
 
 def pixels_per_split(M: int, tiles: int, block: int) -> int:
@@ -303,9 +310,9 @@ def pixels_per_split(M: int, tiles: int, block: int) -> int:
 # ------------------------------------------------------------------------------------------ launchers
 
 
-def _meta(tile: Tile, x, *sizes: int) -> dict:
+def _meta(tile: Tile, precision: str, *sizes: int) -> dict:
     verbs.dot_tile(*tile[:3])
-    return {**tile._asdict(), "ALIGN": verbs.alignment(*sizes), "PRECISION": verbs.dot_precision(x)}
+    return {**tile._asdict(), "ALIGN": verbs.alignment(*sizes), "PRECISION": precision}
 
 
 def _dense(weight):
@@ -343,13 +350,14 @@ def _forward(op: str, x, weight, stride, act, affine, residual, relu, stats: boo
         verbs.check(op, "residual", residual, x.dtype, y.shape)
         residual = verbs.channels_adjacent(residual)
     M = N * OH * OW
-    tile = rows_tile(x.dtype, M, K, finish=False)
+    precision = verbs.dot_precision(x)
+    tile = rows_tile(x.dtype, precision, M, K, finish=False)
     tiles = triton.cdiv(M, tile.BLOCK_M)
     partial = verbs.statistics_scratch(x, tiles, K) if stats else None
     strides = [s for t in (x, residual, y) for s in verbs.pixel_strides(t)]
     grid = (tiles * triton.cdiv(K, tile.BLOCK_N),)
     args = (x, weight, act, affine, residual, y, partial, M, C, K, OH, OW, *strides)
-    meta = _meta(tile, x, C, K, *strides)
+    meta = _meta(tile, precision, C, K, *strides)
     verbs.launch(pointwise_conv_fwd_kernel, grid, *args, RELU=relu, GROUP=GROUP, **meta)
     return y, *(verbs.merge_statistics(partial, tiles, K) if stats else (None, None))
 
@@ -384,6 +392,7 @@ class _Gradient:
         self.stride = stride
         self.size = N, _, OH, OW = x.shape[0], K, (H - 1) // stride[0] + 1, (W - 1) // stride[1] + 1
         self.M = N * OH * OW
+        self.precision = verbs.dot_precision(x)
         verbs.check(op, "weight", weight, x.dtype, (K, x.shape[1], 1, 1))
         verbs.check(op, "dy", dy, x.dtype, self.size)
         self.act, self.finish = _vectors(op, "act", act, (4, C)), _vectors(op, "finish", finish, (6, K))
@@ -400,7 +409,7 @@ class _Gradient:
         """Writes dx; returns the sums, of shape [0] without act."""
         x = None if self.act is None else self.x
         M, C, K, (_, _, OH, OW) = self.M, self.C, self.K, self.size
-        tile = rows_tile(dx.dtype, M, C, self.finish is not None)
+        tile = rows_tile(dx.dtype, self.precision, M, C, self.finish is not None)
         tiles = triton.cdiv(M, tile.BLOCK_M)
         sums = dx.new_empty(0 if x is None else (2, C), dtype=torch.float32)
         partial = None if x is None else dx.new_empty((tiles, 2, C), dtype=torch.float32)
@@ -408,7 +417,10 @@ class _Gradient:
         strides = [s for t in tensors for s in verbs.pixel_strides(t)]
         args = (self.dy, _dense(self.weight), self.y, self.finish, x, self.act, residual, dx, partial)
         sizes = (M, C, K, self.H, self.W, OH, OW)
-        meta = _meta(tile, dx, C, K, *strides) | {"STRIDE_H": self.stride[0], "STRIDE_W": self.stride[1]}
+        meta = _meta(tile, self.precision, C, K, *strides) | {
+            "STRIDE_H": self.stride[0],
+            "STRIDE_W": self.stride[1],
+        }
         grid = (tiles * triton.cdiv(C, tile.BLOCK_N),)
         verbs.launch(
             pointwise_conv_bwd_input_kernel, grid, *args, *sizes, *strides, ADD=add, GROUP=GROUP, **meta
@@ -422,14 +434,14 @@ class _Gradient:
         M, C, K, (_, _, OH, OW) = self.M, self.C, self.K, self.size
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dweight = torch.empty((K, C, 1, 1), dtype=x.dtype, device=x.device, memory_format=layout)
-        tile = weight_tile(x.dtype, K, C, self.finish is not None)
+        tile = weight_tile(x.dtype, self.precision, K, C, self.finish is not None)
         tiles = triton.cdiv(K, tile.BLOCK_M) * triton.cdiv(C, tile.BLOCK_N)
         pixels = pixels_per_split(M, tiles, tile.BLOCK_K)
         splits = triton.cdiv(M, pixels)
         partial = dweight if splits == 1 else x.new_empty((splits, K, C), dtype=torch.float32)
         strides = [s for t in (self.dy, self.y, x) for s in verbs.pixel_strides(t)]
         args = (self.dy, self.y, self.finish, x, self.act, partial, M, C, K, OH, OW, pixels, *strides)
-        grid, meta = (splits * tiles,), _meta(tile, x, C, K, *strides)
+        grid, meta = (splits * tiles,), _meta(tile, self.precision, C, K, *strides)
         verbs.launch(pointwise_conv_bwd_weight_kernel, grid, *args, **meta)
         if splits != 1:
             verbs.merge_sums(partial, dweight, wide=False)
@@ -483,19 +495,21 @@ def configurations() -> list:
         types |= dict.fromkeys(integers, "i32")
         result.append((kernel, *verbs.signature(kernel, constants, **types), options))
 
-    low = (torch.bfloat16, torch.float16)
-    plain = [(dtype, tile, "ieee") for dtype in low for tile in (WIDE, NARROW, SMALL)]
-    finish = [(dtype, tile, "ieee") for dtype in low for tile in (WIDE_FINISH, NARROW_FINISH, SMALL_FINISH)]
-    wide = [(torch.float32, FLOAT32, precision) for precision in ("ieee", "tf32")]
-    for how in plain + wide:
+    operands = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"))
+
+    def ways(*tiles):
+        on_tensor_cores = [(dtype, _fitted(tile, dtype, p), p) for dtype, p in operands for tile in tiles]
+        return [*on_tensor_cores, (torch.float32, FLOAT32, "ieee")]
+
+    for how in ways(WIDE, NARROW, SMALL):
         for tensors, floats, relu_last in (
             ((), (), False), ((), ("act", "partial"), False), (("residual",), ("affine",), True),
         ):  # fmt: skip
             named = ("x", "weight", "y", *tensors)
             add(pointwise_conv_fwd_kernel, *how, named, floats, RELU=relu_last)
-    for given, hows in (((), plain + wide), (("y",), finish + wide)):
+    for given, tiles in (((), (WIDE, NARROW, SMALL)), (("y",), (WIDE_FINISH, NARROW_FINISH, SMALL_FINISH))):
         vectors = ("finish",) if given else ()
-        for how in hows:
+        for how in ways(*tiles):
             for tensors, floats, accumulate, stride in (
                 ((), (), False, 1), (("residual",), (), False, 1), ((), (), False, 2),
                 (("x",), ("act", "partial"), False, 1), (("x",), ("act", "partial"), True, 1),
@@ -503,8 +517,8 @@ def configurations() -> list:
                 named, floats = ("dy", "weight", "dx", *given, *tensors), (*vectors, *floats)
                 constants = {"ADD": accumulate, "STRIDE_H": stride, "STRIDE_W": stride}
                 add(pointwise_conv_bwd_input_kernel, *how, named, floats, **constants)
-            if how[1] not in (NARROW, NARROW_FINISH):
-                for floats in ((), ("act",)):
-                    named, floats = ("dy", "x", *given), ("partial", *vectors, *floats)
-                    add(pointwise_conv_bwd_weight_kernel, *how, named, floats)
+        for how in ways(tiles[0], tiles[2]):
+            for floats in ((), ("act",)):
+                named, floats = ("dy", "x", *given), ("partial", *vectors, *floats)
+                add(pointwise_conv_bwd_weight_kernel, *how, named, floats)
     return result
