@@ -26,8 +26,7 @@ from gconv.kernels.grouped_conv_tiles import (
     span_channels,
     spans,
 )
-from gconv.kernels.grouped_conv_wgrad import configurations as wgrad_configurations
-from gconv.kernels.grouped_conv_wgrad import grouped_conv_bwd_weight
+from gconv.kernels.grouped_conv_wgrad import grouped_conv_bwd_weight, wgrad_configurations
 from gconv.kernels.verbs import (
     POINTERS,
     activated,

@@ -127,8 +127,8 @@ WIDTHS = (
 
 
 def compiled_cuts() -> list:
-    """(dtype, cut, precision of tl.dot) for ahead-of-time compilation: every tile for bfloat16 and float32, the
-    narrowest and the widest for what differs from them in the matrix unit only."""
+    """(dtype, cut, precision of tl.dot) for ahead-of-time compilation: every tile for bfloat16 and float32,
+    the narrowest and the widest for what differs from them in the matrix unit only."""
     result = []
     for dtype, precision, widths in (
         (torch.bfloat16, "ieee", WIDTHS), (torch.float16, "ieee", (WIDTHS[0], WIDTHS[-1])),

@@ -198,7 +198,7 @@ def grouped_conv_bwd_weight(
     return dweight
 
 
-def configurations() -> list:
+def wgrad_configurations() -> list:
     """(kernel, signature, constexprs, options) of every tile and dtype that the launcher may pick."""
     result = []
     kernel = grouped_conv_bwd_weight_kernel
