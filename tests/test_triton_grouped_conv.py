@@ -29,10 +29,11 @@ def isa():
     return "triton"
 
 
-# Groups merged to 16 channels, whole, cut off and too few; groups that take a tile each, with zeros and without;
-# groups of several tiles in and out. Bands of rows, whole and cut off; every stride, dilation and padding.
+# Groups merged to 16 channels, whole, cut off and too few; groups that take a tile each, with zeros and
+# without; groups of several tiles in and out. Bands of rows, whole and cut off; every stride, dilation and
+# padding.
 CASES = (
-    Case(1, 1, 33, 1, 3, 4),
+    Case(1, 1, 17, 1, 3, 4),
     Case(2, 2, 9, 2, 5, 3, (2, 1), (2, 2), (3, 3)),
     Case(3, 3, 6, 1, 5, 4),
     Case(4, 4, 5, 2, 6, 5),
@@ -40,11 +41,11 @@ CASES = (
     Case(8, 8, 3, 1, 4, 5, (2, 2)),
     Case(16, 16, 2, 2, 3, 3, (2, 1), (0, 1)),
     Case(24, 24, 1, 1, 4, 3, (2, 2), (2, 2), (2, 2)),
-    Case(32, 32, 1, 1, 2, 3),
-    Case(3, 64, 1, 1, 5, 4, (2, 2)),
-    Case(70, 17, 1, 1, 2, 3),
+    Case(48, 33, 1, 1, 2, 2),
+    Case(3, 70, 1, 1, 5, 4, (2, 2)),
+    Case(40, 17, 1, 1, 2, 3),
     Case(1, 8, 3, 1, 1, 1),
-    Case(8, 4, 5, 2, 4, 4, (1, 2), (0, 2), (2, 1)),
+    Case(8, 4, 5, 2, 5, 4, (1, 2), (0, 2), (2, 1)),
 )
 CORE = (Case(4, 4, 5, 1, 3, 6), Case(3, 2, 7, 1, 4, 5, (1, 2), (2, 0), (2, 1)))
 
