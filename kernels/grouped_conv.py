@@ -26,8 +26,7 @@ from gconv.kernels.grouped_conv_tiles import (
     span_channels,
     spans,
 )
-from gconv.kernels.grouped_conv_wgrad import configurations as wgrad_configurations
-from gconv.kernels.grouped_conv_wgrad import grouped_conv_bwd_weight
+from gconv.kernels.grouped_conv_wgrad import grouped_conv_bwd_weight, wgrad_configurations
 from gconv.kernels.verbs import (
     POINTERS,
     activated,
@@ -258,16 +257,14 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def conv_tile(dtype: torch.dtype, cut: Spans) -> Tile:
+def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
     """Tile of a convolution; rows are the most it takes at a time."""
     small = cut.block_c == UNIT and cut.block_k == UNIT
     if dtype is torch.float32:
         return Tile(2 if small else 1, 32, 2 if small else 4)
     if small:
-        return Tile(
-            4, 32, 2
-        )  # of two warps: with four the compiler takes to wgmma, which reads shared memory
-    return Tile(2 if cut.block_c * cut.block_k <= 1024 else 1, 64, 4)
+        return Tile(4, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
+    return Tile(2 if cut.block_c * cut.block_k <= 1024 and not finish else 1, 64, 4)
 
 
 class Conv:
@@ -281,7 +278,7 @@ class Conv:
         self.blocks = triton.cdiv(groups, self.cut.merge) * self.cut.parts
         self.packed = packed_weight(weight, groups, self.cut, transposed)
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
-        self.tile = conv_tile(x.dtype, self.cut)
+        self.tile = conv_tile(x.dtype, self.cut, finish is not None)
 
     def rows(self, y, walk: Walk) -> int:
         """Output rows to a band."""
@@ -443,19 +440,21 @@ def configurations() -> list:
         result.append((kernel, *signature(kernel, constants, **types), warps))
 
     for dtype, cut, precision in compiled_cuts():
-        tile = conv_tile(dtype, cut)
-        meta = {"PRECISION": precision, **conv_meta(cut, tile), **compiled_alignment(dtype)}
-        forward = (("act", "partial"), False, True), (("affine",), True, False)
-        for vectors, relu_last, stats in forward if cut.block_k == UNIT else forward[:1]:
-            constants = {"ROWS": tile.rows, "TAPS_H": 3, "TAPS_W": 3, "RELU": relu_last, "STATS": stats}
-            tensors = ("x", "weight", "y") if stats else ("x", "weight", "y", "residual")
-            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, **constants)
-        for rows, taps_h, taps_w in (
-            ((tile.rows, 3, 3), (1, 2, 1)) if cut.block_k == UNIT else ((tile.rows, 3, 3),)
-        ):
-            constants = {"ROWS": rows, "TAPS_H": taps_h, "TAPS_W": taps_w, "RELU": False, "STATS": False}
-            tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")
-            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, **constants)
+        common = {"PRECISION": precision, **compiled_alignment(dtype)}
+        tile = conv_tile(dtype, cut, False)
+        meta = {"ROWS": tile.rows, "TAPS_H": 3, "TAPS_W": 3, **common, **conv_meta(cut, tile)}
+        tensors, vectors = ("x", "weight", "y"), ("act", "partial")
+        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=True)
+        if cut.block_k == UNIT:
+            tensors, vectors = (*tensors, "residual"), ("affine",)
+            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=True, STATS=False)
+        tile = conv_tile(dtype, cut, True)
+        meta |= {"ROWS": tile.rows, **conv_meta(cut, tile)}
+        tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")
+        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
+        if cut.block_k == UNIT:
+            meta |= {"ROWS": 1, "TAPS_H": 2, "TAPS_W": 1}
+            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
         meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
         add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
     return result

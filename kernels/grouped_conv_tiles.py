@@ -127,7 +127,7 @@ WIDTHS = (
 
 
 def compiled_cuts() -> list:
-    """(dtype, cut, precision of tl.dot) for ahead-of-time compilation: every tile for bfloat16 and for float32,
+    """(dtype, cut, precision of tl.dot) for ahead-of-time compilation: every tile for bfloat16 and float32,
     the narrowest and the widest for what differs from them in the matrix unit only."""
     result = []
     for dtype, precision, widths in (

@@ -75,13 +75,13 @@ def grouped_conv_bwd_weight_kernel(
         a = tl.load(act + c, mask=c_within, other=0.0)[None, :]
         b = tl.load(act + C + c, mask=c_within, other=0.0)[None, :]
 
-    if finish is not None:
-        A, B, offset, mean, f_a, f_b = finish_vectors(finish, k[None, :], K, k_within[None, :])
-
     acc = (tl.zeros([BLOCK_C, BLOCK_K], tl.float32),) * (TAPS_H * 3)
     begin = split * tiles_per_split
     for tile in range(begin, tl.minimum(begin + tiles_per_split, tiles)):
         n, band, column, known = band_lanes(tile, N, BANDS, OW, BLOCK_M)
+        # Loaded anew for each tile: held in registers all along they would leave too few.
+        if finish is not None:
+            A, B, offset, mean, f_a, f_b = finish_vectors(finish, k[None, :], K, k_within[None, :])
         gradients = ()
         for r in tl.static_range(ROWS):
             h_out = band * ROWS + r
@@ -133,12 +133,17 @@ class WgradTile(NamedTuple):
 
 def wgrad_tile(dtype: torch.dtype, cut: Spans) -> WgradTile:
     """Tile of a weight gradient; rows are the most it takes at a time."""
-    low = dtype is not torch.float32
-    if cut.block_c == UNIT and cut.block_k == UNIT:  # 16x16 results leave no work for more warps
-        return WgradTile(4 if low else 1, 3, 32, UNIT, UNIT, 2, 2048)
-    if low and cut.block_c == 64 and cut.block_k == 64:
-        return WgradTile(1, 1, 64, 64, 64, 4, 1024)
-    return WgradTile(2 if low else 1, 3, 32, min(cut.block_c, 32), min(cut.block_k, 32), 4, 1024)
+    if cut.block_c == UNIT and cut.block_k == UNIT:
+        if dtype is torch.float32:
+            return WgradTile(1, 3, 16, UNIT, UNIT, 2, 2048)
+        return WgradTile(4, 3, 16, UNIT, UNIT, 1, 4096)  # more warps would compute the same 16x16 results
+    # One row of taps at a time: three would not leave registers enough.
+    block_c, block_k = min(cut.block_c, 32), min(cut.block_k, 32)
+    if dtype is torch.float32:
+        return WgradTile(1, 1, 16, block_c, block_k, 4, 1024)
+    if cut.block_c == 64 and cut.block_k == 64:
+        return WgradTile(1, 1, 32, 64, 64, 4, 1024)
+    return WgradTile(1, 1, 32, block_c, block_k, block_c // UNIT, 2048)
 
 
 def wgrad_meta(cut: Spans, tile: WgradTile) -> dict:
@@ -193,7 +198,7 @@ def grouped_conv_bwd_weight(
     return dweight
 
 
-def configurations() -> list:
+def wgrad_configurations() -> list:
     """(kernel, signature, constexprs, options) of every tile and dtype that the launcher may pick."""
     result = []
     kernel = grouped_conv_bwd_weight_kernel
