@@ -244,6 +244,8 @@ def _tensor_reason(x, weight) -> str | None:
         return f"layout: want torch.strided, got {x.layout}"
     if x.dtype not in DTYPES:
         return f"dtype: want float32, bfloat16 or float16, got {str(x.dtype)[6:]}"
+    if x.dtype is torch.bfloat16 and x.is_cpu and backend_of(x) == "triton":
+        return "dtype: want float32 or float16 in Triton's interpreter, got bfloat16"
     if weight is not None and weight.dtype != x.dtype:
         return f"weight: want dtype {str(x.dtype)[6:]} like x, got {str(weight.dtype)[6:]}"
     if weight is not None and not same_device(weight, x):

@@ -156,7 +156,8 @@ def batch_norm_stats_kernel(
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, rows)
     mean = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
@@ -195,7 +196,8 @@ def batch_norm_apply_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     valid = (row < rows)[:, None] & within[None, :]
     at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)[:, None] + c[None, :]
     v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
@@ -225,12 +227,16 @@ def batch_norm_bwd_reduce_kernel(
 ):  # fmt: skip
     SUMS: tl.constexpr = 2 if other_x is None else 3
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, rows)
     center = row_of(mean, 0, C, c, within)
     sum_g = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    if affine is not None:
+        a = row_of(affine, 0, C, c, within)
+        b = row_of(affine, 1, C, c, within)
     if other_x is not None:
         other_center = row_of(other_mean, 0, C, c, within)
         sum_go = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
@@ -245,8 +251,7 @@ def batch_norm_bwd_reduce_kernel(
             at = row_offset(row, H, W, z_n, z_h, z_w, ALIGN, FLAT)[:, None] + c[None, :]
             d = tl.where(tl.load(z + at, mask=valid, other=0.0).to(tl.float32) <= 0, 0.0, d)
         elif affine is not None:
-            shut = row_of(affine, 0, C, c, within) * v + row_of(affine, 1, C, c, within) <= 0
-            d = tl.where(shut, 0.0, d)
+            d = tl.where(a * v + b <= 0, 0.0, d)
         sum_g += d
         sum_gx += d * (v - center)
         if other_x is not None:
@@ -276,7 +281,8 @@ def batch_norm_bwd_apply_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     valid = (row < rows)[:, None] & within[None, :]
     at = row_offset(row, H, W, dz_n, dz_h, dz_w, ALIGN, FLAT)[:, None] + c[None, :]
     d = tl.load(dz + at, mask=valid, other=0.0).to(tl.float32)
@@ -308,7 +314,8 @@ def batch_norm_pool_kernel(
 ):  # fmt: skip
     square = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     valid = (square < squares)[:, None] & within[None, :]
     a = row_of(affine, 0, C, c, within)
     b = row_of(affine, 1, C, c, within)
@@ -337,7 +344,8 @@ def batch_norm_pool_bwd_kernel(
     y_n, y_h, y_w, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    within = c < multiple(C, ALIGN)
+    C = multiple(C, ALIGN)
+    within = c < C
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, squares)
     a = row_of(act, 0, C, c, within)

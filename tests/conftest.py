@@ -105,5 +105,10 @@ def triton_backend():
     reason = gpu.missing_triton() or (None if gpu.interpreting() else missing_cuda())
     if reason is not None:
         pytest.skip(reason)
-    with gconv.use_backend("triton"):
-        yield torch.device("cpu" if gpu.interpreting() else "cuda")
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU torch's default is TF32
+    try:
+        with gconv.use_backend("triton"):
+            yield torch.device("cpu" if gpu.interpreting() else "cuda")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision

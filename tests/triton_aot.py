@@ -148,11 +148,15 @@ def _compile(i):
 def compile_all(stems, only_covering, jobs, maxnreg):
     """Rows of every entry for every architecture, in the order of the modules' lists."""
     more = {} if maxnreg is None else {"maxnreg": maxnreg}
+    work = {}  # a kernel that several modules launch is compiled once
     for stem, module in modules(stems).items():
         entries = module.configurations()
         entries = covering(entries) if only_covering else entries
-        entries = [(*entry[:3], entry[3] | more) for entry in entries]
-        _work.extend((stem, entry, arch) for entry in entries for arch in SHARED)
+        for entry in entries:
+            entry = (*entry[:3], entry[3] | more)
+            for arch in SHARED:
+                work.setdefault(repr((entry[0].__name__, *entry[1:], arch)), (stem, entry, arch))
+    _work.extend(work.values())
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile, range(len(_work))))
 

@@ -1,6 +1,7 @@
 """What the tests of the Triton kernels share: the dtypes they run at, the ops on whatever device runs them,
 and the tests of the C++ ops to be run on them again."""
 
+import copy
 import types
 
 import checks
@@ -31,9 +32,9 @@ class OnDevice:
         def run(*args):
             moved = [self.there(arg) for arg in args]
             results = op(*moved)
-            for arg, copy in zip(args, moved, strict=True):
-                if copy is not arg:
-                    arg.copy_(copy)
+            for arg, there in zip(args, moved, strict=True):
+                if there is not arg:
+                    arg.copy_(there)
             if isinstance(results, torch.Tensor):
                 return results.cpu()
             return results if results is None else tuple(result.cpu() for result in results)
@@ -54,3 +55,22 @@ def on_triton(test, **values):
             mark = pytest.mark.parametrize(name, values[name], **mark.kwargs).mark
         again.pytestmark.append(mark)
     return again
+
+
+def on_device(module, device):
+    """`module` on CPU tensors, run on `device`: its parameters, buffers and inputs are copied there at each
+    call, its result and what became of its buffers are copied back."""
+    if device.type == "cpu":
+        return module
+    inner = copy.deepcopy(module)
+
+    def forward(*inputs):
+        state = {name: p.to(device) for name, p in module.named_parameters()}
+        state |= {name: b.to(device) for name, b in module.named_buffers()}
+        z = torch.func.functional_call(inner, state, tuple(x.to(device) for x in inputs))
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])
+        return z.cpu()
+
+    module.forward = forward
+    return module
