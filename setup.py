@@ -116,6 +116,8 @@ def extension_options():
 setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
-    package_data={"*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]},
+    package_data={
+        "*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
+    },
     **extension_options(),
 )
