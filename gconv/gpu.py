@@ -6,8 +6,8 @@ CUDA kernels of torch.ops.gconv, the launchers run under the same Functions, lay
 kernels do on a CPU.
 
 With TRITON_INTERPRET=1 in the environment and `use_backend("triton")` they also take the place of the CPU
-kernels, slowly and without a GPU: for tests, at small shapes, in float32 and float16. (The interpreter computes
-bfloat16 wrongly.)
+kernels, slowly and without a GPU: for tests, at small shapes, in float32 and float16. (The interpreter
+computes bfloat16 wrongly.)
 """
 
 import importlib

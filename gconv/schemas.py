@@ -1,5 +1,5 @@
-"""The schemas of the ops where the C++ extension, which defines them otherwise, is not built: the Triton kernels
-need no compiler."""
+"""The schemas of the ops where the C++ extension, which defines them otherwise, is not built: the Triton
+kernels need no compiler."""
 
 import re
 from importlib import resources

@@ -434,7 +434,7 @@ def test_norm_pool_exact(kernels, isa, dtype, channels):
         rows = [integers(rng, low, high, channels) for low, high in ((-2, 2), (-3, 3), (-1, 1))]
         coefficients = np.stack([*rows, 2.0 ** integers(rng, -1, 1, channels)])
 
-        def call(run, arrays):
+        def call(run, arrays, shape=shape, x=x, dy=dy, coefficients=coefficients):
             stored = arrays.activation(store(x, dtype))
             y, again, dx = arrays.output(dy.shape), arrays.output(dy.shape), arrays.output(shape)
             sums = arrays.table_output(2, channels)
