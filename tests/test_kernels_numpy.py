@@ -429,7 +429,7 @@ def run_norm_pool(kernels, isa, dtype, x, dy, coefficients):
     def call(run, arrays):
         stored = arrays.activation(store(x, dtype))
         y, again, dx = arrays.output(dy.shape), arrays.output(dy.shape), arrays.output(x.shape)
-        sums = arrays.table_output(2, channels)
+        sums = arrays.table_output(2, x.shape[3])
         kernels.batch_norm_pool(run, x.shape, stored, arrays.table(table(coefficients[:2])), y)
         gradient = arrays.activation(store(dy, dtype))
         act_table = arrays.table(table(coefficients))
