@@ -139,8 +139,8 @@ def writes_in_place(into: Slot | None) -> bool:
 
 
 def placed(y, into: Slot | None):
-    """The result of what cannot write it elsewhere itself. While torch.fx traces a layer as the root, `into` is
-    a Proxy that stands for None."""
+    """The result of what cannot write it elsewhere itself. While torch.fx traces a layer as the root, `into`
+    is a Proxy that stands for None."""
     return into.put(y) if isinstance(into, Slot) else y
 
 
