@@ -212,19 +212,21 @@ def test_forward_mode(ops):
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
 def test_checkpoint_gives_the_same_gradients(ops, use_reentrant):
     """Its second forward moves running statistics again, as it does those of stock modules."""
-    stock, ours = twins("checkpoint", 6, 4, 2, width=8, end=7)
-    x = block_input(ours, (2, 4, 6), "checkpoint").detach()
+    pair = twins("checkpoint", 6, 4, 2, width=8, end=7)
+    x = block_input(pair[0], (2, 4, 6), "checkpoint").detach()
     results = []
-    for block, again in ((ours, False), (ours, True), (stock, True)):
-        block = copy.deepcopy(block)
+    for block, again in ((pair[1], False), (pair[1], True), (pair[0], True)):
+        # The tail needs what the block returns: the forward runs to its end again.
+        net = nn.Sequential(copy.deepcopy(block), nn.Sigmoid())
         leaf = x.clone().requires_grad_()
-        z = checkpoint(block, leaf, use_reentrant=use_reentrant) if again else block(leaf)
+        z = checkpoint(net, leaf, use_reentrant=use_reentrant) if again else net(leaf)
         z.square().sum().backward()
-        results.append((block, [leaf.grad, *(p.grad for p in block.parameters())]))
+        results.append((net[0], [leaf.grad, *(p.grad for p in net.parameters())]))
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert_same_bits(a, b)
     for (name, got), want in zip(results[1][0].named_buffers(), results[2][0].buffers(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
+    assert int(results[0][0].norm.num_batches_tracked) == 1
     assert int(results[1][0].norm.num_batches_tracked) == 2
 
 
