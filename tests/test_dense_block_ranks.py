@@ -5,6 +5,7 @@ import datetime
 import socket
 
 import checks
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,28 +32,26 @@ def of_rank(rank, *tensors):
     return [t.split(SPLIT)[rank] for t in tensors]
 
 
-def _in_process(rank, port, work, args, results):
+def _in_process(rank, port, args, results):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"tcp://localhost:{port}", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
     )
     try:
         # What comes from the parent lies in memory that all processes share.
-        results[rank] = work(rank, *copy.deepcopy(args))
+        synchronised, unsynchronised, (stock, ours, batches) = copy.deepcopy(args)
+        trained = [
+            _trained(rank, block, batches, memory)
+            for block, memory in ((stock, "shared"), (copy.deepcopy(ours), "shared"), (ours, "ultra"))
+        ]
+        results[rank] = {
+            "synchronised": _synchronised(rank, synchronised),
+            "unsynchronised": _unsynchronised(rank, *unsynchronised),
+            "trained": trained,
+        }
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def in_processes(work, *args):
-    """What `work(rank, *args)` returns in each of the processes of a group."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_in_process, (port, work, args, results), nprocs=WORLD)
-        return [results[rank] for rank in range(WORLD)]
 
 
 # ---------------------------------------------------------------------------------------------- SyncBatchNorm
@@ -91,7 +90,7 @@ class Masks:
 def _synchronised(rank, cases):
     """{case: results of two steps of this rank}"""
     found = {}
-    for name, (block, x, dz) in cases.items():
+    for name, (_, block, x, dz) in cases.items():
         dense_module._noise = Masks(rank).noise
         x, dz = of_rank(rank, x, dz)
         gconv.backend.reset_counts()
@@ -101,22 +100,28 @@ def _synchronised(rank, cases):
     return found
 
 
-def test_synchronised_statistics_are_those_of_the_whole_batch(ops, monkeypatch):
-    """Two processes with unequal parts of a batch beside one with all of it, in float64."""
-    cases, wanted, own = {}, {}, {}
+def synchronised_cases():
+    """{case: (stock, ours, x, dz)}"""
+    cases = {}
     for name, options in CASES.items():
         stock, ours = twins(("sync", name), 6, 4, 2, **options)
         x = block_input(stock, SIZE, ("sync", name)).detach()
-        dz = torch.randn(copy.deepcopy(ours)(x).shape, generator=checks.generator("sync", name))
-        cases[name] = ours, x, dz
+        with torch.no_grad():
+            dz = torch.randn(copy.deepcopy(ours)(x).shape, generator=checks.generator("sync", name))
+        cases[name] = stock, ours, x, dz
+    return cases
+
+
+def test_synchronised_statistics_are_those_of_the_whole_batch(ranks, monkeypatch):
+    """Two processes with unequal parts of a batch beside one with all of it, in float64."""
+    wanted, own = {}, {}
+    for name, (stock, ours, x, dz) in synchronised_cases().items():
         for results, block, dtype in ((wanted, stock, torch.float64), (own, ours, torch.float32)):
             monkeypatch.setattr(F, "dropout", Masks(None).dropout)
             monkeypatch.setattr(dense_module, "_noise", Masks(None).noise)
-            block = copy.deepcopy(block).to(dtype)
-            results[name] = run(block, x.to(dtype).requires_grad_(), dz.to(dtype), None, steps=2)
-    ranks = in_processes(_synchronised, cases)
+            results[name] = run(block.to(dtype), x.to(dtype).requires_grad_(), dz.to(dtype), None, steps=2)
     for name, want in wanted.items():
-        parts = [found[name] for found in ranks]
+        parts = [found["synchronised"][name] for found in ranks]
         for key, value in want.items():
             if value is None:
                 continue
@@ -134,6 +139,12 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(ops, monkeypatch):
             assert error <= 4 * alone + 2e-6 * value.abs().max(), f"{name} {key}: {error:.1e}, {alone:.1e}"
 
 
+def plain_case():
+    """(ours, x)"""
+    _, ours = twins("mixed", 6, 4, 2, width=8)
+    return ours, torch.randn(SIZE[0], 6, *SIZE[1:], generator=checks.generator("mixed"))
+
+
 def _unsynchronised(rank, block, x):
     """The output without synchronisation, and what runs where some normalisations are synchronised only."""
     (x,) = of_rank(rank, x)
@@ -147,13 +158,12 @@ def _unsynchronised(rank, block, x):
     return z, [], "nothing"
 
 
-def test_mixed_groups_run_as_modules_and_say_so(ops):
+def test_mixed_groups_run_as_modules_and_say_so(ranks):
     """torch's SyncBatchNorm then refuses the CPU itself. Without any the results differ from those of the
     whole batch, as the test above would notice."""
-    _, ours = twins("mixed", 6, 4, 2, width=8)
-    x = torch.randn(SIZE[0], 6, *SIZE[1:], generator=checks.generator("mixed"))
-    parts, rows, errors = zip(*in_processes(_unsynchronised, ours, x))
-    assert (torch.cat(parts) - copy.deepcopy(ours)(x)).abs().max() > 0.01
+    ours, x = plain_case()
+    parts, rows, errors = zip(*(found["unsynchronised"] for found in ranks))
+    assert (torch.cat(parts) - ours(x)).abs().max() > 0.01
     for row, error in zip(rows, errors):
         reason = "called one by one: normalisations by the batches of different groups of processes"
         assert row[0] == ("modules", reason)
@@ -182,23 +192,38 @@ def _trained(rank, block, batches, memory):
     return block.state_dict()
 
 
-def _trained_both(rank, stock, ours, batches):
-    return [_trained(rank, block, batches, memory) for block, memory in (
-        (stock, "shared"), (copy.deepcopy(ours), "shared"), (copy.deepcopy(ours), "ultra"))]  # fmt: skip
-
-
-def test_data_parallel_training_follows_stock(ops):
-    stock, ours = twins("ddp", 6, 4, 3, width=8, end=10)
+def training_case():
+    """(stock, ours, batches)"""
     gen = checks.generator("ddp")
-    batches = [torch.randn(SIZE[0], 6, *SIZE[1:], generator=gen) for _ in range(4)]
-    ranks = in_processes(_trained_both, stock, ours, batches)
-    for want, *both in ranks:
-        for got in both:
-            for name, value in want.items():
+    return *twins("ddp", 6, 4, 3, width=8, end=10), [
+        torch.randn(SIZE[0], 6, *SIZE[1:], generator=gen) for _ in range(4)
+    ]
+
+
+def test_data_parallel_training_follows_stock(ranks):
+    before = training_case()[1].state_dict()
+    for found in ranks:
+        want, *both = found["trained"]
+        for name, value in want.items():
+            for got in both:
                 torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
-    for name, _ in ours.named_parameters():
-        assert torch.equal(ranks[0][1][name], ranks[1][1][name]), name
-        assert not torch.equal(ranks[0][1][name], ours.state_dict()[name]), name
+    for name in (name for name in before if name.endswith("weight")):
+        assert torch.equal(*(found["trained"][1][name] for found in ranks)), name
+        assert not torch.equal(ranks[0]["trained"][1][name], before[name]), name
+
+
+@pytest.fixture(scope="module")
+def ranks(ops):
+    """What every process of a group found: all of the tests in one group, for a process takes seconds to
+    start."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    args = synchronised_cases(), plain_case(), training_case()
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_in_process, (port, args, results), nprocs=WORLD)
+        return [results[rank] for rank in range(WORLD)]
 
 
 def test_merging_is_exact_for_unequal_parts():
