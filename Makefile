@@ -10,6 +10,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 ARGS ?=
+PART ?= all
 BUILD := $(CURDIR)/build
 REPORT := $(CURDIR)/gconv-report
 # Found once, on first use: the interpreter's path, with the packages of the test suite or of the demo alone.
@@ -19,10 +20,12 @@ LOCK := $(if $(shell command -v flock),flock $(BUILD)/.lock)
 # Run from build/: started in the checkout, Python would import ./gconv instead of the installed package.
 INSTALLED = cd $(BUILD) && PYTHONPATH=$(BUILD)/site:$(BUILD)/deps
 PYTEST = $(PY) -m pytest --rootdir=$(CURDIR) -c $(CURDIR)/pyproject.toml
+# A process per core with one thread each, where pytest-xdist is there; tests that are about threads set their number.
+WORKERS = $(shell $(INSTALLED) $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 4 --dist worksteal")
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
-.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check lint format clean
+.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot gpu lint format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +43,7 @@ demo: build ## train on real digits beside stock PyTorch, time the layers of Res
 	@$(INSTALLED) $(PY) -m gconv.bench demo --out $(REPORT) $(ARGS)
 
 test: build ## run the whole test suite
-	@$(INSTALLED) $(PYTEST) $(ARGS) $(CURDIR)/tests
+	@$(INSTALLED) OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) $(ARGS) $(CURDIR)/tests
 
 bench: build ## time the layers (ARGS passes options on)
 	@$(INSTALLED) $(PY) -m gconv.bench layers --out $(REPORT) $(ARGS)
@@ -58,6 +61,16 @@ sanitize: ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSa
 
 aarch64-check: ## cross-compile the kernels for aarch64 and run their self-check under qemu
 	@$(PYTHON) tests/aarch64_check.py
+
+triton-aot: ## compile every configuration of the Triton kernels for sm_80 and sm_90, without a GPU
+	@mkdir -p $(BUILD)
+	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/triton_aot.py $(ARGS)
+
+gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=tests|layers|models)
+	@mkdir -p $(BUILD)
+	@$(PYTHON) .ci/gpu.py check
+	@$(MAKE) build PYTHON=$(PYTHON)
+	@$(INSTALLED) $(PY) $(CURDIR)/.ci/gpu.py $(PART)
 
 lint: ## check style with ruff and clang-format
 	@$(LINTERS); ruff check . && ruff format --check .

@@ -101,7 +101,7 @@ def extension_options():
     extension = CppExtension(
         "gconv._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inc")),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + ["gconv/schemas.inc"]),
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args=COMPILE_ARGS,
         py_limited_api=True,
@@ -116,6 +116,8 @@ def extension_options():
 setup(
     packages=PACKAGES,
     package_dir=FOLDERS,
-    package_data={"*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "records/*.csv"]},
+    package_data={
+        "*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
+    },
     **extension_options(),
 )

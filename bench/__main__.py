@@ -20,6 +20,8 @@ examples
   python -m gconv.bench layers --model widths             1 to 112 channels per group, of several networks
   python -m gconv.bench models --record                   ResNeXt-50 whole: inference and training steps
   python -m gconv.bench models --dtype bfloat16 --mode training --without torch.compile
+  python -m gconv.bench models --model densenet121        time, and peak and kept memory, of its forms
+  python -m gconv.bench depth                             memory of DenseNets against their depth
   python -m gconv.bench sweep --batch 1,32                images per second against those of N = 8
   python -m gconv.bench train --seed 1                    only the training comparison
   python -m gconv.bench report --out gconv-report         draw the page again from its results.json
@@ -59,14 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     layers = command("layers", "time conv + BN + ReLU on named layers of a real model")
     models = command("models", "time whole networks: inference and training steps, time and memory")
     sweep = command("sweep", "time layers at several batches and numbers of threads against each other")
+    depth = command("depth", "measure the memory of training DenseNets against their depth; nothing is timed")
     train = command(
         "train", "train a small ResNeXt on digits with stock torch.nn and gconv and compare the loss curves"
     )
-    for parser_ in (demo, layers, models, sweep, train):
+    for parser_ in (demo, layers, models, sweep, depth, train):
         parser_.add_argument(
             "--out", default="gconv-report", help="folder for the page, the pictures and results.json"
         )
-    for parser_ in (demo, layers, models, train):
+    for parser_ in (demo, layers, models, depth, train):
         parser_.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
     for parser_ in (demo, layers, sweep):
         parser_.add_argument(
@@ -96,15 +99,24 @@ def _parser() -> argparse.ArgumentParser:
             "--repeats", type=_count, default=None, help="exactly so many rounds instead of a time budget"
         )
         parser_.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
+    for parser_ in (demo, layers, models, sweep, depth):
         parser_.add_argument(
             "--record", action="store_true", help="append the rows to the record in bench/records"
         )
     models.add_argument("--model", default="resnext50_32x4d", help="one of gconv.models")
     models.add_argument("--size", type=_count, default=None, help="of the images; 224, or 32 for digits")
-    models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     models.add_argument("--seconds", type=float, default=60.0, help="of timing, for each mode")
-    models.add_argument(
-        "--without", default=None, help="contestants to leave out, as in torch.compile,onnxruntime"
+    for parser_ in (models, depth):
+        parser_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+        parser_.add_argument(
+            "--without", default=None, help="contestants to leave out, as in torch.compile,onnxruntime"
+        )
+    depth.add_argument("--depths", type=_counts, default=(40, 64, 100, 136, 190), help="L = 6 n + 4 of each")
+    depth.add_argument("--growth", type=_count, default=12, help="k, the channels that a layer adds")
+    depth.add_argument("--batch", type=_count, default=4, help="images per step")
+    depth.add_argument("--size", type=_count, default=32, help="of the images")
+    depth.add_argument(
+        "--compile-seconds", type=float, default=60.0, help="in which torch.compile gets as far as it gets"
     )
     sweep.add_argument("--batch", type=_counts, default=(1, 8, 32), help="as in 1,8,32")
     sweep.add_argument(
@@ -126,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--record", default=None, help="a record of layers; the newest of bench/records if not given"
     )
     readme.add_argument("--models-record", default=None, help="the same of whole networks")
+    readme.add_argument("--depth-record", default=None, help="the same of memory against depth")
     readme.add_argument(
         "--check", action="store_true", help="change nothing, fail if the table is out of date"
     )
@@ -282,6 +295,30 @@ def _sweep(options: argparse.Namespace):
     return result
 
 
+def _depth(options: argparse.Namespace):
+    from . import depth, models
+    from .screen import say
+
+    result = depth.run(
+        depth.Options(
+            depths=options.depths,
+            growth=options.growth,
+            size=options.size,
+            batch=options.batch,
+            dtype=options.dtype,
+            contestants=models.pick(depth.MODEL, options.without, depth.CHOICE),
+            compile_seconds=options.compile_seconds,
+        )
+    )
+    for label, reason in result.skipped.items():
+        say(f"left out: {label}: {reason}", "dim")
+    for note in dict.fromkeys(row["note"] for row in result.rows if row["match"] and row["note"]):
+        say(note, "dim")
+    for row in result.wrong:
+        say(f"FAILED: wrong result at L = {row['depth']}: {row['note']}", "bad")
+    return result
+
+
 def _finish(options: argparse.Namespace, **found) -> int:
     from . import machine, records, report
     from .screen import say
@@ -292,6 +329,7 @@ def _finish(options: argparse.Namespace, **found) -> int:
         ("layers", findings.layers, records.COLUMNS),
         ("models", findings.networks, records.MODEL_COLUMNS),
         ("sweep", findings.sweep, records.SWEEP_COLUMNS),
+        ("depth", findings.depths, records.DEPTH_COLUMNS),
     )
     for name, run, columns in parts:
         if not run:
@@ -336,6 +374,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _finish(options, networks=_models(options))
         if options.command == "sweep":
             return _finish(options, sweep=_sweep(options))
+        if options.command == "depth":
+            return _finish(options, depths=_depth(options))
         if options.command == "train":
             return _finish(options, training=_train(options))
         if options.command == "report":
@@ -361,6 +401,7 @@ def _readme(options: argparse.Namespace) -> int:
         text,
         readme.rows_of(options.record, records.COLUMNS),
         readme.rows_of(options.models_record, records.MODEL_COLUMNS),
+        readme.rows_of(options.depth_record, records.DEPTH_COLUMNS),
     )
     if options.check:
         if wanted != text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import records
+from .networks import CONTESTANTS, is_ours
 
 __all__ = ["Finding", "compare", "show"]
 
@@ -30,14 +31,17 @@ class Finding:
 
 
 def _rows(path: str) -> dict[tuple, dict]:
-    """gconv's newest row for each key, its time as "gconv_ms"."""
+    """gconv's newest row for each key, its time as "gconv_ms"; one for each of its ways to run a model."""
     rows: dict[tuple, dict] = {}
     for row in sorted(records.load(path), key=lambda row: row["date"]):
-        if "relative" in row:
-            raise ValueError(f"compare: {path}: want a record of layers or of networks, got one of a sweep")
+        kind = "a sweep" if "relative" in row else "depths" if "depth" in row else None
+        if kind:
+            raise ValueError(f"compare: {path}: want a record of layers or of networks, got one of {kind}")
         if "layer" in row:
             rows[tuple(row[key] for key in LAYER_KEY)] = row
-        elif row["contestant"] == "gconv":
+        elif is_ours(row):
+            if row["contestant"] != "gconv":
+                row["model"] += f", {CONTESTANTS[row['contestant']].label}"
             times = {f"gconv_ms{end}": row[f"ms{end}"] for end in ("", "_p20", "_p80")}
             rows[tuple(row[key] for key in MODEL_KEY)] = row | times
     return rows

@@ -4,35 +4,35 @@ their own that take turns step by step, checked first, then timed."""
 from __future__ import annotations
 
 import json
-import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from gconv.models import get_model_builder
 
-from . import machine, networks, records, roofs
-from .agreement import check_network
+from . import entries, machine, networks, records, roofs
+from .entries import Entry
 from .layers import MODES, Run, ratio_mood
-from .match import ALLOWED, NONSENSE, Verdict
-from .networks import CONTESTANTS, DTYPES, Contestant, Job
+from .networks import CONTESTANTS, DTYPES, EAGER, Job, is_ours
 from .screen import Cell, Screen
 from .timing import Plan, Result, Turn, interleave, ratio_interval
-from .workers import Worker, WorkerDied
+from .workers import WorkerDied
 
 __all__ = ["Options", "default_size", "ours_and_best", "pick", "run"]
 
-EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
+SMALL = ("resnext_digits", "densenet*_k*")  # models for 32x32 images
 LEAST_MB = 4.0  # of a step: engines that allocate when they load take nothing, and are no measure
 CONDITIONS = "a process each, reused memory"
 _COLUMNS = (
     ("mode", "left", 9), ("contestant", "left", 19), ("precision", "left", 17), ("match", "right", 7),
     ("ms/image", "right", 8), ("images/s", "right", 8), ("speed", "right", 6), ("95 %", "right", 11),
     ("% GEMM", "right", 6), ("MB a step", "right", 9), ("memory", "right", 6), ("MB in all", "right", 9),
-    ("compiled", "right", 8),
+    ("MB kept", "right", 7), ("per image", "right", 9), ("compiled", "right", 8),
 )  # fmt: skip
-_OPTIONAL = ("% GEMM", "95 %", "MB in all", "compiled", "precision", "images/s")
+_OPTIONAL = ("% GEMM", "95 %", "MB in all", "compiled", "precision", "MB kept", "images/s")
 
 
 @dataclass
@@ -49,34 +49,23 @@ class Options:
         return Job(self.model, self.size, self.batch, self.dtype, mode)
 
 
-@dataclass
-class _Entry:
-    """A contestant whose network is ready: its process, what it said of itself, and what its results are."""
-
-    contestant: Contestant
-    worker: Worker
-    ready: dict
-    verdict: Verdict | None = None
-
-    @property
-    def name(self) -> str:
-        return self.contestant.name
-
-
 def default_size(model: str) -> int:
     """The size of the images that a model is made for."""
-    return 32 if model == "resnext_digits" else 224
+    return 32 if any(fnmatchcase(model, pattern) for pattern in SMALL) else 224
 
 
-def pick(model: str, without: str | None = None) -> tuple[str, ...]:
+def pick(
+    model: str, without: str | None = None, among: Sequence[str] = tuple(CONTESTANTS)
+) -> tuple[str, ...]:
     """The contestants for a model, less those of the comma-separated `without` (names or labels). ValueError
     names what exists."""
-    get_model_builder(model)
-    suitable = {name: c for name, c in CONTESTANTS.items() if c.suits(model)}
-    names = {key.lower(): name for name, c in suitable.items() for key in (name, c.label) if name != "gconv"}
+    if model not in networks.FAMILIES:
+        get_model_builder(model)
+    suitable = {name: CONTESTANTS[name] for name in among if CONTESTANTS[name].suits(model)}
+    names = {key.lower(): name for name, c in suitable.items() for key in (name, c.label) if not c.ours}
     parts = {part.strip().lower() for part in (without or "").split(",") if part.strip()}
     if not parts <= set(names):
-        want = ", ".join(c.label for name, c in suitable.items() if name != "gconv")
+        want = ", ".join(c.label for c in suitable.values() if not c.ours)
         raise ValueError(f"bench: without: want some of {want}, got {without!r}")
     kept = tuple(name for name in suitable if name not in {names[part] for part in parts})
     if not set(EAGER) & set(kept):
@@ -86,94 +75,56 @@ def pick(model: str, without: str | None = None) -> tuple[str, ...]:
     return kept
 
 
-def ours_and_best(rows: list[dict], mode: str) -> tuple[dict | None, dict | None]:
-    """gconv's row of a mode and that of the fastest other; None for what there is not."""
+def ours_and_best(rows: list[dict], mode: str) -> tuple[list[dict], dict | None]:
+    """gconv's rows of a mode and that of the fastest other; None where there is none."""
     found = {row["contestant"]: row for row in rows if row["mode"] == mode}
-    return found.get("gconv"), next((found.get(row["best"]) for row in found.values()), None)
-
-
-def _start(label: str, options: Options, modes: str, folder: str, *who: str) -> Worker:
-    return Worker(
-        label, "benchmark", "gconv.bench.models_worker",
-        "--model", options.model, "--size", str(options.size), "--batch", str(options.batch),
-        "--dtype", options.dtype, "--modes", modes, "--state", os.path.join(folder, "state.pt"),
-        "--folder", folder, "--threads", str(torch.get_num_threads()), *who,
-    )  # fmt: skip
-
-
-def _await_ready(worker: Worker, screen: Screen, what: str) -> dict:
-    screen.step(what)
-    return worker.hear(
-        "ready",
-        on_other=lambda message: screen.tick(0, None, f"{what}: {message['text']}"),
-        on_wait=lambda: screen.tick(0),
-    )
+    best = next((found.get(row["best"]) for row in found.values()), None)
+    return [row for row in found.values() if is_ours(row)], best
 
 
 def _enter(
-    mode: str, options: Options, folder: str, screen: Screen, skipped: dict[str, str], entries: list[_Entry]
+    mode: str, options: Options, folder: str, screen: Screen, skipped: dict[str, str], entered: list[Entry]
 ) -> None:
-    """Fills `entries` with those that can run the mode, each set up, its results in the folder."""
+    """Fills `entered` with those that can run the mode, each set up, its results in the folder."""
     for contestant in (CONTESTANTS[name] for name in options.contestants):
         missing = contestant.missing(options.job(mode))
         if missing:
             skipped[contestant.label] = missing
             continue
-        worker = _start(contestant.label, options, mode, folder, "--contestant", contestant.name)
-        entry = _Entry(contestant, worker, {})
-        entries.append(entry)
+        who = ("--contestant", contestant.name)
+        threads = torch.get_num_threads()
+        worker = entries.start(contestant.label, options.job(mode), mode, folder, threads, *who)
+        entry = Entry(contestant, worker, {})
+        entered.append(entry)
         try:
-            entry.ready = _await_ready(worker, screen, f"{mode}, {contestant.label}")
+            entry.ready = entries.await_ready(worker, screen, f"{mode}, {contestant.label}")
         except WorkerDied as died:
             if not contestant.compiles:
                 raise
-            skipped[f"{contestant.label}, {mode}"] = f"failed: {str(died).splitlines()[-1][:160]}"
-            entries.remove(entry)
-            worker.close()
+            skipped[f"{contestant.label}, {mode}"] = entry.failed(died)
+            entered.remove(entry)
 
 
-def _check(mode: str, folder: str, entries: list[_Entry], skipped: dict[str, str]) -> None:
-    """Gives every entry its verdict, and takes those that are plainly wrong out of the competition."""
-
-    def read(name: str) -> dict:
-        path = os.path.join(folder, f"{name}-{mode}.pt")
-        found = torch.load(path, weights_only=True)
-        os.remove(path)
-        return found
-
-    exact = read("exact")
-    found = {entry.name: read(entry.name) for entry in entries}
-    torchs = [found[name] for name in EAGER if name in found]
-    for entry in list(entries):
-        allowed = ALLOWED if entry.name == "gconv" else NONSENSE
-        entry.verdict = check_network(found[entry.name], exact, torchs, allowed)
-        if entry.name != "gconv" and not entry.verdict.ok:
-            skipped[f"{entry.contestant.label}, {mode}"] = f"wrong result: {entry.verdict.text}"
-            entries.remove(entry)
-            entry.worker.close()
-
-
-def _take(entry: _Entry, index: int, calls: int) -> Turn:
+def _take(entry: Entry, index: int, calls: int) -> Turn:
     entry.worker.tell(json.dumps({"index": index, "calls": calls}))
     heard = entry.worker.hear("turn")
     return Turn(np.array(heard["ms"]), heard["disturbed"])
 
 
-def _note(entry: _Entry, last: dict) -> str:
+def _note(entry: Entry, last: dict) -> str:
     seconds = entry.ready["seconds"]
     parts = [
-        "" if entry.verdict.ok else entry.verdict.text,
+        entry.problem,
+        entry.contestant.remark,
         "; ".join(entry.ready["fallbacks"]),
         # Of several precisions the fastest was taken: say what the others took.
-        ", ".join(f"{precision}: {1e3 * s:.0f} ms" for precision, s in seconds.items())
-        if len(seconds) > 1
-        else "",
+        ", ".join(f"{precision}: {1e3 * s:.0f} ms" for precision, s in seconds.items()),
         "" if last["finite"] else "the loss of the last step is not finite",
     ]
     return "; ".join(filter(None, parts))
 
 
-def _row(entry: _Entry, mode: str, options: Options, result: Result, best: str, last: dict) -> dict:
+def _row(entry: Entry, mode: str, options: Options, result: Result, best: str, last: dict) -> dict:
     """One contestant's row, without what needs the roofs or the row of the best."""
     kernels = entry.ready["kernels"]
     row = {
@@ -212,27 +163,29 @@ def _row(entry: _Entry, mode: str, options: Options, result: Result, best: str, 
     if entry.ready["peak_mb"] is not None:
         row["peak_mb"] = entry.ready["peak_mb"]
         row["step_mb"] = max(0.0, entry.ready["peak_mb"] - entry.ready["before_mb"])
+    row["kept_mb"] = entry.ready["kept_mb"]
     return row
 
 
 def _measure(mode: str, options: Options, folder: str, screen: Screen, skipped: dict[str, str]) -> list[dict]:
-    entries: list[_Entry] = []
+    entered: list[Entry] = []
     try:
-        _enter(mode, options, folder, screen, skipped, entries)
+        _enter(mode, options, folder, screen, skipped, entered)
         screen.step(f"{mode}: compare with float64")
-        _check(mode, folder, entries, skipped)
-        timed = [entry for entry in entries if entry.verdict.ok]
+        entries.check(mode, folder, entered, skipped)
+        timed = [entry for entry in entered if entry.verdict.ok]
         screen.step(f"{mode}: timing", options.plan.min_rounds)
         result = interleave(timed, options.plan, screen.tick, _take)
         best = min(
-            (name for name in result.timings if name != "gconv"), key=lambda name: result.timings[name].p50
+            (name for name in result.timings if not CONTESTANTS[name].ours),
+            key=lambda name: result.timings[name].p50,
         )
         rows = []
-        for entry in entries:
+        for entry in entered:
             entry.worker.tell("stop")
             rows.append(_row(entry, mode, options, result, best, entry.worker.hear("done")))
     finally:
-        for entry in entries:
+        for entry in entered:
             entry.worker.close()
     base = next(row for row in rows if row["contestant"] == best).get("step_mb")
     flops = networks.flops(options.job(mode))
@@ -250,22 +203,24 @@ def _cells(row: dict) -> list[Cell]:
         return Cell("–" if row.get(key) is None else f"{row[key]:.{digits}f}{after}")
 
     head = [Cell(row["mode"]), Cell(CONTESTANTS[row["contestant"]].label), Cell(row["precision"])]
-    head[1].mood = "good" if row["contestant"] == "gconv" else ""
+    head[1].mood = "good" if is_ours(row) else ""
     match = Cell(f"✓ {row['error_ratio']:.2f}×", "good") if row["match"] else Cell("✗ wrong", "bad")
     if not row.get("ms"):
         return [*head, match, *[Cell("–")] * (len(_COLUMNS) - 4)]
-    is_ours, is_best = row["contestant"] == "gconv", row["contestant"] == row["best"]
+    is_best = row["contestant"] == row["best"]
     return [
         *head,
         match,
         Cell(f"{row['ms_per_image']:.2f}" + ("*" if row["noisy"] else "")),
         number("images_per_s", 1),
-        Cell(f"{row['ratio']:.2f}×", ratio_mood(row) if is_ours else ""),
+        Cell(f"{row['ratio']:.2f}×", ratio_mood(row) if is_ours(row) else ""),
         Cell("best other" if is_best else f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}", "dim"),
         Cell(f"{100 * row['gflops'] / row['gemm_gflops']:.0f}"),
         number("step_mb", 0),
         number("memory_ratio", 2, "×"),
         number("peak_mb", 0),
+        number("kept_mb", 0),
+        Cell("–" if row.get("kept_mb") is None else f"{row['kept_mb'] / row['batch']:.1f}"),
         number("compile_s", 0, " s"),
     ]
 
@@ -291,9 +246,11 @@ def run(options: Options) -> Run:
     ):
         screen.step("roofs: copy and GEMM")
         measured = roofs.measure(DTYPES[options.dtype])
-        exact = _start("the float64 reference", options, ",".join(options.modes), folder, "--exact")
+        modes = ",".join(options.modes)
+        job, threads = options.job(options.modes[0]), torch.get_num_threads()
+        exact = entries.start("the float64 reference", job, modes, folder, threads, "--exact")
         try:
-            _await_ready(exact, screen, "weights")
+            entries.await_ready(exact, screen, "weights")
         finally:
             exact.close()
         for mode in options.modes:

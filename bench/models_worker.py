@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,10 +23,11 @@ from torch import nn
 import gconv
 
 from . import networks, timing
+from .allocations import allocations_of
 from .networks import CONTESTANTS, Job, Network
 from .workers import tell
 
-TRIES = 3  # calls of each precision, of which the fastest decides
+TRIES = 3  # calls of each precision where there are several; the fastest decides
 
 
 def summary(network: Network) -> dict:
@@ -46,12 +48,14 @@ def summary(network: Network) -> dict:
 
 
 def fastest(contestant: networks.Contestant, job: Job, state: dict) -> tuple[Network, dict[str, float]]:
-    """The contestant in its fastest precision, and the seconds of a call in each."""
+    """The contestant in its fastest precision, and where it has several the seconds of a call in each."""
     best, seconds = None, {}
-    for precision in contestant.precisions(job):
+    precisions = contestant.precisions(job)
+    for precision in precisions:
         tell(event="step", text=f"{precision}: first call")
         network = Network(contestant, job, precision, state)
-        seconds[precision] = float(timing.turn(network, 0, TRIES).ms.min()) / 1e3
+        if len(precisions) > 1:
+            seconds[precision] = float(timing.turn(network, 0, TRIES).ms.min()) / 1e3
         if best is None or seconds[precision] < seconds[best.precision]:
             best = network
         del network
@@ -64,7 +68,7 @@ def _exact(options: argparse.Namespace, job: Job) -> None:
     torch.save(state, options.state)
     for mode in options.modes.split(","):
         tell(event="step", text=f"{mode}: float64 reference")
-        one = Job(job.model, job.size, job.batch, job.dtype, mode)
+        one = replace(job, mode=mode)
         torch.save(networks.exact_results(one, state), os.path.join(options.folder, f"exact-{mode}.pt"))
     tell(event="ready")
 
@@ -81,6 +85,10 @@ def _compete(options: argparse.Namespace, job: Job) -> None:
     timing.turn(network, 0, 1)
     network.prepare(0)
     memory = timing.memory_of(network.run)
+    network.prepare(0)
+    training = job.mode == "training"
+    allocated = allocations_of(network.forward, network.backward) if training else None
+    network.prepare(0)
     tell(
         event="ready",
         precision=network.precision,
@@ -89,6 +97,8 @@ def _compete(options: argparse.Namespace, job: Job) -> None:
         parameters=sum(p.numel() for p in network.module.parameters()),
         before_mb=memory and memory.before,
         peak_mb=memory and memory.peak,
+        kept_mb=allocated and allocated.kept,
+        allocated_mb=allocated and allocated.peak,
         **found,
     )
     for line in sys.stdin:
@@ -106,6 +116,7 @@ def _compete(options: argparse.Namespace, job: Job) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
+    parser.add_argument("--arguments", type=json.loads, default={}, help="of the model, in JSON")
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--dtype", choices=tuple(networks.DTYPES), required=True)
@@ -119,7 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # what fell back is reported; exporters warn at length
-    job = Job(options.model, options.size, options.batch, options.dtype, options.modes)
+    arguments = tuple(options.arguments.items())
+    job = Job(options.model, options.size, options.batch, options.dtype, options.modes, arguments)
     _exact(options, job) if options.exact else _compete(options, job)
 
 

@@ -18,9 +18,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import models
+from gconv.dense_layers import DenseLayer
 
+from .checkpointed import checkpoint_layers
 from .rivals import (
-    LABELS,
+    LABELS as LAYER_LABELS,
+)
+from .rivals import (
     ONNXRUNTIME,
     OPENVINO,
     buffers,
@@ -31,30 +35,68 @@ from .rivals import (
 )
 from .shapes import TRAINING_FLOPS
 
-__all__ = ["CONTESTANTS", "DTYPES", "Contestant", "Job", "Network", "flops", "make_state", "results"]
+__all__ = [
+    "CONTESTANTS", "DTYPES", "EAGER", "FAMILIES", "OURS", "Contestant", "Job", "Network", "data",
+    "exact_results", "flops", "is_ours", "make_state", "results",
+]  # fmt: skip
 
+LABELS = LAYER_LABELS | {
+    "gconv_shared": "gconv shared",
+    "gconv_ultra": "gconv ultra",
+    "checkpoint": "checkpointing",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 RATE, MOMENTUM = 1e-3, 0.9  # of SGD
 BRANCH = 0.1  # how much of a residual branch is added, see make_state
+SHIFT = 1.0  # of the batch norms in a dense layer, see make_state
+MOVED = 0.1  # how far the running statistics are from those of the images, see make_state
+EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
+
+OURS = ("gconv", "gconv_shared", "gconv_ultra")
+DENSENETS = "densenet*"  # their layers can be told what to keep for the backward
 
 MODEL, AUTOCAST, HINT = "model in bfloat16", "autocast", "bfloat16 hint"  # precisions
 FLOAT32 = "float32"
 
 
+def _densenet_bc(depth: int, growth_rate: int, **options) -> nn.Module:
+    """DenseNet-BC for 32x32 images and ten classes, of any depth L = 6 n + 4 (arXiv 1608.06993, table 2)."""
+    blocks = ((depth - 4) // 6,) * 3
+    return models.DenseNet(growth_rate, blocks, 2 * growth_rate, num_classes=10, small_images=True, **options)
+
+
+FAMILIES = {"densenet_bc": _densenet_bc}  # more than one model each, by their arguments
+
+
 @dataclass(frozen=True)
 class Job:
-    """What every contestant is given: N = batch images of [size, size] for the model of that name."""
+    """What every contestant is given: N = batch images of [size, size] for the model of that name, one of
+    gconv.models or FAMILIES, built with these arguments."""
 
     model: str
     size: int
     batch: int
     dtype: str
     mode: str
+    arguments: tuple[tuple[str, int], ...] = ()
+
+    def build(self, **options) -> nn.Module:
+        build = FAMILIES.get(self.model) or models.get_model_builder(self.model)
+        return build(**dict(self.arguments), **options)
 
 
-def _stock(name: str) -> nn.Module:
-    return models.get_model(name, stock=True)
+def _stock(job: Job) -> nn.Module:
+    return job.build(stock=True)
+
+
+def _checkpointed(job: Job) -> nn.Module:
+    return checkpoint_layers(_stock(job))
+
+
+def _memory(how: str) -> Callable[[Job], nn.Module]:
+    """Builds a DenseNet of gconv that keeps for the backward what `how` says."""
+    return lambda job: job.build(memory=how)
 
 
 def _as_it_is(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
@@ -79,15 +121,16 @@ def _openvino(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Contestant:
-    """build: the module for a model's name. make: from the module, with the job's weights, and its `Network`
+    """build: the module for a job. make: from the module, with the job's weights, and its `Network`
     the call that is timed. bfloat16: the ways to run a mode in that dtype, of which the fastest counts; a
     mode without any is float32 only. packages: what has to be installed. models: for which models, as a
-    shell pattern."""
+    shell pattern, less those of the pattern `but`. twice: its step updates running statistics twice, so they
+    are not compared."""
 
     name: str
     label: str
     layout: str = "channels_last"
-    build: Callable[[str], nn.Module] = _stock
+    build: Callable[[Job], nn.Module] = _stock
     make: Callable[[nn.Module, Network], Callable[[Tensor], Tensor]] = _as_it_is
     modes: tuple[str, ...] = ("inference", "training")
     bfloat16: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -96,6 +139,21 @@ class Contestant:
     )
     packages: tuple[str, ...] = ()
     models: str = "*"
+    but: str = ""
+    twice: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.name in OURS
+
+    @property
+    def remark(self) -> str:
+        """What a reader of its row has to know."""
+        return "updates running statistics twice per step, which are not compared" if self.twice else ""
+
+    def answers_for(self, key: str) -> bool:
+        """Whether a result of that name is compared."""
+        return not (self.twice and ".running_" in key)
 
     def precisions(self, job: Job) -> tuple[str, ...]:
         return (FLOAT32,) if job.dtype == "float32" else dict(self.bfloat16).get(job.mode, ())
@@ -106,7 +164,7 @@ class Contestant:
         return self.make is not _as_it_is
 
     def suits(self, model: str) -> bool:
-        return fnmatchcase(model, self.models)
+        return fnmatchcase(model, self.models) and not fnmatchcase(model, self.but)
 
     def missing(self, job: Job) -> str | None:
         """Why it cannot run this job here, in one line, or None."""
@@ -118,6 +176,11 @@ class Contestant:
         return None if self.precisions(job) else f"{job.mode} runs in float32 only"
 
 
+def is_ours(row: dict) -> bool:
+    """Whether a row is of one of gconv's own contestants."""
+    return row["contestant"] in OURS
+
+
 def _engine(name: str, **options) -> Contestant:
     return Contestant(name, LABELS[name], layout="NCHW", modes=("inference",), **options)
 
@@ -125,9 +188,25 @@ def _engine(name: str, **options) -> Contestant:
 CONTESTANTS: dict[str, Contestant] = {
     contestant.name: contestant
     for contestant in (
-        Contestant("gconv", LABELS["gconv"], build=models.get_model),
+        Contestant("gconv", LABELS["gconv"], build=Job.build, but=DENSENETS),
+        Contestant("gconv_shared", LABELS["gconv_shared"], build=_memory("shared"), models=DENSENETS),
+        Contestant(
+            "gconv_ultra",
+            LABELS["gconv_ultra"],
+            build=_memory("ultra"),
+            modes=("training",),
+            models=DENSENETS,
+        ),
         Contestant("eager_nchw", LABELS["eager_nchw"], layout="NCHW"),
         Contestant("eager_channels_last", LABELS["eager_channels_last"]),
+        Contestant(
+            "checkpoint",
+            LABELS["checkpoint"],
+            build=_checkpointed,
+            modes=("training",),
+            models=DENSENETS,
+            twice=True,
+        ),
         Contestant("compile", LABELS["compile"], make=_compile),
         _engine("onnxruntime", make=_onnxruntime, bfloat16=(), packages=ONNXRUNTIME),
         _engine("openvino", make=_openvino, bfloat16=(("inference", (HINT,)),), packages=OPENVINO),
@@ -146,7 +225,7 @@ def flops(job: Job) -> int:
     """Of one call: convolutions and matrix products, a multiply-add counted as two; training is three times
     the forward. (torch's counter takes the weight gradient of a grouped convolution for a dense one.)"""
     with torch.device("meta"):
-        module = _stock(job.model)
+        module = _stock(job)
     images = data(job, module)[0].to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(images)
@@ -163,15 +242,16 @@ def data(job: Job, module: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def make_state(job: Job) -> dict[str, Tensor]:
-    """Weights as initialised, batch norms with random scales and shifts and with the running statistics of
-    the images.
+    """Weights as initialised, batch norms with random scales and shifts and with running statistics next to
+    those of the images (MOVED standard deviations off, so that an update of them that is missing shows).
 
     The last batch norm of every residual block is scaled down: as initialised, one rounding error at a
     ReLU's kink in an early block grows with every block behind it, until a gradient in bfloat16 has nothing
-    left to compare.
+    left to compare. A dense layer has no branch to scale, and the batch norms that read its output undo any
+    scale; there the batch norms are shifted up instead, so that fewer elements lie next to the kink.
     """
     torch.manual_seed(0)
-    module = _stock(job.model)
+    module = _stock(job)
     generator = torch.Generator().manual_seed(2)
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
@@ -182,6 +262,10 @@ def make_state(job: Job) -> dict[str, Tensor]:
             last = block.bn3 if isinstance(block, models.Bottleneck) else block.bn2
             last.weight.mul_(BRANCH)
             last.bias.mul_(BRANCH)
+        if isinstance(block, DenseLayer):
+            for norm in block.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    norm.bias.add_(SHIFT)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
@@ -189,6 +273,9 @@ def make_state(job: Job) -> dict[str, Tensor]:
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         norm.num_batches_tracked.zero_()
+        mean, var = norm.running_mean, norm.running_var
+        mean.add_(MOVED * var.sqrt() * torch.randn(mean.shape, generator=generator))
+        var.mul_(1 + MOVED * torch.rand(var.shape, generator=generator))
     return module.state_dict()
 
 
@@ -218,7 +305,7 @@ def results(
 
 def exact_results(job: Job, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The float64 answer, in plain torch.nn."""
-    module = _stock(job.model).double()
+    module = _stock(job).double()
     module.load_state_dict(state)
     images, labels = data(job, module)
     return results(module, module, job.mode, images.double(), labels, contextlib.nullcontext)
@@ -234,7 +321,7 @@ class Network:
     def __init__(self, contestant: Contestant, job: Job, precision: str, state: dict[str, Tensor]):
         self.name, self.job, self.precision = contestant.name, job, precision
         self.layout = LAYOUTS[contestant.layout]
-        self.module = contestant.build(job.model)
+        self.module = contestant.build(job)
         self.module.load_state_dict(state)
         self.module.to(memory_format=self.layout)
         self.dtype = torch.bfloat16 if precision == MODEL else torch.float32
@@ -269,8 +356,15 @@ class Network:
         if self.job.mode == "inference":
             with torch.no_grad(), self.context():
                 return self.call(self.x)
+        return self.backward(self.forward())
+
+    def forward(self) -> Tensor:
+        """The first half of a training step, to the loss."""
         with self.context():
-            loss = F.cross_entropy(self.call(self.x), self.labels)
+            return F.cross_entropy(self.call(self.x), self.labels)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """The second half: gradients, and the step of the optimizer."""
         loss.backward()
         self.optimizer.step()
         self.loss = loss.detach()

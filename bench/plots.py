@@ -7,23 +7,23 @@ import io
 
 import numpy as np
 
-from .networks import CONTESTANTS
+from .networks import CONTESTANTS, is_ours
 from .rivals import LABELS, RIVALS
 from .shapes import whose
 from .train import Training
 
-__all__ = ["STEPS", "TITLES", "by_mode", "missing", "networks", "roofline", "times", "training"]
+__all__ = ["STEPS", "TITLES", "by_mode", "depths", "missing", "networks", "roofline", "times", "training"]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#767676"
 )  # fmt: skip
 COLOURS = {
     "gconv": BLUE, "eager_nchw": GREY, "eager_channels_last": ORANGE, "compile": RED, "onnxruntime": GREEN,
-    "openvino": PURPLE,
+    "openvino": PURPLE, "gconv_shared": BLUE, "gconv_ultra": SKY, "checkpoint": BLACK,
 }  # fmt: skip
 MARKERS = {
     "gconv": "D", "eager_nchw": "v", "eager_channels_last": "s", "compile": "o", "onnxruntime": "^",
-    "openvino": "P",
+    "openvino": "P", "gconv_shared": "D", "gconv_ultra": "X", "checkpoint": "^",
 }  # fmt: skip
 DPI = 160
 
@@ -257,7 +257,8 @@ def times(rows: list[dict]) -> bytes:
 
 def networks(rows: list[dict]) -> bytes:
     """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
-    step takes at its peak, light what was resident before."""
+    step takes at its peak, light what was resident before, and in words what it keeps for the
+    backward."""
     modes = by_mode([row for row in rows if row.get("ms")])
     heights = [0.9 + 0.36 * len(group) for group in modes.values()]
     figure, axes = _figure(
@@ -272,7 +273,7 @@ def networks(rows: list[dict]) -> bytes:
         whiskers = np.maximum([ms - low, high - ms], 0)
         left.barh(at, ms, 0.66, color=colours, xerr=whiskers, error_kw={"elinewidth": 1.2})
         for i, row in enumerate(group):
-            ours = row["contestant"] == "gconv"
+            ours = is_ours(row)
             text = f"{row['ms_per_image']:.3g} ms" + (f"  {row['ratio']:.2f}×" if ours else "")
             left.text(max(ms[i], high[i]) + 0.012 * ms.max(), i, text, va="center", fontsize=9,
                       fontweight="bold" if ours else "normal")  # fmt: skip
@@ -285,11 +286,13 @@ def networks(rows: list[dict]) -> bytes:
             if not row.get("peak_mb"):
                 continue
             ratio = row.get("memory_ratio")
-            ours = row["contestant"] == "gconv"
+            ours = is_ours(row)
             text = f"{step[i]:.0f} of {peak[i]:.0f}" + (f"  {ratio:.2f}×" if ours and ratio else "")
+            if row.get("kept_mb") is not None:
+                text += f"  {row['kept_mb']:.0f} kept"
             right.text(peak[i] + 0.012 * peak.max(), i, text, va="center", fontsize=9,
                        fontweight="bold" if ours else "normal")  # fmt: skip
-        right.set_xlim(0, max(peak.max(), 1) * 1.38)
+        right.set_xlim(0, max(peak.max(), 1) * 1.5)
         right.set_title(f"{STEPS[mode]}: memory at the peak, MiB; dark: the step's", fontsize=11, loc="left")
         for ax, names in ((left, True), (right, False)):
             ax.set_yticks(at, [CONTESTANTS[row["contestant"]].label for row in group] if names else [])
@@ -300,3 +303,40 @@ def networks(rows: list[dict]) -> bytes:
     first = rows[0]
     what = f"{first['model']}, {first['size']}×{first['size']}"
     return _titled(figure, what, first, "; ×: relative to the fastest other")
+
+
+def depths(rows: list[dict]) -> bytes:
+    """Curves of every contestant over the depth: what a step's forward keeps for its backward, and the most
+    that the step allocates, per image."""
+    figure, axes = _figure(12, 5.2, columns=2)
+    curves: dict[str, list[dict]] = {}
+    for row in rows:
+        if row.get("kept_mb") is not None:
+            curves.setdefault(row["contestant"], []).append(row)
+    panels = (("kept_mb", "kept for the backward"), ("allocated_mb", "allocated at the peak of a step"))
+    for ax, (key, title) in zip(axes[0], panels):
+        for name, curve in curves.items():
+            ours = is_ours(curve[0])
+            per_image = [row[key] / row["batch"] for row in curve]
+            ax.plot(
+                [row["depth"] for row in curve], per_image, color=COLOURS.get(name, GREEN),
+                marker=MARKERS.get(name, "o"), markersize=7, linewidth=2.2 if ours else 1.4,
+                zorder=3 if ours else 2, label=CONTESTANTS[name].label,
+            )  # fmt: skip
+            ax.annotate(
+                f"{per_image[-1]:.3g}", (curve[-1]["depth"], per_image[-1]), xytext=(8, 0), va="center",
+                textcoords="offset points", fontsize=9, color=COLOURS.get(name, GREEN),
+            )  # fmt: skip
+        ticks = sorted({row["depth"] for row in rows})
+        ax.set_xticks(ticks)
+        ax.set_xlim(0, ticks[-1] * 1.09)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("layers L")
+        ax.set_ylabel("MiB per image")
+        ax.set_title(title, fontsize=11, loc="left")
+        ax.grid(True, alpha=0.25)
+        ax.set_axisbelow(True)
+    axes[0, 0].legend(frameon=False, fontsize=9, loc="upper left")
+    first = rows[0]
+    what = f"DenseNet-BC, k = {first['growth']}, {first['size']}×{first['size']}: memory of training"
+    return _titled(figure, what, first)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from . import records
 from .layers import best_ms, describe, gemm_percent
-from .models import ours_and_best
-from .networks import CONTESTANTS
+from .networks import CONTESTANTS, is_ours
 from .rivals import LABELS
 from .shapes import whose
 
-__all__ = ["MARKERS", "layers_part", "layers_table", "models_table", "rows_of", "update"]
+__all__ = ["MARKERS", "depth_table", "layers_part", "layers_table", "models_table", "rows_of", "update"]
 
 MODEL, SEVERAL = "resnext50_32x4d", "several"
 
 MARKERS = {
-    part: (f"<!-- bench:{part}:start -->", f"<!-- bench:{part}:end -->") for part in ("layers", "models")
+    part: (f"<!-- bench:{part}:start -->", f"<!-- bench:{part}:end -->")
+    for part in ("layers", "models", "depth")
 }
 HEADINGS = {"inference": "Inference", "training": "Training (forward + backward)"}
 STEPS = {"inference": "inference", "training": "training step"}
@@ -71,10 +71,15 @@ def layers_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _model_cells(row: dict, ours: bool) -> str:
+def _kept_cells(row: dict) -> str:
+    kept = row["kept_mb"]
+    return "– | –" if kept is None else f"{kept:.0f} | {kept / row['batch']:.1f}"
+
+
+def _model_cells(row: dict) -> str:
     if not row["match"]:
         return "wrong result | – | – | – | –"
-    speed = f"**{row['ratio']:.2f}×**" if ours else f"{row['ratio']:.2f}×"
+    speed = f"**{row['ratio']:.2f}×**" if is_ours(row) else f"{row['ratio']:.2f}×"
     memory = "–" if row.get("memory_ratio") is None else f"{row['memory_ratio']:.2f}×"
     megabytes = "–" if row["step_mb"] is None else f"{row['step_mb']:.0f}"
     return f"{row['ms_per_image']:.1f} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
@@ -103,18 +108,47 @@ def models_table(rows: list[dict]) -> str:
             )
             if not of_mode:
                 continue
-            ours, _ = ours_and_best(of_mode, mode)
+            keeps = any(row["kept_mb"] is not None for row in of_mode)
             lines += [
                 "",
                 f"| {first['dtype']} {heading} | precision | ms per image | images/s | speed | MB of a step "
-                "| of the best's |",
-                "|---|---|--:|--:|--:|--:|--:|",
+                "| of the best's |" + " MB kept | per image |" * keeps,
+                "|---|---|--:|--:|--:|--:|--:|" + "--:|--:|" * keeps,
             ]
             for row in of_mode:
                 label = CONTESTANTS[row["contestant"]].label if row["contestant"] in CONTESTANTS else "?"
-                cells = _model_cells(row, row is ours)
+                cells = _model_cells(row) + f" | {_kept_cells(row)}" * keeps
                 lines.append(f"| {label} | {row['precision']} | {cells} |")
     return "\n".join(lines[1:])
+
+
+def depth_table(rows: list[dict]) -> str:
+    """Markdown for the newest float32 run: MB kept and at the peak per image, a row for each contestant and a
+    column for each depth."""
+    rows = records.latest_run([row for row in rows if row["dtype"] == "float32"])
+    if not rows:
+        return "No run has been recorded yet: `python -m gconv.bench depth --record`."
+    first = rows[0]
+    depths = sorted({row["depth"] for row in rows})
+    found = {(row["contestant"], row["depth"]): row for row in rows}
+    lines = [
+        f"DenseNet-BC, k = {first['growth']}, {first['size']}×{first['size']}, {first['dtype']}, batch "
+        f"{first['batch']}, {_where(first)}. MB per image kept for the backward / allocated at the peak of a "
+        "training step, against the number of layers L.",
+        "",
+        "| MB per image | " + " | ".join(f"L = {depth}" for depth in depths) + " |",
+        "|---|" + "--:|" * len(depths),
+    ]
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        cells = [CONTESTANTS[name].label if name in CONTESTANTS else "?"]
+        for row in (found.get((name, depth)) for depth in depths):
+            if row is None or row["kept_mb"] is None:
+                cells.append("–" if row is None or row["match"] else "wrong result")
+            else:
+                kept, peak = (row[key] / row["batch"] for key in ("kept_mb", "allocated_mb"))
+                cells.append(f"{kept:.1f} / {peak:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def totals_line(rows: list[dict]) -> str:
@@ -153,10 +187,11 @@ def layers_part(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def update(text: str, layers: list[dict], networks: list[dict]) -> str:
+def update(text: str, layers: list[dict], networks: list[dict], depths: list[dict]) -> str:
     """`text` with what stands between the markers replaced, from the rows of a record of each. ValueError if
     a pair of markers is not there once, in order."""
-    for part, table in (("layers", layers_part(layers)), ("models", models_table(networks))):
+    parts = {"layers": layers_part(layers), "models": models_table(networks), "depth": depth_table(depths)}
+    for part, table in parts.items():
         start, end = MARKERS[part]
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
             raise ValueError(f"readme: want the markers {start} and {end} once each, in this order")

@@ -1,5 +1,6 @@
 """CSV records: of the layer benchmark one row per layer, mode and dtype of a run, of whole networks one per
-contestant, of a sweep one per batch and number of threads; rows are only ever appended."""
+contestant, of a sweep one per batch and number of threads, of depths one per depth and contestant; rows are
+only ever appended."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from . import machine
 from .rivals import RIVALS
 
 __all__ = [
-    "ALL", "COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append", "is_total", "latest_run",
-    "load", "newest_record", "path_of", "where",
+    "ALL", "COLUMNS", "DEPTH_COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append",
+    "is_total", "latest_run", "load", "newest_record", "path_of", "where",
 ]  # fmt: skip
 
 # An installed copy inside a checkout records into the checkout.
@@ -39,21 +40,37 @@ COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
 # their number, and its `best` is EACH: for every layer the best of the others there.
 ALL, EACH = "all", "each"
 
+# Columns of MODEL_COLUMNS that older records do not have. New ones come last, and are listed here.
+_ADDED = ("kept_mb",)
+
 # ratio: the time of the fastest contestant other than gconv, `best`, over this one's. step_mb: the peak of
-# one step above what was resident before it; memory_ratio: this one's over that of `best`.
+# one step above what was resident before it; memory_ratio: this one's over that of `best`. kept_mb: what a
+# training step's forward keeps for its backward. All in MiB.
 MODEL_COLUMNS = (
     *_WHERE, "model", "size", "batch", "dtype", "mode", "conditions", "contestant", "precision", "kernel",
     "own_convolutions", "convolutions", "fallbacks", "match", "error_ratio", "worst", "ms", "ms_p20",
     "ms_p80", "ms_per_image", "images_per_s", "best", "ratio", "ratio_low", "ratio_high", "step_mb",
     "peak_mb", "memory_ratio", "compile_s", "gflop", "gflops", "copy_gbps", "gemm_gflops", "rounds",
-    "dropped", "noisy", "note",
+    "dropped", "noisy", "note", *_ADDED,
+)  # fmt: skip
+# Of one training step: kept_mb as above, allocated_mb the peak of what is allocated on top of what there was
+# before it, step_mb and peak_mb resident memory.
+DEPTH_COLUMNS = (
+    *_WHERE, "model", "depth", "growth", "size", "batch", "dtype", "mode", "contestant", "parameters",
+    "kernel", "match", "error_ratio", "worst", "kept_mb", "allocated_mb", "step_mb", "peak_mb", "compile_s",
+    "note",
 )  # fmt: skip
 # relative: images per second over those of the same layer at the reference batch and as many threads.
 SWEEP_COLUMNS = (
     *_WHERE, *_WHAT, "contestant", "kernel", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80",
     "images_per_s", "reference", "relative", "relative_low", "relative_high", "rounds", "dropped", "noisy",
 )  # fmt: skip
-SCHEMAS = {"": COLUMNS, "-models": MODEL_COLUMNS, "-sweep": SWEEP_COLUMNS}  # by the end of the file's name
+SCHEMAS = {  # by the end of the file's name
+    "": COLUMNS,
+    "-models": MODEL_COLUMNS,
+    "-sweep": SWEEP_COLUMNS,
+    "-depth": DEPTH_COLUMNS,
+}
 
 _TEXT = {
     "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype",
@@ -99,15 +116,15 @@ def is_total(row: dict) -> bool:
 
 
 def append(path: str, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
-    """Appends the rows; a new file gets the heading. ValueError if the file has other columns or a row
-    unknown keys."""
+    """Appends the rows; a new file gets the heading. A file from before a column was added gets that column,
+    empty in the rows there are. ValueError if the file has other columns or a row unknown keys."""
     rows = list(rows)
     for row in rows:
         unknown = set(row) - set(columns)
         if unknown:
             raise ValueError(f"records: row: want the keys of the columns, got also {sorted(unknown)}")
     exists = os.path.exists(path) and os.path.getsize(path) > 0
-    if exists and _heading(path) != columns:
+    if exists and _heading(path) != columns and not _widen(path, columns):
         raise ValueError(
             f"records: {path}: want the columns {', '.join(columns)}, got {', '.join(_heading(path))}"
         )
@@ -124,18 +141,41 @@ def _heading(path: str) -> tuple[str, ...]:
         return tuple(next(csv.reader(file), ()))
 
 
+def _missing(heading: Iterable[str], columns: Sequence[str]) -> set[str]:
+    """Which of the columns a file with this heading would need to have."""
+    return set(columns) - set(_ADDED) - set(heading)
+
+
+def _widen(path: str, columns: Sequence[str]) -> bool:
+    """Gives a file that lacks only columns added since, all of them at the end, their names and no values.
+    False, and nothing done, for any other file."""
+    heading = _heading(path)
+    new = columns[len(heading) :]
+    if (*heading, *new) != tuple(columns) or not set(new) <= set(_ADDED):
+        return False
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    widened = f"{path}.new"
+    with open(widened, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [columns, *([*row, *[""] * len(new)] for row in rows[1:])]
+        )
+    os.replace(widened, path)
+    return True
+
+
 def load(path: str, columns: Sequence[str] | None = None) -> list[dict]:
-    """All rows, numbers as numbers; of whichever benchmark it is, or of these columns. ValueError if a column
-    is missing."""
+    """All rows, numbers as numbers; of whichever benchmark it is, or of these columns. None for columns that
+    were added after the file was made; ValueError if another is missing."""
     if columns is None:
-        heading = set(_heading(path))
-        columns = next((schema for schema in SCHEMAS.values() if set(schema) <= heading), COLUMNS)
+        heading = _heading(path)
+        columns = next((schema for schema in SCHEMAS.values() if not _missing(heading, schema)), COLUMNS)
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = set(columns) - set(reader.fieldnames or ())
+        missing = _missing(reader.fieldnames or (), columns)
         if missing:
             raise ValueError(f"records: {path}: want the columns of a benchmark, missing {sorted(missing)}")
-        return [{key: _parse(key, row[key]) for key in columns} for row in reader]
+        return [{key: _parse(key, row.get(key, "")) for key in columns} for row in reader]
 
 
 def latest_run(rows: Sequence[dict]) -> list[dict]:
@@ -152,6 +192,6 @@ def newest_record(folder: str = FOLDER, columns: Sequence[str] = COLUMNS) -> str
     dated = [
         (max((row["date"] for row in load(path, columns)), default=""), path)
         for path in paths
-        if set(columns) <= set(_heading(path))
+        if not _missing(_heading(path), columns)
     ]
     return max(dated)[1] if dated else None

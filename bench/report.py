@@ -9,9 +9,9 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 
-from . import layers, models, plots, records, shapes, sweep
+from . import depth, layers, models, plots, records, shapes, sweep
 from .agreement import FACTOR
-from .networks import CONTESTANTS
+from .networks import CONTESTANTS, OURS
 from .rivals import LABELS, RIVALS
 from .roofs import Roofs
 from .train import Training
@@ -38,8 +38,9 @@ METHOD = (
     "Whole networks: every contestant has a process of its own and they take turns step by step. A "
     "training step is forward, cross-entropy, backward and SGD with momentum; the gradients of the step "
     "before are dropped outside the clock. Memory is resident memory, at the peak of a step and above what "
-    "was resident before it. The logits, and in training every parameter's gradient and running statistic, "
-    "are compared with float64: gconv may have 2 × torch's own error plus a small floor.",
+    "was resident before it; kept is what of torch's allocations is alive at the end of the forward, without "
+    "parameters, buffers and images. The logits, and in training every parameter's gradient and running "
+    "statistic, are compared with float64: gconv may have 2 × torch's own error plus a small floor.",
     "A round in which the kernel took the cores away (involuntary context switches, steal time), or in "
     "which a call jumped 4 ms and 25 % above its own median, is dropped for all contestants alike. A "
     "star marks rows in which more than half of the rounds were so disturbed that all of them were kept.",
@@ -58,11 +59,12 @@ class Findings:
     training: Training | None = None
     networks: layers.Run | None = None
     sweep: sweep.Run | None = None
+    depths: depth.Run | None = None
 
     @property
     def bad(self) -> bool:
         """Whether a result is wrong or two loss curves part."""
-        runs = (self.layers, self.networks, self.sweep)
+        runs = (self.layers, self.networks, self.sweep, self.depths)
         return any(run and run.wrong for run in runs) or bool(self.training and not self.training.ok)
 
 
@@ -78,6 +80,7 @@ def save(folder: str, found: Findings) -> None:
         "training": found.training and found.training.to_dict(),
         "networks": plain(found.networks),
         "sweep": found.sweep and {"rows": found.sweep.rows},
+        "depths": found.depths and {"rows": found.depths.rows, "skipped": found.depths.skipped},
     }
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, RESULTS), "w", encoding="utf-8") as file:
@@ -99,6 +102,7 @@ def load(folder: str) -> Findings:
         data["training"] and Training.from_dict(data["training"]),
         run(data["networks"]),
         data["sweep"] and sweep.Run(data["sweep"]["rows"], facts),
+        data["depths"] and depth.Run(data["depths"]["rows"], facts, data["depths"]["skipped"]),
     )
 
 
@@ -123,7 +127,9 @@ def _headlines(found: Findings) -> list[dict]:
             lines.append({"ok": True, "text": text})
     if found.networks:
         for mode in plots.by_mode(found.networks.rows):
-            lines.append(_network_headline(found.networks.rows, mode))
+            lines += _network_headlines(found.networks.rows, mode)
+    if found.depths and found.depths.rows:
+        lines.append(_depth_headline(found.depths))
     if found.layers:
         for mode, rows in plots.by_mode(found.layers.rows).items():
             lines.append(_layers_headline(mode, rows))
@@ -132,9 +138,15 @@ def _headlines(found: Findings) -> list[dict]:
     return lines
 
 
-def _network_headline(rows: list[dict], mode: str) -> dict:
+def _network_headlines(rows: list[dict], mode: str) -> list[dict]:
     ours, best = models.ours_and_best(rows, mode)
+    return [_network_headline(row, best, mode) for row in ours]
+
+
+def _network_headline(ours: dict, best: dict, mode: str) -> dict:
     text = f"{ours['model']}, {ours['dtype']}, {plots.STEPS[mode]}: "
+    if ours["contestant"] != "gconv":
+        text = f"{CONTESTANTS[ours['contestant']].label}, {text}"
     if not ours["match"]:
         return {"ok": False, "text": text + f"WRONG RESULT: {ours['note']}."}
     text += (
@@ -144,7 +156,25 @@ def _network_headline(rows: list[dict], mode: str) -> dict:
     )
     if ours.get("memory_ratio") is not None:
         text += f", with {ours['memory_ratio']:.2f}× its peak memory of a step"
+    if ours.get("kept_mb") and best.get("kept_mb"):
+        text += f"; {ours['kept_mb']:.0f} MB kept for the backward, {best['kept_mb']:.0f} with that one"
     return {"ok": True, "text": text + ". The results match float64."}
+
+
+def _depth_headline(run: depth.Run) -> dict:
+    deepest = max(row["depth"] for row in run.rows)
+    kept = [
+        f"{row['kept_mb'] / row['batch']:.3g} with {CONTESTANTS[row['contestant']].label}"
+        for row in run.rows
+        if row["depth"] == deepest and row.get("kept_mb") is not None
+    ]
+    first = run.rows[0]
+    text = (
+        f"Memory against depth, k = {first['growth']}, L = {deepest}: MB per image kept: {', '.join(kept)}. "
+    )
+    wrong = [f"{CONTESTANTS[row['contestant']].label} at L = {row['depth']}" for row in run.wrong]
+    text += f"WRONG RESULT of {', '.join(wrong)}." if wrong else "All results match float64."
+    return {"ok": not wrong, "text": text}
 
 
 def _layers_headline(mode: str, rows: list[dict]) -> dict:
@@ -199,6 +229,8 @@ def pictures(found: Findings) -> dict[str, bytes]:
             drawn["times"] = plots.times(rows)
     if found.networks and any(row.get("ms") for row in found.networks.rows):
         drawn["networks"] = plots.networks(found.networks.rows)
+    if found.depths and any(row.get("kept_mb") for row in found.depths.rows):
+        drawn["depths"] = plots.depths(found.depths.rows)
     return drawn
 
 
@@ -220,7 +252,7 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
     rows = rows_of(found.layers, records.COLUMNS)
     of_networks = rows_of(found.networks, records.MODEL_COLUMNS)
     skipped = {}
-    for run in (found.layers, found.networks):
+    for run in (found.layers, found.networks, found.depths):
         skipped |= run.skipped if run else {}
     if plots.missing():
         skipped["the pictures"] = plots.missing()
@@ -238,6 +270,7 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         networks=plots.by_mode(of_networks),
         sweep=plots.by_mode(rows_of(found.sweep, records.SWEEP_COLUMNS)),
         cliff=sweep.CLIFF,
+        depths=rows_of(found.depths, records.DEPTH_COLUMNS),
         rows=rows,
         whose=shapes.whose(row["model"] for row in rows) if rows else None,
         several=len({row["model"] for row in rows}) > 1,
@@ -248,6 +281,7 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
             mode: [name for name in RIVALS if any(row[f"{name}_ms"] for row in group)]
             for mode, group in plots.by_mode(rows).items()
         },
+        ours=OURS,
         labels=LABELS | {name: contestant.label for name, contestant in CONTESTANTS.items()},
         roofs=found.layers.roofs if found.layers else None,
         pictures={name: _inline(png) for name, png in drawn.items()},

@@ -313,40 +313,6 @@ std::tuple<Tensor, Tensor> batch_norm_pool_bwd(const Tensor& dy, const Tensor& x
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
-  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
-  m.def(
-      "batch_norm_fold(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor rstd, "
-      "Tensor affine)");
-  m.def(
-      "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, "
-      "Tensor(c!)? num_batches_tracked, Tensor mean, Tensor var, Tensor? shift, SymInt count, "
-      "float? momentum) -> ()");
-  m.def(
-      "batch_norm_apply(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu) "
-      "-> Tensor");
-  m.def(
-      "batch_norm_apply_into(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu, "
-      "Tensor(a!) y) -> ()");
-  m.def(
-      "batch_norm_bwd_reduce(Tensor dz, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
-      "Tensor? z, bool want_g) -> (Tensor dgamma, Tensor dbeta, Tensor finish, Tensor g)");
-  m.def(
-      "batch_norm_bwd_reduce_pair(Tensor dz, Tensor z, Tensor x, Tensor mean, Tensor rstd, Tensor? gamma, "
-      "Tensor other_x, Tensor other_mean, Tensor other_rstd, Tensor? other_gamma) "
-      "-> (Tensor dgamma, Tensor other_dgamma, Tensor dbeta, Tensor finish, Tensor other_finish, Tensor g)");
-  m.def(
-      "batch_norm_bwd_finish(Tensor sums, Tensor mean, Tensor rstd, Tensor? gamma, SymInt count) "
-      "-> (Tensor dgamma, Tensor dbeta, Tensor finish)");
-  m.def(
-      "batch_norm_bwd_apply(Tensor dz, Tensor x, Tensor finish, Tensor? z, bool want_g) "
-      "-> (Tensor dx, Tensor g)");
-  m.def("batch_norm_pool(Tensor x, Tensor affine) -> Tensor");
-  m.def(
-      "batch_norm_pool_bwd(Tensor dy, Tensor x, Tensor act, bool want_y, Tensor(a!) dx) "
-      "-> (Tensor sums, Tensor y)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
   m.impl("batch_norm_fold", TORCH_BOX(&batch_norm_fold));

@@ -57,7 +57,7 @@ struct Output {
   // After the epilogue, which they exclude.
   void statistics(const char* op, bool wanted) {
     check(!wanted || (p.affine == nullptr && p.residual.data == nullptr && !p.relu), op,
-          ": want_stats: want none of affine, residual and relu with it");
+          ": want_stats: want false with affine, residual or relu, got true");
     const Shape shape{wanted ? p.shape.k : 0};
     mean = empty_floats(shape, y), var = empty_floats(shape, y);
     if (!wanted) return;

@@ -54,19 +54,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
-  m.def(
-      "conv_bn_relu_fwd_train(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, Tensor? gamma, Tensor? beta, Tensor? residual, float eps, bool relu, "
-      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? shift, "
-      "float? momentum) -> (Tensor z, Tensor y, Tensor mean, Tensor rstd, Tensor affine)");
-  m.def(
-      "conv_bn_relu_bwd(Tensor dz, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, Tensor y, Tensor mean, Tensor rstd, Tensor? gamma, Tensor? affine, "
-      "Tensor? z, bool want_dx, bool want_dweight, bool want_g, bool weight_channels_last) "
-      "-> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor g)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("conv_bn_relu_fwd_train", TORCH_BOX(&conv_bn_relu_fwd_train));
   m.impl("conv_bn_relu_bwd", TORCH_BOX(&conv_bn_relu_bwd));

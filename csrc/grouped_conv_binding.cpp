@@ -268,31 +268,6 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(const Tensor& dy, const Tens
 
 }  // namespace gconv
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
-  m.def(
-      "grouped_conv_fwd(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, Tensor? act, Tensor? affine, Tensor? residual, bool relu) -> Tensor");
-  m.def(
-      "grouped_conv_fwd_into(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, Tensor? act, Tensor? affine, Tensor? residual, bool relu, bool want_stats, "
-      "Tensor(a!) y) -> (Tensor mean, Tensor var)");
-  m.def(
-      "grouped_conv_fwd_stats(Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "SymInt groups, Tensor? act) -> (Tensor y, Tensor mean, Tensor var)");
-  m.def(
-      "grouped_conv_bwd_input(Tensor dy, Tensor weight, SymInt[] input_size, SymInt[] stride, "
-      "SymInt[] padding, SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? x, "
-      "Tensor? act) -> (Tensor dx, Tensor sums)");
-  m.def(
-      "grouped_conv_bwd_weight(Tensor dy, Tensor x, SymInt[] weight_size, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act, "
-      "bool channels_last=False) -> Tensor");
-  m.def(
-      "grouped_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, Tensor? y, Tensor? finish, Tensor? act, bool want_dx, "
-      "bool want_dweight, bool channels_last) -> (Tensor dx, Tensor dweight, Tensor sums)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("grouped_conv_fwd", TORCH_BOX(&gconv::grouped_conv_fwd));
   m.impl("grouped_conv_fwd_into", TORCH_BOX(&gconv::grouped_conv_fwd_into));

@@ -176,26 +176,6 @@ std::tuple<Tensor, Tensor> pointwise_conv_bwd_add(const Tensor& dy, const Tensor
 
 }  // namespace gconv
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gconv, m) {
-  m.def(
-      "pointwise_conv_fwd(Tensor x, Tensor weight, SymInt[] stride, Tensor? act, Tensor? affine, "
-      "Tensor? residual, bool relu) -> Tensor");
-  m.def(
-      "pointwise_conv_fwd_into(Tensor x, Tensor weight, SymInt[] stride, Tensor? act, Tensor? affine, "
-      "Tensor? residual, bool relu, bool want_stats, Tensor(a!) y) -> (Tensor mean, Tensor var)");
-  m.def(
-      "pointwise_conv_fwd_stats(Tensor x, Tensor weight, SymInt[] stride, Tensor? act) "
-      "-> (Tensor y, Tensor mean, Tensor var)");
-  m.def(
-      "pointwise_conv_bwd(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, Tensor? y, Tensor? finish, "
-      "Tensor? act, Tensor? residual, bool want_dx, bool want_dweight, bool channels_last) "
-      "-> (Tensor dx, Tensor dweight, Tensor sums)");
-  m.def(
-      "pointwise_conv_bwd_add(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, Tensor? y, "
-      "Tensor? finish, Tensor act, Tensor(a!) dx, bool want_dweight, bool channels_last) "
-      "-> (Tensor dweight, Tensor sums)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(gconv, CPU, m) {
   m.impl("pointwise_conv_fwd", TORCH_BOX(&gconv::pointwise_conv_fwd));
   m.impl("pointwise_conv_fwd_into", TORCH_BOX(&gconv::pointwise_conv_fwd_into));

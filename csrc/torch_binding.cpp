@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY(gconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   m.def("cpu_winograd() -> str");
   m.def("set_cpu_winograd(str use) -> ()");
+#define GCONV_OP(schema) m.def(schema);
+#include "../gconv/schemas.inc"
+#undef GCONV_OP
 }
 
 // No argument is a tensor, so there is no backend to dispatch on.

@@ -15,12 +15,14 @@ if all(os.path.exists(os.path.join(_checkout, name)) for name in ("pyproject.tom
 
 from gconv import functional  # noqa: E402
 from gconv.backend import FallbackWarning, explain, set_policy, trace, use_backend  # noqa: E402
+from gconv.concat import Concat  # noqa: E402
 from gconv.convert import convert, revert  # noqa: E402
+from gconv.dense_layers import DenseBlock  # noqa: E402
 from gconv.layers import Conv2d, ConvBNReLU  # noqa: E402
 
 __all__ = [
-    "Conv2d", "ConvBNReLU", "FallbackWarning", "bench", "convert", "explain", "functional", "kernels",
-    "models", "revert", "set_policy", "trace", "use_backend",
+    "Concat", "Conv2d", "ConvBNReLU", "DenseBlock", "FallbackWarning", "bench", "convert", "explain",
+    "functional", "kernels", "models", "revert", "set_policy", "trace", "use_backend",
 ]  # fmt: skip
 
 _LAZY = ("bench", "kernels", "models")

@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 from gconv import backend
 
 
-def op(name: str, ref: Callable) -> Callable:
-    """torch.ops.gconv.<name>, or its reference where the extension is not built."""
-    return getattr(torch.ops.gconv, name).default if backend.extension_loaded() else ref
+def op(name: str) -> Callable:
+    """torch.ops.gconv.<name>."""
+    return getattr(torch.ops.gconv, name).default
 
 
 def call(fn: Callable, *args):
@@ -71,7 +71,7 @@ def decide(op_name: str, x, *args) -> backend.Decision:
     forward-mode AD inside torch.compile, which inlines a Function's forward there: gradients of gradients and
     tangents would silently be zero."""
     decision = backend.choose(op_name, x, *args)
-    if decision.backend != "cpu":
+    if not decision.ours:
         return decision
     reason = None
     if x.numel() == 0 and 0 in x.shape[1:]:
@@ -136,14 +136,12 @@ def vjp_by_reference(ref: Callable, args: tuple, wanted: tuple, grads: tuple) ->
 
 
 def register(name: str, fake: Callable, ref: Callable | None, formula: Callable | None = None) -> None:
-    """Registers the fake and the autograd formula of torch.ops.gconv.<name>; nothing to do without the
-    extension. An op that writes into its arguments has no formula: its `ref` is None.
+    """Registers the fake and the autograd formula of torch.ops.gconv.<name>. An op that writes into its
+    arguments has no formula: its `ref` is None.
 
     `formula(args, outputs, grads, wanted)` returns one gradient (or None) per argument, or NotImplemented to
     leave the case to the reference, which also serves where no formula is given.
     """
-    if not backend.extension_loaded():
-        return
 
     def setup_context(ctx, inputs, output):
         outputs = output if isinstance(output, tuple) else (output,)

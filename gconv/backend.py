@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-BACKENDS = ("auto", "cpu", "torch")
+from gconv import gpu, schemas
+
+BACKENDS = ("auto", "cpu", "triton", "torch")
 POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
@@ -36,13 +38,19 @@ class FallbackWarning(UserWarning):
 
 
 class Decision(NamedTuple):
-    """What runs a call: `backend` "cpu" (our kernels) or "torch", the `kernel`'s name as `counts` and `trace`
-    show it, the `reason` torch was chosen (None for our kernels), and whether that was a `fallback`."""
+    """What runs a call: `backend` "cpu" or "triton" (our kernels) or "torch", the `kernel`'s name as `counts`
+    and `trace` show it, the `reason` torch was chosen (None for our kernels), and whether that was a
+    `fallback`."""
 
     backend: str
     kernel: str
     reason: str | None = None
     fallback: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether our kernels run the call."""
+        return self.backend != "torch"
 
 
 # ---------------------------------------------------------------------------------------------- the extension
@@ -64,6 +72,9 @@ def _load_extension() -> str | None:
 
 
 _missing_extension = _load_extension()
+if _missing_extension is not None:
+    schemas.define()
+gpu.register()
 
 
 def extension_loaded() -> bool:
@@ -101,26 +112,33 @@ _mode = _checked("GCONV_BACKEND", os.environ.get("GCONV_BACKEND") or "auto", BAC
 _policy = _checked("GCONV_FALLBACK", os.environ.get("GCONV_FALLBACK") or "warn_once", POLICIES)
 _explaining = False
 _warned: set[str] = set()
+gpu.interpret(_mode == "triton" and gpu.interpreting())
+
+
+def _set_mode(name: str) -> None:
+    global _mode
+    _mode = name
+    gpu.interpret(name == "triton" and gpu.interpreting())
 
 
 class use_backend:
     """Chooses the backend of the calls that follow, in the whole process: "auto" (ours where it covers the
-    call), "cpu" (ours, and an error where it does not cover the call) or "torch" (always torch).
+    call, by the tensor's device), "cpu" or "triton" (that one, and an error where it does not cover the call)
+    or "torch" (always torch). "triton" takes CPU tensors where TRITON_INTERPRET=1 is set.
 
     A plain call sets it for good; in a `with` statement it is set for the block. The backward of a call runs
     on the backend its forward chose. Raises ValueError for another name.
     """
 
     def __init__(self, name: str):
-        global _mode
-        self.previous, _mode = _mode, _checked("use_backend", name, BACKENDS)
+        self.previous = _mode
+        _set_mode(_checked("use_backend", name, BACKENDS))
 
     def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *exc) -> None:
-        global _mode
-        _mode = self.previous
+        _set_mode(self.previous)
 
 
 class set_policy:
@@ -205,17 +223,33 @@ def same_device(one, other) -> bool:
     return (one.is_cpu and other.is_cpu) or one.device == other.device
 
 
+def backend_of(x) -> str:
+    """Whose tensor x is: "cpu", "triton" or, if nobody's, its device."""
+    if x.is_cpu:
+        return "triton" if _mode == "triton" and gpu.interpreting() else "cpu"
+    return "triton" if x.is_cuda else x.device.type
+
+
+def _backend_reason(name: str) -> str | None:
+    """Why this backend cannot run a call at all, or None."""
+    if name not in ("cpu", "triton"):
+        return f"device: want cpu or cuda, got {name}"
+    if _mode not in ("auto", "torch", name):
+        return f"device: want {'cpu' if _mode == 'cpu' else 'cuda, or TRITON_INTERPRET=1'}, got {name}"
+    return _missing_extension if name == "cpu" else gpu.missing_triton()
+
+
 def _tensor_reason(x, weight) -> str | None:
-    if not x.is_cpu:
-        return f"device: want cpu, got {x.device.type}"
     if x.layout != torch.strided:
         return f"layout: want torch.strided, got {x.layout}"
     if x.dtype not in DTYPES:
         return f"dtype: want float32, bfloat16 or float16, got {str(x.dtype)[6:]}"
+    if x.dtype is torch.bfloat16 and x.is_cpu and backend_of(x) == "triton":
+        return "dtype: want float32 or float16 in Triton's interpreter, got bfloat16"
     if weight is not None and weight.dtype != x.dtype:
         return f"weight: want dtype {str(x.dtype)[6:]} like x, got {str(weight.dtype)[6:]}"
-    if weight is not None and not weight.is_cpu:
-        return f"weight: want device {x.device.type} like x, got {weight.device.type}"
+    if weight is not None and not same_device(weight, x):
+        return f"weight: want device {x.device} like x, got {weight.device}"
     return None
 
 
@@ -246,10 +280,10 @@ def _torch_kernel(op: str) -> str:
     return "torch." + op
 
 
-def _our_kernel(op: str, kernel_size) -> str:
+def _our_kernel(backend: str, op: str, kernel_size) -> str:
     """The kernels that run `op`."""
     pointwise = kernel_size is not None and _pair(kernel_size) == (1, 1)
-    return "cpu." + (op.replace("grouped_conv", "pointwise_conv") if pointwise else op)
+    return f"{backend}." + (op.replace("grouped_conv", "pointwise_conv") if pointwise else op)
 
 
 def choose(
@@ -272,8 +306,8 @@ def choose(
             1x1 one by its geometry, is expected here, so it is no fallback.
 
     Raises:
-        RuntimeError: the call is not covered, and `use_backend("cpu")` or `set_policy("error")` forbids
-            torch.
+        RuntimeError: the call is not covered, and `use_backend("cpu")`, `use_backend("triton")` or
+            `set_policy("error")` forbids torch.
     """
     if kernel_size is None and weight is not None:
         kernel_size = (weight.shape[2], weight.shape[3])
@@ -285,31 +319,44 @@ def choose(
         return Decision("torch", _torch_kernel(op), f"by design: {reason}")
     if _mode == "torch":
         return Decision("torch", _torch_kernel(op), "use_backend('torch')")
+    ours = backend_of(x)
     if reason is None:
-        reason = _tensor_reason(x, weight)
-    if reason is None:
-        reason = _missing_extension
+        reason = _backend_reason(ours) or _tensor_reason(x, weight)
     if reason is not None:
         return fall_back(op, reason)
-    left = _left_to_torch(x, weight, kernel_size, groups) if _mode == "auto" and weight is not None else None
+    left = None
+    if _mode == "auto" and weight is not None and ours == "cpu":
+        left = _left_to_torch(x, weight, kernel_size, groups)
     if left is not None:
         return Decision("torch", _torch_kernel(op), f"by design: {left}")
-    return Decision("cpu", _our_kernel(op, kernel_size))
+    return Decision(ours, _our_kernel(ours, op, kernel_size))
+
+
+def whole(op: str, x) -> Decision:
+    """The decision for a block that runs on the kernels as a whole."""
+    ours = backend_of(x)
+    return Decision(ours, f"{ours}.{op}")
 
 
 def fall_back(op: str, reason: str) -> Decision:
     """The decision for a call of `op` that our kernels do not cover, and why.
 
     Raises:
-        RuntimeError: `use_backend("cpu")` or `set_policy("error")` forbids torch.
+        RuntimeError: `use_backend("cpu")`, `use_backend("triton")` or `set_policy("error")` forbids torch.
     """
-    if _mode == "cpu" and not _explaining:
-        raise RuntimeError(f"gconv.{op}: use_backend('cpu') does not cover this call: {reason}")
+    if _mode in ("cpu", "triton") and not _explaining:
+        raise RuntimeError(f"gconv.{op}: use_backend('{_mode}') does not cover this call: {reason}")
     if _policy == "error" and not _explaining:
         raise RuntimeError(
             f"gconv.{op}: no kernel for this call and the fallback policy is 'error': {reason}"
         )
     return Decision("torch", _torch_kernel(op), reason, True)
+
+
+def one_by_one(reason: str) -> Decision:
+    """The decision for modules that have to be called as they are instead of fused, and why: no fallback, for
+    that is what their owner asked for."""
+    return Decision("torch", "modules", f"called one by one: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------- the record

@@ -72,16 +72,16 @@ def batch_norm_apply_into_ref(x, affine, residual, residual_affine, relu, y) -> 
 
 
 def batch_norm_pool_ref(x, affine):
-    """Mean of relu(a*x + b) over squares of 2x2, affine [2, C] = (a; b): [N, C, H//2, W//2] of x [N, C, H, W],
-    an odd last row or column being dropped. Computed in float32, rounded once."""
+    """[N, C, H//2, W//2]: the mean of relu(a*x + b) over squares of 2x2, affine [2, C] = (a; b), an odd last
+    row or column being dropped. Computed in float32, rounded once."""
     return stored(F.avg_pool2d(torch.relu(per_channel(affine[0]) * x + per_channel(affine[1])), 2), x.dtype)
 
 
 def batch_norm_pool_bwd_ref(dy, x, act, want_y, dx):
     """(sums, y): the backward of `batch_norm_pool_ref` with act [4, C] = (a; b; mean; rstd).
 
-    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0]: writes a*g to dx, 0 in a dropped
-    row or column; sums [2, C] are (sum g; sum g*(x - mean)*rstd), g in float32; y is the forward's, of shape [0]
+    With g = dy/4 at each pixel of its square, masked by [not a*x + b <= 0], in float32: writes a*g to dx, 0
+    where there is no square; sums [2, C] are (sum g; sum g*(x - mean)*rstd); y is the forward's, of shape [0]
     unless wanted.
     """
     a, _, mean, rstd = act
@@ -189,17 +189,17 @@ def batch_norm_update_running_ref(
             running.copy_((1 - momentum) * running.to(new.dtype) + momentum * factor * new)
 
 
-stats = op("batch_norm_stats", batch_norm_stats_ref)
-fold = op("batch_norm_fold", batch_norm_fold_ref)
-apply_affine = op("batch_norm_apply", batch_norm_apply_ref)
-apply_into = op("batch_norm_apply_into", batch_norm_apply_into_ref)
-pool = op("batch_norm_pool", batch_norm_pool_ref)
-pool_bwd = op("batch_norm_pool_bwd", batch_norm_pool_bwd_ref)
-bwd_reduce = op("batch_norm_bwd_reduce", batch_norm_bwd_reduce_ref)
-bwd_reduce_pair = op("batch_norm_bwd_reduce_pair", batch_norm_bwd_reduce_pair_ref)
-bwd_finish = op("batch_norm_bwd_finish", batch_norm_bwd_finish_ref)
-bwd_apply = op("batch_norm_bwd_apply", batch_norm_bwd_apply_ref)
-_update_running = op("batch_norm_update_running", batch_norm_update_running_ref)
+stats = op("batch_norm_stats")
+fold = op("batch_norm_fold")
+apply_affine = op("batch_norm_apply")
+apply_into = op("batch_norm_apply_into")
+pool = op("batch_norm_pool")
+pool_bwd = op("batch_norm_pool_bwd")
+bwd_reduce = op("batch_norm_bwd_reduce")
+bwd_reduce_pair = op("batch_norm_bwd_reduce_pair")
+bwd_finish = op("batch_norm_bwd_finish")
+bwd_apply = op("batch_norm_bwd_apply")
+_update_running = op("batch_norm_update_running")
 
 
 def constant_finish(table, masked=False):
@@ -489,7 +489,9 @@ def moved(running_mean, running_var) -> None:
 def _updates_in_place(running_mean, running_var, counter) -> bool:
     floats = running_mean.dtype is torch.float32 and running_var.dtype is torch.float32
     dense = running_mean.is_contiguous() and running_var.is_contiguous()
-    counts = counter is None or (counter.dtype is torch.int64 and counter.dim() == 0 and counter.is_cpu)
+    counts = counter is None or (
+        counter.dtype is torch.int64 and counter.dim() == 0 and backend.same_device(counter, running_mean)
+    )
     return floats and dense and counts
 
 
@@ -585,7 +587,7 @@ def infer(x, running_mean, running_var, gamma, beta, residual, eps, relu):
 def _to_torch(decision):
     """The decision for a call that the kernels would take but whose parameters only torch knows what to do
     with."""
-    if decision.backend != "cpu":
+    if not decision.ours:
         return decision
     return backend.Decision(
         "torch", "torch.batch_norm", "by design: an empty batch or uncommon parameters", False
@@ -629,7 +631,7 @@ def batch_norm(
     else:
         decision = decide("batch_norm", x)
         vectors = (running_mean, running_var, weight, bias)
-        covered = decision.backend == "cpu" and kernels_run(x, x.shape, training, *vectors)
+        covered = decision.ours and kernels_run(x, x.shape, training, *vectors)
     if covered and training:
         count = check_count("batch_norm", x.shape)
         y, mean, var = train(x, weight, bias, residual, eps, relu)
@@ -654,7 +656,7 @@ def batch_norm_module(x, bn: nn.Module, residual=None, relu=True):
     check_residual("batch_norm", residual, x.shape, x)
     decision = decide("batch_norm", x)
     training, state = uses_batch_statistics(bn), state_of(bn)
-    if decision.backend != "cpu" or not kernels_run(x, x.shape, training, *state):
+    if not decision.ours or not kernels_run(x, x.shape, training, *state):
         decision = _to_torch(decision)
         y = tail(bn(x), residual, relu)
         backend.record(decision, "batch_norm", x, y)

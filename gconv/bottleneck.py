@@ -436,7 +436,7 @@ def _reason(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
     for layer in layers:
         decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
-        if decision.backend != "cpu":
+        if not decision.ours:
             return decision.reason
     if sizes is None:
         return "convolutions that are not 1x1, 3x3 and 1x1, or do not fit together"
@@ -574,7 +574,7 @@ def _run(x, layers, residual):
     if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
         raise ValueError(f"bottleneck: x: want {list(sizes[2])} as the output, got {list(x.shape)}")
     z = _chain(x, layers, sizes, residual)
-    backend.record(backend.Decision("cpu", "cpu.bottleneck"), "bottleneck", x, z)
+    backend.record(backend.whole("bottleneck", x), "bottleneck", x, z)
     return z
 
 

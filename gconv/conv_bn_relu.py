@@ -29,6 +29,7 @@ from gconv.autograd import (
 from gconv.batch_norm import (
     PIXELS,
     apply_affine,
+    apply_into,
     as_float,
     batch_norm_apply_ref,
     batch_norm_bwd_apply_ref,
@@ -57,6 +58,7 @@ from gconv.batch_norm import (
     update_state,
     uses_batch_statistics,
 )
+from gconv.concat import check_into, placed, writes_in_place
 from gconv.grouped_conv import (
     autocast,
     check_tensors,
@@ -90,7 +92,7 @@ def conv_bn_relu_ref(
 # ---------------------------------------------------------------------------------- a training step's stages
 
 
-def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
+def forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     """(z, y, mean, var, rstd, affine) of `ConvBatchNorm`, by the given ops or references."""
     *conf, gamma, beta, residual, eps, relu = args
     y, mean, var = fwd_stats(x, weight, *conf, None)
@@ -98,7 +100,7 @@ def _forward_stages(fwd_stats, fold, apply_affine, x, weight, *args):
     return apply_affine(y, affine, residual, None, relu), y, mean, var, rstd, affine
 
 
-def _backward_stages(
+def backward_stages(
     reduce, apply, conv_bwd, dz, x, weight, stride, padding, dilation, groups, y, mean, rstd,
     gamma, affine, z, want_dx, want_dweight, want_g, weight_channels_last,
 ):  # fmt: skip
@@ -125,7 +127,7 @@ def conv_bn_relu_fwd_train_ref(
     as by `batch_norm_update_running_ref`."""
     stages = (grouped_conv_fwd_stats_ref, batch_norm_fold_ref, batch_norm_apply_ref)
     args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-    z, y, mean, var, rstd, affine = _forward_stages(*stages, *args)
+    z, y, mean, var, rstd, affine = forward_stages(*stages, *args)
     if running_mean is not None:
         running = (running_mean, running_var, num_batches_tracked)
         batch_norm_update_running_ref(*running, mean, var, shift, y.numel() // y.shape[1], momentum)
@@ -137,16 +139,16 @@ def conv_bn_relu_bwd_ref(dz, x, *args):
     z; g, dz masked by the ReLU, is the residual's. affine and z say where the ReLU was shut, as in
     `batch_norm_bwd_reduce_ref`. dx, dweight and g have shape [0] unless wanted."""
     stages = (batch_norm_bwd_reduce_ref, batch_norm_bwd_apply_ref, grouped_conv_bwd_ref)
-    return _backward_stages(*stages, dz, x, *args)
+    return backward_stages(*stages, dz, x, *args)
 
 
-_fwd_train = op("conv_bn_relu_fwd_train", conv_bn_relu_fwd_train_ref)
-_bwd = op("conv_bn_relu_bwd", conv_bn_relu_bwd_ref)
+_fwd_train = op("conv_bn_relu_fwd_train")
+_bwd = op("conv_bn_relu_bwd")
 
 
 def _joined(x) -> bool:
     """A compiler is shown the stages: it fuses some of them with what surrounds them."""
-    return JOINED and x.is_cpu and not torch.compiler.is_compiling()
+    return JOINED and backend.backend_of(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -182,7 +184,7 @@ class ConvBatchNorm(Function):
     @staticmethod
     def forward(x, weight, bias, gamma, beta, residual, eps, relu, stride, padding, dilation, groups):
         args = (x, weight, stride, padding, dilation, groups, gamma, beta, residual, eps, relu)
-        return call(_forward_stages, ops_for(weight.shape).fwd_stats, fold, apply_affine, *args)
+        return call(forward_stages, ops_for(weight.shape).fwd_stats, fold, apply_affine, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -241,7 +243,7 @@ class ConvBatchNormBackward(Function):
         if FINISH_ON_LOAD and _joined(x):
             grads = call(_bwd, *args)
         else:
-            grads = call(_backward_stages, bwd_reduce, bwd_apply, ops_for(weight.shape).bwd, *args)
+            grads = call(backward_stages, bwd_reduce, bwd_apply, ops_for(weight.shape).bwd, *args)
         return only((want_x, want_weight, want_gamma, want_beta, want_g), grads)
 
     @staticmethod
@@ -306,12 +308,24 @@ register("conv_bn_relu_bwd", _bwd_fake, conv_bn_relu_bwd_ref)
 # ------------------------------------------------------------------------------------------- the functions
 
 
-def _train(x, weight, bias, bn, state, residual, relu, conf, count):
+def _train_into(memory, x, weight, bias, gamma, beta, residual, eps, relu, *conf) -> tuple:
+    """What `Slot.run` takes to write the result of `ConvBatchNorm`."""
+
+    def apply(*args):
+        apply_into(*args, memory)
+
+    args = (x, weight, *conf, gamma, beta, residual, eps, relu)
+    return call(forward_stages, ops_for(weight.shape).fwd_stats, fold, apply, *args)[1:]
+
+
+def _train(x, weight, bias, bn, state, residual, relu, conf, count, into):
     running_mean, running_var, gamma, beta = state
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     x, gamma, beta = channels_last(x), as_float(gamma), as_float(beta)
     args = (x, weight, bias, gamma, beta, distinct(x, residual), bn.eps, relu, *conf)
-    running = running_in_place(bn, running_mean, running_var, bias) if _joined(x) else None
+    in_place = writes_in_place(into)
+    joined = _joined(x) and not in_place
+    running = running_in_place(bn, running_mean, running_var, bias) if joined else None
     if running is not None:
         if untracked():
             z = call(_fwd_train, x, weight, *conf, gamma, beta, residual, bn.eps, relu, *running)[0]
@@ -319,25 +333,31 @@ def _train(x, weight, bias, bn, state, residual, relu, conf, count):
             z = _joined_apply(*args, running)
         moved(*running[:2])
     else:
-        run = ConvBatchNorm.forward if untracked() else _train_apply
-        z, _, mean, var, *_ = run(*args)
+        if in_place:
+            size = conv_output_size(x, weight, *conf[:3])
+            z, _, mean, var, *_ = into.run(ConvBatchNorm, _train_into, size, *args)
+        else:
+            run = ConvBatchNorm.forward if untracked() else _train_apply
+            z, _, mean, var, *_ = run(*args)
         update_state(bn, running_mean, running_var, mean, var, count, bias)
-    return in_format(z, keep)
+    return z if in_place else placed(in_format(z, keep), into)
 
 
-def _infer(x, weight, bias, eps, state, residual, relu, conf):
+def _infer(x, weight, bias, eps, state, residual, relu, conf, into):
     if not untracked():
         scale, shift = inference_affine(*state, eps, bias)
-        return run_conv(x, weight, scale, shift, residual, relu, conf)
+        return run_conv(x, weight, scale, shift, residual, relu, conf, into)
     mean, var, gamma, beta = map(as_float, state)
     _, affine = call(fold, mean if bias is None else mean - bias, var, gamma, beta, eps)
+    if into is not None:
+        return run_conv(x, weight, *affine, residual, relu, conf, into)
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     run = ops_for(weight.shape).fwd
     return in_format(call(run, channels_last(x), weight, *conf, None, affine, residual, relu), keep)
 
 
 def conv_bn_relu(
-    x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True
+    x, weight, bn, bias=None, stride=1, padding=0, dilation=1, groups=1, residual=None, relu=True, into=None
 ):
     """relu?(bn(conv2d(x, weight, bias)) + residual) as one operation (grouped convolution: Xie et al. 2017;
     batch normalisation: Ioffe & Szegedy 2015, algorithms 1 and 2).
@@ -353,6 +373,7 @@ def conv_bn_relu(
             mode are used and its state changes exactly as by calling it; its hooks do not run.
         residual: [N, K, OH, OW], added before the ReLU: dtype and device of x, any strides.
         relu: ReLU last; NaN stays NaN.
+        into: a slot of a `gconv.Concat`, which becomes the result.
 
     Returns:
         [N, K, OH, OW], dtype of x; channels_last if x or weight is, else contiguous.
@@ -363,30 +384,34 @@ def conv_bn_relu(
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
-    return run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, False)
+    conf = (stride, padding, dilation, groups)
+    return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, False, into)
 
 
-def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design):
+def run_conv_bn_relu(
+    x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design, into=None
+):
     check_tensors("conv_bn_relu", x, weight, bias)
+    check_into("conv_bn_relu", into)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
-    if decision.backend != "cpu":
+    if not decision.ours:
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)
-        return batch_norm_module(y, bn, residual, relu)
+        return placed(batch_norm_module(y, bn, residual, relu), into)
     shape = conv_output_size(x, weight, *conf[:3])
     check_residual("conv_bn_relu", residual, shape, x)
     training, state = uses_batch_statistics(bn), state_of(bn)
     if not kernels_run(x, shape, training, *state):
         y = run_conv(x, weight, None, as_float(bias), None, False, conf)
         backend.record(decision, "conv_bn_relu", x, y)
-        return batch_norm_module(y, bn, residual, relu)
+        return placed(batch_norm_module(y, bn, residual, relu), into)
     check_eps("conv_bn_relu", bn.eps, training)
     if training:
         count = check_count("conv_bn_relu", shape)
-        z = _train(x, weight, bias, bn, state, residual, relu, conf, count)
+        z = _train(x, weight, bias, bn, state, residual, relu, conf, count, into)
     else:
-        z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf)
+        z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
     backend.record(decision, "conv_bn_relu", x, z)
     return z
 
@@ -394,24 +419,47 @@ def run_conv_bn_relu(x, weight, bn, bias, stride, padding, dilation, groups, res
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def not_fusable(conv, bn, synchronised: bool = False) -> str | None:
-    """Why the modules must be called as they are, or None; `conv` may be None. `synchronised`: the fusion
-    merges the statistics of several processes itself."""
-    fused = type(bn) is nn.BatchNorm2d or is_frozen(bn) or (synchronised and type(bn) is nn.SyncBatchNorm)
+def watched(module: nn.Module) -> str | None:
+    """What calling the module does beyond what its class says, or None."""
+    attributes = module.__dict__
+    if any(map(attributes.get, _HOOKS)):
+        return "has hooks"
+    return "its forward is replaced" if "forward" in attributes else None
+
+
+def not_plain_relu(module) -> str | None:
+    """Why `module` is no bare nn.ReLU that a fused call may stand for, or None."""
+    if type(module) is not nn.ReLU:
+        return f"want ReLU, got {type(module).__name__}"
+    return watched(module)
+
+
+def brings_relu(bn) -> bool:
+    """True for timm's BatchNormAct2d, or a copy of it, that drops nothing and ends in a bare nn.ReLU."""
+    if not isinstance(bn, nn.BatchNorm2d) or type(bn).__name__ != "BatchNormAct2d":
+        return False
+    drop, act = bn._modules.get("drop"), bn._modules.get("act")
+    return type(drop) is nn.Identity and not watched(drop) and not_plain_relu(act) is None
+
+
+def not_fusable(conv, bn, in_dense_block: bool = False) -> str | None:
+    """Why the modules must be called as they are, or None; `conv` may be None. `in_dense_block`: the fusion
+    merges the statistics of several processes itself and applies a ReLU to what `bn` gives."""
+    fused = type(bn) is nn.BatchNorm2d or is_frozen(bn)
+    if in_dense_block:
+        fused = fused or type(bn) is nn.SyncBatchNorm or brings_relu(bn)
     if not fused:
         return f"bn: want BatchNorm2d or FrozenBatchNorm2d, got {type(bn).__name__}"
     if conv is not None and type(conv) is not nn.Conv2d and type(conv).__module__ != "gconv.layers":
         return f"conv: want Conv2d, got {type(conv).__name__}"
     for name, child in (("bn", bn),) if conv is None else (("conv", conv), ("bn", bn)):
-        attributes = child.__dict__
-        if any(map(attributes.get, _HOOKS)):
-            return f"{name}: has hooks"
-        if "forward" in attributes:
-            return f"{name}: its forward is replaced"
+        reason = watched(child)
+        if reason is not None:
+            return f"{name}: {reason}"
     return None
 
 
-def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu: bool = True):
+def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu: bool = True, into=None):
     """relu?(bn(conv(x)) + residual), fused where the modules allow it: what blocks made of torch's modules
     call.
 
@@ -426,6 +474,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         bn: normalisation over the convolution's K output channels.
         residual: [N, K, OH, OW], added before the ReLU.
         relu: ReLU last.
+        into: a slot of a `gconv.Concat`, which becomes the result.
 
     Returns:
         [N, K, OH, OW]; dtype and memory format as in `conv_bn_relu`.
@@ -436,10 +485,8 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
     with backend.layer_scope(conv):
         reason = not_fusable(conv, bn)
         if reason is not None:
-            z = tail(bn(conv(x)), residual, relu)
-            backend.record(
-                backend.Decision("torch", "modules", f"called one by one: {reason}"), "conv_bn_relu", x, z
-            )
+            z = placed(tail(bn(conv(x)), residual, relu), into)
+            backend.record(backend.one_by_one(reason), "conv_bn_relu", x, z)
             return z
         padding = conv.padding
         if conv.padding_mode != "zeros":
@@ -448,4 +495,4 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         weight, bias = conv.weight, conv.bias
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design)
+        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into)

@@ -6,11 +6,11 @@ keys, hooks, mode and every reference to the module stay. Two kinds of module ch
 - a plain nn.Conv2d with a 3x3 kernel becomes gconv.Conv2d;
 - an nn.Sequential, or a residual block whose forward we know, runs its convolution + batch norm (+ residual)
   (+ ReLU) as one fused call, and a whole bottleneck as one chain. A block is known by the code of its
-  forward, not by its name: torchvision's and timm's ResNet blocks and every copy of them.
+  forward, not by its name: torchvision's and timm's ResNet blocks and every copy of them. Dense blocks
+  (`convert_dense`) run as one call, with the transition behind them where a Sequential holds both.
 """
 
 import dataclasses
-import dis
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,7 +20,17 @@ from torch import nn
 
 from gconv import backend
 from gconv.bottleneck import fuse_bottleneck_forward, not_chained
-from gconv.conv_bn_relu import fuse_modules_forward
+from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
+from gconv.convert_dense import (
+    DenseForward,
+    is_dense_block,
+    kept_reason,
+    labels,
+    layers_of,
+    run_with_transition,
+    transitions_of,
+)
+from gconv.fingerprint import same_code
 from gconv.layers import Conv2d, ConvBNReLU
 
 # ----------------------------------------------------------------------------------------- the blocks we know
@@ -166,41 +176,17 @@ BLOCKS = (
 )
 
 
-def _fingerprint(function: Callable) -> tuple | None:
-    """What a function does: its instructions. Line numbers, comments, annotations, the docstring and the
-    names of local variables are no part of it."""
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_freevars:
-        return None
-    instructions = tuple(
-        (i.opname, i.arg if "_FAST" in i.opname else i.argval) for i in dis.get_instructions(code)
-    )
-    return instructions, code.co_argcount, code.co_kwonlyargcount, code.co_flags, function.__defaults__
-
-
 def _block_of(cls: type) -> Block | None:
     """The block whose forward `cls` has, or None."""
-    fingerprint = _fingerprint(cls.forward)
-    return next(
-        (b for b in BLOCKS if fingerprint is not None and _fingerprint(b.forward) == fingerprint), None
-    )
+    return next((block for block in BLOCKS if same_code(cls.forward, block.forward)), None)
 
 
 # --------------------------------------------------------------------------------------------- fused forwards
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _is_plain_relu(module) -> bool:
     """True for an nn.ReLU that nobody watches: a hook on it must fire."""
-    return type(module) is nn.ReLU and not _has_hooks(module)
+    return not_plain_relu(module) is None
 
 
 def _present(owner: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
@@ -249,7 +235,7 @@ def _chain_reason(block: nn.Module) -> str | None:
 
 def _projection(downsample: nn.Module | None) -> tuple | None:
     """(conv, bn) of a converted shortcut that is nothing else and that nobody watches, or None."""
-    if not isinstance(downsample, _FusedSequential) or len(downsample) != 2 or _has_hooks(downsample):
+    if not isinstance(downsample, _FusedSequential) or len(downsample) != 2 or watched(downsample):
         return None
     (conv_name, conv), (_, bn) = downsample._modules.items()
     return (conv, bn) if conv_name in downsample._gconv_fused else None
@@ -257,8 +243,9 @@ def _projection(downsample: nn.Module | None) -> tuple | None:
 
 class _Fused:
     """Mixin of the classes that convert gives to blocks. `_gconv_base` is the class before, `_gconv_fused`
-    (on the instance) the names of the convolutions that run fused. The classes are made on demand, so pickle
-    and deepcopy rebuild them from the class before."""
+    (on the instance) the names of the convolutions that run fused and, in a Sequential, of the transitions
+    that run with the dense block before them. The classes are made on demand, so pickle and deepcopy rebuild
+    them from the class before."""
 
     _gconv_fused: tuple[str, ...] = ()  # a slice of a Sequential is made without it
 
@@ -302,6 +289,13 @@ class _FusedSequential(_Fused):
                 relu = i + 2 < len(children) and _is_plain_relu(children[i + 2][1])
                 input = fuse_modules_forward(input, module, children[i + 1][1], None, relu)
                 i += 3 if relu else 2
+            elif (
+                isinstance(module, DenseForward)
+                and i + 1 < len(children)
+                and children[i + 1][0] in self._gconv_fused
+            ):
+                input = run_with_transition(input, module, children[i + 1][1])
+                i += 2
             else:
                 input = module(input)
                 i += 1
@@ -312,9 +306,12 @@ class _FusedSequential(_Fused):
 def _fused_class(base: type) -> type:
     """The subclass of `base` (a known block or a Sequential) that runs fused."""
     block = _block_of(base)
-    mixin = _FusedSequential if block is None else _FusedBlock
+    if is_dense_block(base):
+        mixins = (_Fused, DenseForward)
+    else:
+        mixins = (_FusedSequential if block is None else _FusedBlock,)
     attributes = {"_gconv_base": base, "_gconv_block": block, "__doc__": base.__doc__}
-    return type(f"Fused{base.__name__}", (mixin, base), attributes)
+    return type(f"Fused{base.__name__}", (*mixins, base), attributes)
 
 
 def _new_fused(base: type) -> nn.Module:
@@ -384,6 +381,8 @@ class Report:
 
 
 FILTERED = "filter_fn"
+DENSE = "in one dense block"
+DENSE_KEPT = "its dense block kept: "
 FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
 
@@ -423,20 +422,28 @@ def _kernel_reason(conv: nn.Conv2d) -> str | None:
     return reason
 
 
+def _class_before(module: nn.Module) -> type:
+    """The class of `module` before it was converted."""
+    return getattr(type(module), "_gconv_base", type(module))
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and _class_before(module).forward is nn.Sequential.forward
+
+
 def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
     """(conv, bn, relu or "") of everything in `module` that could run fused; [] if its forward is not one we
     know."""
-    cls = getattr(type(module), "_gconv_base", type(module))
     if "forward" in module.__dict__:
         return []
-    if isinstance(module, nn.Sequential) and cls.forward is nn.Sequential.forward:
+    if _is_sequential(module):
         children = [*module._modules.items(), ("", None), ("", None)]
         return [
             (name, bn_name, relu_name if _is_plain_relu(relu) else "")
             for (name, conv), (bn_name, bn), (relu_name, relu) in zip(children, children[1:], children[2:])
             if isinstance(conv, nn.Conv2d) and "norm" in type(bn).__name__.lower()
         ]
-    block = _block_of(cls)
+    block = _block_of(_class_before(module))
     if block is None:
         return []
     return [
@@ -451,9 +458,12 @@ def _runs(module: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def _runs_fused_itself(module: nn.Module) -> bool:
-    """True for ConvBNReLU and for the models and blocks of gconv.models, unless those were asked to be
-    stock."""
-    ours = isinstance(module, ConvBNReLU) or type(module).__module__.startswith("gconv.models.")
+    """True for ConvBNReLU, for the models and blocks of gconv.models and for dense blocks and transitions,
+    unless those were asked to be stock or naive."""
+    home = type(module).__module__
+    if home == "gconv.dense_layers":
+        return getattr(module, "memory", "naive") != "naive"
+    ours = isinstance(module, ConvBNReLU) or home.startswith("gconv.models.")
     return ours and not getattr(module, "stock", False)
 
 
@@ -476,6 +486,33 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
+def _convert_dense(prefix: str, block: nn.Module, ask, entries: dict[int, Entry]) -> None:
+    """Makes a dense block that we know one call, the whole of it or nothing, and notes it under the id of
+    each convolution."""
+    if "forward" in block.__dict__ or not is_dense_block(_class_before(block)):
+        return
+    layers = layers_of(block)
+    convs = {name: child for name, child in block.named_modules() if isinstance(child, nn.Conv2d)}
+    found = ((name, _conv_reason(conv)) for name, conv in convs.items())
+    reason = next((f"{name}: {why}" for name, why in found if why), None) or kept_reason(block, layers)
+    refused = []
+    if reason is None and not isinstance(block, _Fused):
+        refused = [name for name, conv in convs.items() if not ask(_join(prefix, name), conv)]
+    if refused:
+        reason = f"{refused[0]}: {FILTERED}"
+    for name, conv in convs.items():
+        if reason is None:
+            layer, _, child = name.rpartition(".")
+            entry = Entry(_join(prefix, f"{layer}.{labels(layers)[child]}"), "fused", DENSE)
+        else:
+            why = FILTERED if name in refused else f"{DENSE_KEPT}{reason}"
+            entry = Entry(_join(prefix, name), "kept", why)
+        entries[id(conv)] = entry
+    if reason is None and not isinstance(block, _Fused):
+        block.__class__ = _fused_class(type(block))
+        block._gconv_layers = layers
+
+
 def _convert_runs(prefix: str, module: nn.Module, ask, entries: dict[int, Entry]) -> None:
     """Fuses what can be fused inside one block or Sequential and notes it under the id of each
     convolution."""
@@ -494,6 +531,14 @@ def _convert_runs(prefix: str, module: nn.Module, ask, entries: dict[int, Entry]
         ours = _kernel_reason(conv) is None
         kernel = f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"
         entries[id(conv)] = Entry(label, "fused", "" if ours else f"torch's {kernel} convolution")
+    for name, transition in transitions_of(module) if _is_sequential(module) else ():
+        whole, conv = _join(prefix, name), transition.conv
+        if name in fused or ask(f"{whole}.conv", conv):
+            fused.add(name)
+            parts = "+".join(part for part in transition._modules if part != "pool")
+            entries[id(conv)] = Entry(f"{whole}.{parts}", "fused", DENSE)
+        else:
+            entries[id(conv)] = Entry(f"{whole}.conv", "kept", FILTERED)
     if fused:
         if not isinstance(module, _Fused):
             module.__class__ = _fused_class(type(module))
@@ -520,7 +565,10 @@ def _convert_conv(name: str, conv: nn.Conv2d, ask, entry: Entry | None) -> Entry
     conv._gconv_converted = True
     if fused:
         return entry
-    return Entry(shown, "gconv.Conv2d", "" if entry is None else f"its batch norm kept: {entry.reason}")
+    remark = "" if entry is None else entry.reason
+    if remark and not remark.startswith(DENSE_KEPT):
+        remark = f"its batch norm kept: {remark}"
+    return Entry(shown, "gconv.Conv2d", remark)
 
 
 def _check_model(function: str, model) -> None:
@@ -531,7 +579,8 @@ def _check_model(function: str, model) -> None:
 def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
     """Puts gconv's kernels into `model`, in place; names, parameters, state_dict keys, hooks and mode stay.
     torch.compile and torch.export take the converted model, torch.fx sees the blocks' own nodes; TorchScript
-    needs `revert` first.
+    needs `revert` first. What a dense block returns is then a buffer that its backward reads: changing it in
+    place makes the backward raise.
 
     Args:
         model: any module; also a single convolution. Converting twice changes nothing more.
@@ -560,9 +609,10 @@ def convert(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
     ready = [module for _, module in modules if _runs_fused_itself(module)]
     inside = {id(child) for module in ready for child in module.modules() if child is not module}
     entries: dict[int, Entry] = {}
-    for name, module in modules:
-        if id(module) not in inside and not _runs_fused_itself(module):
-            _convert_runs(name, module, ask, entries)
+    for change in (_convert_dense, _convert_runs):
+        for name, module in modules:
+            if id(module) not in inside and not _runs_fused_itself(module):
+                change(name, module, ask, entries)
     for _, module in modules:
         for conv in _chained(module):
             entries[id(conv)].reason = "in one chain"
@@ -591,7 +641,8 @@ def revert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, _Fused):
             module.__class__ = module._gconv_base
-            module.__dict__.pop("_gconv_fused", None)
+            for attribute in ("_gconv_fused", "_gconv_layers"):
+                module.__dict__.pop(attribute, None)
         elif "_gconv_converted" in module.__dict__:
             if type(module) is not Conv2d:
                 report.append(Entry(name, "kept", f"it became {type(module).__name__} after convert"))

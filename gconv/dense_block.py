@@ -3,6 +3,7 @@ concatenation, statistics once per channel. How it computes is in `dense_stages`
 Function, its op for compilers, and the functions that users and modules call.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -336,23 +337,23 @@ def _op_backward(ctx, grads):
 
 _LISTS = "Tensor[] weights, Tensor[] gammas, Tensor[] betas"
 _CONF = "int[] ints, float[] floats"
-if backend.extension_loaded():
-    _library = torch.library.Library("gconv", "FRAGMENT")
-    _library.define(
-        f"dense_block_fwd(Tensor x, {_LISTS}, Tensor[] means, Tensor[] variances, Tensor[] noises, {_CONF}) "
-        "-> Tensor[]"
-    )
-    _library.define(
-        f"dense_block_bwd(Tensor dz, Tensor buffer, {_LISTS}, Tensor[] noises, Tensor[] kept, bool[] needs, "
-        f"{_CONF}) -> Tensor[]"
-    )
-    _library.impl("dense_block_fwd", _op_fwd, "CPU")
-    _library.impl("dense_block_bwd", _op_bwd, "CPU")
-    torch.library.register_fake("gconv::dense_block_fwd", _op_fwd_fake, lib=_library)
-    torch.library.register_fake("gconv::dense_block_bwd", _op_bwd_fake, lib=_library)
-    torch.library.register_autograd(
-        "gconv::dense_block_fwd", _op_backward, setup_context=_op_setup_context, lib=_library
-    )
+_library = torch.library.Library("gconv", "FRAGMENT")
+_library.define(
+    f"dense_block_fwd(Tensor x, {_LISTS}, Tensor[] means, Tensor[] variances, Tensor[] noises, {_CONF}) "
+    "-> Tensor[]"
+)
+_library.define(
+    f"dense_block_bwd(Tensor dz, Tensor buffer, {_LISTS}, Tensor[] noises, Tensor[] kept, bool[] needs, "
+    f"{_CONF}) -> Tensor[]"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("dense_block_fwd", _op_fwd, _key)
+    _library.impl("dense_block_bwd", _op_bwd, _key)
+torch.library.register_fake("gconv::dense_block_fwd", _op_fwd_fake, lib=_library)
+torch.library.register_fake("gconv::dense_block_bwd", _op_bwd_fake, lib=_library)
+torch.library.register_autograd(
+    "gconv::dense_block_fwd", _op_backward, setup_context=_op_setup_context, lib=_library
+)
 
 
 # -------------------------------------------------------------------------------------------- the functions
@@ -383,7 +384,7 @@ def _reason(x, layers, end) -> str | None:
     if x.dim() != 4:
         return f"x: want [N, C, H, W], got {list(x.shape)}"
     decision = decide("dense_block", x)
-    if decision.backend != "cpu":
+    if not decision.ours:
         return decision.reason
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a function transform or forward-mode AD"
@@ -517,15 +518,14 @@ def _run(x, layers, end, memory):
         not_shared(reason, x)
         return None
     out = _shared(x, layers, end, memory == "ultra")
-    backend.record(backend.Decision("cpu", "cpu.dense_block"), "dense_block", x, out)
+    backend.record(backend.whole("dense_block", x), "dense_block", x, out)
     return out
 
 
 def not_shared(reason, x) -> None:
     """Says in a trace that a dense block runs as plain modules. No fallback: each of them decides for
     itself."""
-    decision = backend.Decision("torch", "modules", f"called one by one: {reason}")
-    backend.record(decision, "dense_block", x)
+    backend.record(backend.one_by_one(reason), "dense_block", x)
 
 
 def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
@@ -598,7 +598,7 @@ def _in_autocast(x, layers, end):
 
 def _module_reason(conv, bn, kernel) -> str | None:
     """Why a layer's two modules must be called as they are, or None."""
-    reason = not_fusable(conv, bn, synchronised=True)
+    reason = not_fusable(conv, bn, in_dense_block=True)
     if reason is not None:
         return reason
     if conv.bias is not None:
@@ -612,7 +612,8 @@ def _module_reason(conv, bn, kernel) -> str | None:
     return f"conv: {conv.groups} groups" if kernel == (1, 1) and conv.groups != 1 else None
 
 
-def _modules_reason(layers, transition) -> str | None:
+def modules_reason(layers, transition) -> str | None:
+    """Why `fuse_dense_block_forward` calls these modules one by one, or None."""
     for i, (bn1, conv1, bn2, conv2, _) in enumerate(layers):
         pairs = ((conv1, bn1, (3, 3)),) if conv2 is None else ((conv1, bn1, (1, 1)), (conv2, bn2, (3, 3)))
         for conv, bn, kernel in pairs:
@@ -621,7 +622,7 @@ def _modules_reason(layers, transition) -> str | None:
                 return f"layer {i}: {reason}"
     if transition is not None:
         bn, conv = transition
-        reason = not_fusable(None, bn, synchronised=True)
+        reason = not_fusable(None, bn, in_dense_block=True)
         if reason is None and conv is not None:
             reason = _module_reason(conv, bn, (1, 1))
         if reason is not None:
@@ -646,7 +647,7 @@ def _called(x, layers, transition):
     return out if conv is None else F.avg_pool2d(conv(out), 2)
 
 
-def fuse_dense_block_forward(x, layers, transition=None, memory="shared"):
+def fuse_dense_block_forward(x, layers, transition=None, memory="shared", called=None):
     """`dense_block` of modules: what dense blocks made of torch's modules call.
 
     Where a module has hooks, a replaced forward or a type that is not fused, or a convolution has a bias,
@@ -660,13 +661,17 @@ def fuse_dense_block_forward(x, layers, transition=None, memory="shared"):
             may be dilated; a 3x3 one may have groups.
         transition: (bn, conv) for BN, ReLU, 1x1 convolution, AvgPool2d(2), or (bn, None) for BN and ReLU.
         memory: as in `dense_block`.
+        called: runs on x where the modules are called one by one; by default they are as in torchvision's
+            DenseNet, and nothing is recomputed.
 
     Returns, raises: as `dense_block`.
     """
-    reason = _modules_reason(layers, transition)
+    if called is None:
+        called = partial(_called, layers=layers, transition=transition)
+    reason = modules_reason(layers, transition)
     if reason is not None:
         not_shared(reason, x)
-        return _called(x, layers, transition)
+        return called(x)
     shared = []
     for bn1, conv1, bn2, conv2, dropout in layers:
         last = conv1 if conv2 is None else conv2
@@ -678,4 +683,4 @@ def fuse_dense_block_forward(x, layers, transition=None, memory="shared"):
         end = end[0], end[1].weight
     _check(x, shared, end, memory)
     out = _run(*_in_autocast(x, shared, end), memory)
-    return _called(x, layers, transition) if out is None else out
+    return called(x) if out is None else out

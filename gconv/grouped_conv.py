@@ -33,6 +33,7 @@ from gconv.autograd import (
     suggests_channels_last,
     untracked,
 )
+from gconv.concat import check_into, placed, writes_in_place
 
 # ----------------------------------------------------------------------------------------------- references
 
@@ -78,23 +79,29 @@ def grouped_conv_fwd_ref(
     return stored(torch.relu(y) if relu else y, x.dtype)
 
 
+def _statistics_ref(y):
+    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
+    return mean, var
+
+
 def grouped_conv_fwd_stats_ref(x, weight, stride, padding, dilation, groups, act=None):
     """(y, mean, var): the convolution, and mean and biased variance [K] of y as stored, over N*OH*OW."""
     y = grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act)
-    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
-    return y, mean, var
+    return y, *_statistics_ref(y)
 
 
 def grouped_conv_fwd_into_ref(
     x, weight, stride, padding, dilation, groups, act, affine, residual, relu, want_stats, y
 ):
-    """(mean, var): writes `grouped_conv_fwd_ref` to y, a view of whatever else; mean and biased variance [K] of y
-    as stored, of shape [0] unless wanted, which excludes affine, residual and relu."""
+    """(mean, var): writes `grouped_conv_fwd_ref` to y [N, K, OH, OW], which may be a slice of a wider buffer.
+
+    mean and biased variance [K] are of y as stored, of shape [0] unless wanted; they exclude affine, residual
+    and relu.
+    """
     y.copy_(grouped_conv_fwd_ref(x, weight, stride, padding, dilation, groups, act, affine, residual, relu))
     if not want_stats:
         return x.new_zeros(0, dtype=wide(x)), x.new_zeros(0, dtype=wide(x))
-    var, mean = torch.var_mean(y.to(wide(y)), (0, 2, 3), correction=0)
-    return mean, var
+    return _statistics_ref(y)
 
 
 def grouped_conv_bwd_input_ref(
@@ -164,12 +171,12 @@ def grouped_conv_ref(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-fwd = op("grouped_conv_fwd", grouped_conv_fwd_ref)
-fwd_into = op("grouped_conv_fwd_into", grouped_conv_fwd_into_ref)
-fwd_stats = op("grouped_conv_fwd_stats", grouped_conv_fwd_stats_ref)
-bwd_input = op("grouped_conv_bwd_input", grouped_conv_bwd_input_ref)
-bwd_weight = op("grouped_conv_bwd_weight", grouped_conv_bwd_weight_ref)
-bwd = op("grouped_conv_bwd", grouped_conv_bwd_ref)
+fwd = op("grouped_conv_fwd")
+fwd_into = op("grouped_conv_fwd_into")
+fwd_stats = op("grouped_conv_fwd_stats")
+bwd_input = op("grouped_conv_bwd_input")
+bwd_weight = op("grouped_conv_bwd_weight")
+bwd = op("grouped_conv_bwd")
 
 
 class ConvOps(NamedTuple):
@@ -180,6 +187,7 @@ class ConvOps(NamedTuple):
     bwd_input: Callable
     bwd_weight: Callable
     bwd: Callable
+    fwd_into: Callable
 
 
 POINTWISE: list[ConvOps] = []  # what stands for them where the kernel is 1x1: pointwise_conv puts it here
@@ -189,7 +197,7 @@ def ops_for(weight_size) -> ConvOps:
     """The ops that run a convolution with a weight [K, C/groups, R, S]."""
     if weight_size[2] == 1 and weight_size[3] == 1:
         return POINTWISE[0]
-    return ConvOps(fwd, fwd_stats, bwd_input, bwd_weight, bwd)
+    return ConvOps(fwd, fwd_stats, bwd_input, bwd_weight, bwd, fwd_into)
 
 
 # ------------------------------------------------------------------------------------------------- Functions
@@ -599,7 +607,7 @@ def plan(name: str, x, weight, bias, stride, padding, dilation, groups, by_desig
             return found[1:]
     conf = resolve(name, x, weight, bias, stride, padding, dilation, groups)
     decision = decide(name, x, weight, None, *conf, by_design)
-    if key is not None and decision.backend == "cpu":
+    if key is not None and decision.ours:
         if len(_planned) >= MOST_PLANNED:
             _planned.clear()
         _planned[key] = geometry, conf, decision
@@ -617,19 +625,29 @@ def autocast(*tensors):
     )
 
 
-def run_conv(x, weight, scale, shift, residual, relu, conf):
-    """The kernel, through its Function where anything watches, in the memory format torch would return."""
+def _into(memory, x, weight, scale, shift, residual, relu, *conf) -> tuple:
+    """What `Slot.run` takes to write the result of `GroupedConv`."""
+    args = (x, weight, *conf, None, _stacked(scale, shift), residual, relu, False, memory)
+    call(ops_for(weight.shape).fwd_into, *args)
+    return ()
+
+
+def run_conv(x, weight, scale, shift, residual, relu, conf, into=None):
+    """The kernel, through its Function where anything watches, in a slot or torch's memory format."""
     keep = suggests_channels_last(x) or suggests_channels_last(weight)
     x = channels_last(x)
+    if writes_in_place(into):
+        size = conv_output_size(x, weight, *conf[:3])
+        return into.run(GroupedConv, _into, size, x, weight, scale, shift, residual, relu, *conf)[0]
     if untracked():
         args = (x, weight, *conf, None, _stacked(scale, shift), residual, relu)
         y = call(ops_for(weight.shape).fwd, *args)
     else:
         y = conv_apply(x, weight, scale, shift, distinct(x, residual), relu, *conf)
-    return in_format(y, keep)
+    return placed(in_format(y, keep), into)
 
 
-def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, into=None):
     """2-D convolution in groups, torch.nn.functional.conv2d's signature and results.
 
     y[n, k] = bias[k] + sum over the group's channels c of x[n, c] * weight[k, c] (Xie et al. 2017, section
@@ -648,6 +666,7 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
         stride, dilation: an int or a pair, at least 1.
         padding: an int or a pair, at least 0, or "same" (stride 1 only) or "valid".
         groups: divides C and K.
+        into: a slot of a `gconv.Concat`, which becomes the result.
 
     Returns:
         [N, K, OH, OW] (or [K, OH, OW]), dtype of x; channels_last if x or weight is, else contiguous.
@@ -660,19 +679,21 @@ def grouped_conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
 
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
-    return convolution("grouped_conv", x, weight, bias, stride, padding, dilation, groups)
+    return convolution("grouped_conv", x, weight, bias, stride, padding, dilation, groups, into)
 
 
-def convolution(name: str, x, weight, bias, stride, padding, dilation, groups):
+def convolution(name: str, x, weight, bias, stride, padding, dilation, groups, into):
     """The convolution that a function called `name` is: on the kernels where they cover it, else on torch."""
     check_tensors(name, x, weight, bias)
+    check_into(name, into)
     if x.dim() == 3:
-        return convolution(name, x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+        args = (x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, into)
+        return convolution(name, *args).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
     conf, decision = plan(name, x, weight, bias, stride, padding, dilation, groups)
-    if decision.backend == "cpu":
-        y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf)
+    if decision.ours:
+        y = run_conv(x, weight, None, None if bias is None else bias.float(), None, False, conf, into)
     else:
-        y = F.conv2d(x, weight, bias, *conf)
+        y = placed(F.conv2d(x, weight, bias, *conf), into)
     backend.record(decision, name, x, y)
     return y

@@ -11,14 +11,15 @@ import sys
 
 import torch
 
-from gconv import backend
+from gconv import backend, gpu
 
 VARIABLES = {
-    "GCONV_BACKEND": "auto | cpu | torch: the backend at import (gconv.use_backend)",
+    "GCONV_BACKEND": "auto | cpu | triton | torch: the backend at import (gconv.use_backend)",
     "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
     "GCONV_ISA": "portable | avx2 | avx512 | avx512_bf16: the instruction set of the CPU kernels",
     "GCONV_WINOGRAD": "0: never Winograd's algorithm; otherwise the CPU kernels use it for wide groups",
     "GCONV_CPU": "1: a build without the C++ kernels is an error",
+    "TRITON_INTERPRET": "1: Triton's interpreter runs the Triton kernels on the CPU under backend triton",
     "CXX": "the C++ compiler of the build",
     "OMP_NUM_THREADS": "threads of torch, which are the threads of gconv's kernels",
 }
@@ -90,6 +91,16 @@ def _isa() -> tuple[str | None, list[str]]:
     return in_use, available
 
 
+def _triton() -> str:
+    """Whether the Triton kernels have something to run on."""
+    missing = gpu.missing_triton()
+    if missing is not None:
+        return missing
+    if torch.cuda.is_available():
+        return "available"
+    return "interpreter" if gpu.interpreting() else "no GPU (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+
+
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
@@ -122,6 +133,7 @@ def collect() -> dict:
         "gpus": _gpus(),
         "backends": {
             "cpu": backend.missing_extension() or "available",
+            "triton": _triton(),
             "torch": "available",
             "mode": backend.backend_mode(),
             "fallback policy": backend.policy(),

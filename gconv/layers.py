@@ -1,9 +1,12 @@
 """Layers that take the place of torch.nn's: the same signature, initialisation and state_dict."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gconv.concat import placed
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.grouped_conv import grouped_conv
 
@@ -28,25 +31,26 @@ class Conv2d(nn.Conv2d):
     and by `gconv.trace`: they cover 3x3, stride 1 or 2, padding up to twice the dilation, any groups, and
     1x1, stride 1 or 2, no padding, one group, in float32, bfloat16 and float16 on the CPU. Bit-identical from
     run to run and for any number of threads. The output is channels_last if the input or the weight is, as in
-    torch.
+    torch, unless `into`, a slot of a `gconv.Concat`, becomes the output.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, into: Any = None) -> Tensor:
         if torch.jit.is_scripting():  # TorchScript cannot call us: the scripted layer is torch's
             return self._conv_forward(input, self.weight, self.bias)
         elif isinstance(input, torch.fx.Proxy):
             leaf = fx_leaf(self, input)
-            return self._conv_forward(input, self.weight, self.bias) if leaf is None else leaf
+            return placed(self._conv_forward(input, self.weight, self.bias) if leaf is None else leaf, into)
         else:
-            return self._run(input)
+            return self._run(input, into)
 
     @torch.jit.unused
-    def _run(self, input: Tensor) -> Tensor:
+    def _run(self, input: Tensor, into: Any) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return grouped_conv(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        conf = (self.stride, padding, self.dilation, self.groups)
+        return grouped_conv(input, self.weight, self.bias, *conf, into)
 
     @classmethod
     def from_torch(cls, conv: nn.Conv2d) -> "Conv2d":
@@ -129,18 +133,18 @@ class ConvBNReLU(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.relu = relu
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, into: Any = None) -> Tensor:
         if torch.jit.is_scripting():
             return self._forward_children(x, residual)
         elif isinstance(x, torch.fx.Proxy):
             leaf = fx_leaf(self, x) if residual is None else fx_leaf(self, x, residual)
-            return self._forward_children(x, residual) if leaf is None else leaf
+            return placed(self._forward_children(x, residual) if leaf is None else leaf, into)
         else:
-            return self._run(x, residual)
+            return self._run(x, residual, into)
 
     @torch.jit.unused
-    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return fuse_modules_forward(x, self.conv, self.bn, residual, self.relu)
+    def _run(self, x: Tensor, residual: Tensor | None, into: Any) -> Tensor:
+        return fuse_modules_forward(x, self.conv, self.bn, residual, self.relu, into)
 
     def _forward_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = self.bn(self.conv(x))

@@ -101,8 +101,8 @@ def pointwise_conv_bwd_ref(
 
 
 def pointwise_conv_bwd_add_ref(dy, x, weight, stride, y, finish, act, dx, want_dweight, channels_last):
-    """(dweight, sums): `pointwise_conv_bwd_ref` with act [4, C] = (a; b; mean; rstd), but the gradient to x itself
-    is added to dx.
+    """(dweight, sums): `pointwise_conv_bwd_ref` with act [4, C] = (a; b; mean; rstd), but the gradient to x
+    itself is added to dx [N, C, H, W], which may be a slice of a wider buffer.
 
     With g the masked gradient, in float32 throughout: dx += a*g, and sums [2, C] are (sum g; sum g*(x -
     mean)*rstd). Pixels that a stride leaves out keep what dx holds.
@@ -118,11 +118,11 @@ def pointwise_conv_bwd_add_ref(dy, x, weight, stride, y, finish, act, dx, want_d
     return dweight.to(x.dtype), sums
 
 
-fwd = op("pointwise_conv_fwd", pointwise_conv_fwd_ref)
-fwd_into = op("pointwise_conv_fwd_into", pointwise_conv_fwd_into_ref)
-fwd_stats = op("pointwise_conv_fwd_stats", pointwise_conv_fwd_stats_ref)
-bwd = op("pointwise_conv_bwd", pointwise_conv_bwd_ref)
-bwd_add = op("pointwise_conv_bwd_add", pointwise_conv_bwd_add_ref)
+fwd = op("pointwise_conv_fwd")
+fwd_into = op("pointwise_conv_fwd_into")
+fwd_stats = op("pointwise_conv_fwd_stats")
+bwd = op("pointwise_conv_bwd")
+bwd_add = op("pointwise_conv_bwd_add")
 
 
 # -------------------------------------------------- in the place of grouped_conv's ops, for kernels of 1x1
@@ -157,7 +157,11 @@ def _bwd_weight(dy, x, weight_size, stride, padding, dilation, groups, y, finish
     return _bwd(dy, x, weight, *conf, y, finish, act, False, True, channels_last)[1]
 
 
-POINTWISE[:] = [ConvOps(_fwd, _fwd_stats, _bwd_input, _bwd_weight, _bwd)]
+def _fwd_into(x, weight, stride, padding, dilation, groups, *rest):
+    return fwd_into(x, weight, stride, *rest)
+
+
+POINTWISE[:] = [ConvOps(_fwd, _fwd_stats, _bwd_input, _bwd_weight, _bwd, _fwd_into)]
 
 
 # -------------------------------------------------------------- what the ops are to autograd and to compilers
@@ -217,7 +221,7 @@ register("pointwise_conv_bwd_add", _bwd_add_fake, None)
 # -------------------------------------------------------------------------------------------- the function
 
 
-def pointwise_conv(x, weight, bias=None, stride=1):
+def pointwise_conv(x, weight, bias=None, stride=1, into=None):
     """1x1 convolution: torch.nn.functional.conv2d without padding, dilation and groups.
 
     y[n, k, h, w] = bias[k] + sum over c of x[n, c, h*stride, w*stride] * weight[k, c] (Lin, Chen & Yan 2014,
@@ -233,6 +237,7 @@ def pointwise_conv(x, weight, bias=None, stride=1):
         weight: [K, C, 1, 1], dtype and device of x.
         bias: [K], dtype and device of x.
         stride: an int or a pair, at least 1.
+        into: a slot of a `gconv.Concat`, which becomes the result.
 
     Returns:
         [N, K, OH, OW] (or [K, OH, OW]) with OH = (H - 1) // stride + 1, dtype of x; channels_last if x or
@@ -246,4 +251,4 @@ def pointwise_conv(x, weight, bias=None, stride=1):
     check_tensors("pointwise_conv", x, weight, bias)
     if weight.dim() != 4 or weight.shape[2] != 1 or weight.shape[3] != 1:
         raise ValueError(f"pointwise_conv: weight: want [K, C, 1, 1], got {list(weight.shape)}")
-    return convolution("pointwise_conv", x, weight, bias, stride, 0, 1, 1)
+    return convolution("pointwise_conv", x, weight, bias, stride, 0, 1, 1, into)

@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
+from gconv.dense_layers import remap_densenet_keys
+
+from . import densenet as _densenet
 from . import resnet as _resnet
+from .densenet import *  # noqa: F403
 from .resnet import *  # noqa: F403
 from .weights import load_weights, read_weights
 
-__all__ = [*_resnet.__all__, "get_model", "get_model_builder", "list_models", "load_weights", "read_weights"]
+__all__ = [
+    *_densenet.__all__, *_resnet.__all__, "get_model", "get_model_builder", "list_models", "load_weights",
+    "read_weights", "remap_densenet_keys",
+]  # fmt: skip
 
-_BUILDERS: dict[str, Callable[..., _resnet.ResNet]] = {
-    name: getattr(_resnet, name) for name in _resnet.__all__ if name[0].islower()
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    name: getattr(module, name)
+    for module in (_densenet, _resnet)
+    for name in module.__all__
+    if name[0].islower()
 }
 
 
@@ -37,7 +49,7 @@ def list_models(
     return names
 
 
-def get_model_builder(name: str) -> Callable[..., _resnet.ResNet]:
+def get_model_builder(name: str) -> Callable[..., nn.Module]:
     """The builder of that name; upper and lower case are the same. Raises ValueError for an unknown name."""
     try:
         return _BUILDERS[name.lower()]
@@ -45,6 +57,6 @@ def get_model_builder(name: str) -> Callable[..., _resnet.ResNet]:
         raise ValueError(f"get_model: name: want one of {', '.join(list_models())}, got {name!r}") from None
 
 
-def get_model(name: str, **arguments: Any) -> _resnet.ResNet:
+def get_model(name: str, **arguments: Any) -> nn.Module:
     """The model of that name: get_model("resnext50_32x4d", num_classes=10) calls its builder."""
     return get_model_builder(name)(**arguments)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from gconv import backend
 from gconv.bottleneck import fuse_bottleneck_forward
-from gconv.conv_bn_relu import fuse_modules_forward
+from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.layers import Conv2d
 
-from .weights import load_weights, num_classes_of, read_weights
+from .common import build, to_channels_last
 
 __all__ = [
     "BasicBlock",
@@ -65,17 +65,6 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """True if calling the module does more than its class says: hooks, or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _calls_modules(owner: nn.Module, x: Tensor) -> bool:
     """True where the children of `owner` must be called one by one instead of fused.
 
@@ -85,20 +74,16 @@ def _calls_modules(owner: nn.Module, x: Tensor) -> bool:
     """
     if owner.stock or isinstance(x, torch.fx.Proxy):
         return True
-    if type(owner.relu) is nn.ReLU and not _is_watched(owner.relu):
+    reason = not_plain_relu(owner.relu)
+    if reason is None:
         return False
-    relu = type(owner.relu).__name__
-    reason = (
-        "relu: has hooks or its forward is replaced" if relu == "ReLU" else f"relu: want ReLU, got {relu}"
-    )
-    decision = backend.Decision("torch", "modules", f"called one by one: {reason}")
-    backend.record(decision, type(owner).__name__, x)
+    backend.record(backend.one_by_one(f"relu: {reason}"), type(owner).__name__, x)
     return True
 
 
 def _projection(downsample: nn.Module | None) -> tuple | None:
     """(conv, bn) of a shortcut that is nothing else and that nobody watches, or None."""
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _is_watched(downsample):
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and watched(downsample) is None:
         conv, bn = downsample
         if isinstance(conv, nn.Conv2d):
             return conv, bn
@@ -221,19 +206,6 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
-
-
-def _to_channels_last(x: Tensor) -> Tensor:
-    """x in channels_last, which gconv's kernels read in place; the layers that follow keep to it.
-
-    By permute, since under torch.func.vmap there is no Tensor.contiguous(memory_format=...).
-    """
-    if x.dim() != 4:
-        return x
-    if x.shape[1] == 1:
-        # One channel is contiguous in both formats; a view gets the strides that say channels_last.
-        return x.reshape(x.shape[0], x.shape[2], x.shape[3], 1).permute(0, 3, 1, 2)
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class ResNet(nn.Module):
@@ -373,7 +345,7 @@ class ResNet(nn.Module):
         if _calls_modules(self, x):
             x = self.relu(self.bn1(self.conv1(x)))
         else:
-            x = fuse_modules_forward(_to_channels_last(x), self.conv1, self.bn1)
+            x = fuse_modules_forward(to_channels_last(x), self.conv1, self.bn1)
         x = self.maxpool(x)
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)
@@ -383,20 +355,10 @@ class ResNet(nn.Module):
 
 
 def _resnet(
-    name: str, block: type, layers: Sequence[int], weights: Any, kwargs: dict[str, Any], **fixed: Any
+    name: str, block: type, layers: Sequence[int], weights: Any, kwargs: dict, **fixed: Any
 ) -> ResNet:
     """The model `name`; `fixed` are the arguments of ResNet that its name stands for."""
-    for key, value in fixed.items():
-        if kwargs.setdefault(key, value) != value:
-            raise ValueError(f"{name}: {key}: want {value}, got {kwargs[key]}")
-    if weights is None:
-        return ResNet(block, layers, **kwargs)
-    state = read_weights(weights, name)
-    # As in torchvision, weights decide the number of classes unless the caller does.
-    kwargs.setdefault("num_classes", num_classes_of(state, default=1000))
-    model = ResNet(block, layers, **kwargs)
-    load_weights(model, state, name)
-    return model
+    return build(ResNet, name, weights, kwargs, block=block, layers=layers, **fixed)
 
 
 def resnet18(

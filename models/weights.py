@@ -16,6 +16,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 # The last part of the name of BatchNorm2d's counter. Old checkpoints and FrozenBatchNorm2d lack it.
 _COUNTER = "num_batches_tracked"
+# What the last linear layer is called: in ResNets, in DenseNets.
+_CLASSIFIERS = ("fc", "classifier")
 
 
 def read_weights(weights: Any, model_name: str = "model") -> dict[str, Tensor]:
@@ -101,9 +103,13 @@ def _unwrap(state: Any, where: str) -> dict[str, Tensor]:
 
 
 def num_classes_of(state: Mapping[str, Tensor], default: int) -> int:
-    """The number of classes of the classifier `fc` in a state dict, `default` where it has none."""
-    weight = state.get("fc.weight")
-    return weight.shape[0] if weight is not None and weight.dim() == 2 else default
+    """The number of classes of the classifier, `fc` or `classifier`, in a state dict, `default` where it has
+    none."""
+    for name in _CLASSIFIERS:
+        weight = state.get(f"{name}.weight")
+        if weight is not None and weight.dim() == 2:
+            return weight.shape[0]
+    return default
 
 
 def load_weights(model: nn.Module, weights: Any, model_name: str | None = None) -> nn.Module:
@@ -111,13 +117,16 @@ def load_weights(model: nn.Module, weights: Any, model_name: str | None = None) 
     unchanged.
 
     weights: what read_weights takes. Values are converted to the model's dtypes and devices. BatchNorm2d's
-    num_batches_tracked may be missing (it is then left alone) or unused.
+    num_batches_tracked may be missing (it is then left alone) or unused. A model that knows its names of
+    former times has a method remap_keys(state) -> state.
 
     Raises ValueError, in one line, with the names that are missing, that are unexpected, and whose shape
     differs.
     """
     model_name = model_name or type(model).__name__
     state = read_weights(weights, model_name)
+    if hasattr(model, "remap_keys"):
+        state = model.remap_keys(state)
     want = model.state_dict()
     missing = [key for key in want if key not in state and not key.endswith(_COUNTER)]
     unexpected = [key for key in state if key not in want and not key.endswith(_COUNTER)]
@@ -148,12 +157,13 @@ def _some(items: list[str], limit: int = 4) -> str:
 
 def _classes_hint(want: Mapping[str, Tensor], state: Mapping[str, Tensor], differing: list[str]) -> str:
     """What to do when the classifiers alone differ: the common case of fine-tuning on other classes."""
-    if not differing or not set(differing) <= {"fc.weight", "fc.bias"}:
-        return ""
-    have, given = num_classes_of(want, 0), num_classes_of(state, 0)
-    if have == given:
-        return ""
-    return (
-        f" (the model has num_classes = {have}, the weights {given}: leave num_classes out when loading, "
-        f"then replace model.fc by nn.Linear({want['fc.weight'].shape[1]}, {have}))"
-    )
+    for name in _CLASSIFIERS:
+        if differing and set(differing) <= {f"{name}.weight", f"{name}.bias"}:
+            have, given = num_classes_of(want, 0), num_classes_of(state, 0)
+            if have == given:
+                return ""
+            return (
+                f" (the model has num_classes = {have}, the weights {given}: leave num_classes out when "
+                f"loading, then replace model.{name} by nn.Linear({want[f'{name}.weight'].shape[1]}, {have}))"
+            )
+    return ""

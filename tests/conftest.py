@@ -1,9 +1,16 @@
-"""Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads."""
+"""Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads,
+the Triton kernels on a GPU or in Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
 import torch.utils.deterministic
 from checks import ISAS
+
+# Triton reads this when it is imported and whenever a kernel is declared, so it is for the whole process.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +23,18 @@ def pytest_collection_modifyitems(items):
     items[:] = [
         item for item in items if not repeats(getattr(item, "callspec", item).__dict__.get("params", {}))
     ]
+    reason = missing_cuda()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("needs_cuda"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def missing_cuda():
+    """Why Triton kernels do not run on a GPU here, or None."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    return "needs TRITON_INTERPRET=0" if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +93,22 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_backend():
+    """The Triton kernels run every op in this test; the device its tensors have to be on: the GPU, or the CPU
+    under Triton's interpreter."""
+    import gconv
+    from gconv import gpu
+
+    reason = gpu.missing_triton() or (None if gpu.interpreting() else missing_cuda())
+    if reason is not None:
+        pytest.skip(reason)
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU torch's default is TF32
+    try:
+        with gconv.use_backend("triton"):
+            yield torch.device("cpu" if gpu.interpreting() else "cuda")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision

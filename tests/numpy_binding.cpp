@@ -248,7 +248,7 @@ void pointwise_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair
 
 void pointwise_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, py::object dy,
                    py::object x, py::object weight, py::object y, py::object finish, py::object act,
-                   py::object residual, py::object dx, py::object dweight, py::object sums) {
+                   py::object residual, py::object dx, py::object dweight, py::object sums, bool add) {
   const PointwiseConvShape s = pointwise_shape(input, k, stride);
   const std::array<int64_t, 4> output{s.n, s.oh, s.ow, s.k};
   PointwiseConvBwdParams p{};
@@ -261,6 +261,7 @@ void pointwise_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair
   p.weight = run.contiguous("weight", weight, s.k * s.c);
   p.residual = run.activation("residual", residual, input);
   p.dx = run.activation("dx", dx, input);
+  p.add = add;
   p.sums = floats("sums", sums, 2 * s.c);
   p.dweight = dweight.is_none() ? nullptr : run.contiguous("dweight", dweight, s.k * s.c);
   const Workspace workspace(pointwise_conv_bwd_workspace(p));
@@ -376,6 +377,32 @@ void norm_bwd_apply(const Run& run, std::array<int64_t, 4> s, py::object dz, py:
   run.stage(batch_norm_bwd_apply_cpu, p);
 }
 
+void norm_pool(const Run& run, std::array<int64_t, 4> s, py::object x, py::object affine, py::object y) {
+  BatchNormPoolParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.x = run.activation("x", x, s);
+  p.affine = floats("affine", affine, 2 * s[3]);
+  p.y = run.activation("y", y, {s[0], s[1] / 2, s[2] / 2, s[3]});
+  run.stage(batch_norm_pool_cpu, p);
+}
+
+void norm_pool_bwd(const Run& run, std::array<int64_t, 4> s, py::object dy, py::object x, py::object act,
+                   py::object dx, py::object sums, py::object y) {
+  const std::array<int64_t, 4> pooled{s[0], s[1] / 2, s[2] / 2, s[3]};
+  BatchNormPoolBwdParams p{};
+  p.shape = {s[0], s[1], s[2], s[3]}, p.dtype = run.dtype, p.isa = run.isa;
+  p.dy = run.activation("dy", dy, pooled);
+  p.x = run.activation("x", x, s);
+  p.act = floats("act", act, 4 * s[3]);
+  p.dx = run.activation("dx", dx, s);
+  p.sums = floats("sums", sums, 2 * s[3]);
+  p.y = run.activation("y", y, pooled);
+  const Workspace workspace(batch_norm_pool_bwd_workspace(p));
+  p.workspace = workspace.data();
+  run.stage(batch_norm_pool_bwd_cpu, p);
+  run.stage(batch_norm_pool_bwd_merge_cpu, p);
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : ISAS)
@@ -402,4 +429,6 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("batch_norm_bwd_reduce", &norm_bwd_reduce);
   m.def("batch_norm_bwd_finish", &norm_bwd_finish);
   m.def("batch_norm_bwd_apply", &norm_bwd_apply);
+  m.def("batch_norm_pool", &norm_pool);
+  m.def("batch_norm_pool_bwd", &norm_pool_bwd);
 }

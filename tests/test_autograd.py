@@ -22,7 +22,7 @@ from gconv.functional import batch_norm, conv_bn_relu, grouped_conv
 
 OPS = {
     conv_module: ("fwd", "fwd_stats", "bwd_input", "bwd_weight", "bwd"),
-    bn_module: ("_stats", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
+    bn_module: ("stats", "fold", "apply_affine", "bwd_reduce", "bwd_apply"),
     fused_module: ("fold", "apply_affine", "bwd_reduce", "bwd_apply"),
 }
 

@@ -302,11 +302,22 @@ def test_layers_refuse_as_torchs_do():
 # ------------------------------------------------------------------------------------------------
 # the C++ ops, called directly: they check for themselves, for nothing may read out of bounds
 
+W1 = torch.randn(12, 8, 1, 1)
 ACT2, ACT4, AFFINE, FINISH = torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 12), torch.ones(6, 12)
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last)
+
+
 GEOMETRY = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 4}
 OPS = {
     "grouped_conv_fwd": {
         "x": X, "weight": W, **GEOMETRY, "act": ACT2, "affine": AFFINE, "residual": Y, "relu": True,
+    },
+    "grouped_conv_fwd_into": {
+        "x": X, "weight": W, **GEOMETRY, "act": ACT2, "affine": AFFINE, "residual": Y, "relu": True,
+        "want_stats": False, "y": channels_last(Y),
     },
     "grouped_conv_fwd_stats": {"x": X, "weight": W, **GEOMETRY, "act": ACT2},
     "grouped_conv_bwd_input": {
@@ -320,12 +331,27 @@ OPS = {
         "dy": Y, "x": X, "weight": W, **GEOMETRY, "y": Y, "finish": FINISH, "act": ACT4, "want_dx": True,
         "want_dweight": True, "channels_last": False,
     },
+    "pointwise_conv_fwd_into": {
+        "x": X, "weight": W1, "stride": [1, 1], "act": ACT2, "affine": AFFINE, "residual": Y, "relu": True,
+        "want_stats": False, "y": channels_last(Y),
+    },
+    "pointwise_conv_bwd_add": {
+        "dy": Y, "x": X, "weight": W1, "stride": [1, 1], "y": Y, "finish": FINISH, "act": ACT4,
+        "dx": channels_last(X), "want_dweight": True, "channels_last": False,
+    },
     "batch_norm_stats": {"x": X},
     "batch_norm_fold": {
         "mean": torch.ones(8), "var": torch.ones(8), "gamma": torch.ones(8), "beta": torch.ones(8),
         "eps": 1e-5,
     },
     "batch_norm_apply": {"x": X, "affine": ACT2, "residual": X, "residual_affine": ACT2, "relu": True},
+    "batch_norm_apply_into": {
+        "x": X, "affine": ACT2, "residual": X, "residual_affine": ACT2, "relu": True, "y": channels_last(X),
+    },
+    "batch_norm_pool": {"x": X, "affine": ACT2},
+    "batch_norm_pool_bwd": {
+        "dy": X[:, :, :3, :3], "x": X, "act": ACT4, "want_y": True, "dx": channels_last(X),
+    },
     "batch_norm_bwd_reduce": {
         "dz": X, "x": X, "mean": torch.ones(8), "rstd": torch.ones(8), "gamma": torch.ones(8),
         "affine": ACT2, "z": None, "want_g": True,
@@ -353,7 +379,7 @@ OPS = {
         "want_g": True, "weight_channels_last": False,
     },
 }  # fmt: skip
-ACTIVATIONS = ("x", "dy", "y", "residual", "dz", "z", "other_x")
+ACTIVATIONS = ("x", "dx", "dy", "y", "residual", "dz", "z", "other_x")
 
 
 def wrong_tensors(name, t):
@@ -363,7 +389,7 @@ def wrong_tensors(name, t):
             "rank": t[0],
             "K": t[:10],
             "C/groups": t[:, :1],
-            "kernel": t[..., :2],
+            "kernel": F.pad(t, (0, 1)),
             "empty": t[:0],
             "rank 5": t[None],
         }
@@ -395,6 +421,7 @@ def wrong_tensors(name, t):
 # Nothing else in these calls says what the size or dtype should be.
 NO_CONTRADICTION = {
     *(("batch_norm_stats", "x", what) for what in ("C", "H", "W", "N", "bfloat16")),
+    *(("batch_norm_pool", "x", what) for what in ("H", "W", "N", "bfloat16")),
     *(("grouped_conv_fwd_stats", "x", what) for what in ("H", "W", "N")),
     ("grouped_conv_fwd_stats", "dilation", "[3, 1]"),
     ("batch_norm_bwd_finish", "count", "1"),

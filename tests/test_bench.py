@@ -449,12 +449,13 @@ def test_compare_by_time(run, tmp_path):
 def test_readme_table_is_generated_between_the_markers(run, tmp_path, capsys):
     record, page = str(tmp_path / "r.csv"), tmp_path / "README.md"
     records.append(record, [run.rows[0] | {"date": "2001-01-01T00:00:00Z", "layer": "old"}, *run.rows])
-    (start, end), (models_start, models_end) = readme.MARKERS["layers"], readme.MARKERS["models"]
-    networks = f"{models_start}\nstale\n{models_end}"
-    page.write_text(f"before\n{start}\nstale\n{end}\n{networks}\nafter\n", encoding="utf-8")
-    empty = str(tmp_path / "none.csv")
-    records.append(empty, [], records.MODEL_COLUMNS)
-    arguments = ["readme", "--readme", str(page), "--record", record, "--models-record", empty]
+    parts = "\n".join(f"{start}\nstale\n{end}" for start, end in readme.MARKERS.values())
+    page.write_text(f"before\n{parts}\nafter\n", encoding="utf-8")
+    models, depths = str(tmp_path / "models.csv"), str(tmp_path / "depth.csv")
+    records.append(models, [], records.MODEL_COLUMNS)
+    records.append(depths, [], records.DEPTH_COLUMNS)
+    arguments = ["readme", "--readme", str(page), "--record", record]
+    arguments += ["--models-record", models, "--depth-record", depths]
     assert main([*arguments, "--check"]) == 1
     assert "stale" in page.read_text(encoding="utf-8")
     assert main(arguments) == 0

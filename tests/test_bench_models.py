@@ -11,6 +11,7 @@ import torch
 from gconv.bench import (
     agreement,
     compare,
+    entries,
     layers,
     match,
     models,
@@ -149,13 +150,16 @@ def test_engines_match(name, state):
         ("d layer2.0.bn2.weight", lambda t: -t),
         ("d fc.bias", lambda t: t.flip(0)),
         ("layer2.0.bn2.running_var", lambda t: t * 1.1),
+        ("layer1.0.bn2.running_mean", None),  # as it was before the step
+        ("layer3.0.bn2.running_var", None),
         ("layer3.0.bn2.running_mean", torch.zeros_like),
     ],
 )
-def test_wrong_results_do_not_match(answers, key, spoil):
+def test_wrong_results_do_not_match(answers, state, key, spoil):
     _, exact, own = answers
     assert agreement.check_network(own[0], exact, own).ok
-    verdict = agreement.check_network(own[0] | {key: spoil(own[0][key])}, exact, own)
+    wrong = spoil(own[0][key]) if spoil else state[key]
+    verdict = agreement.check_network(own[0] | {key: wrong}, exact, own)
     assert not verdict.ok and key in verdict.text
 
 
@@ -215,10 +219,11 @@ def test_run_of_a_network(run):
         assert row["match"] and row["best"] == "eager_nchw" and row["threads"] == 1
         assert row["ms_per_image"] == pytest.approx(row["ms"] / 4)
         assert row["gflops"] == pytest.approx(row["gflop"] / row["ms"] * 1e3)
-        ours, best = models.ours_and_best(run.rows, row["mode"])
+        (ours,), best = models.ours_and_best(run.rows, row["mode"])
         assert row["ratio"] == pytest.approx(best["ms"] / row["ms"])
         if row.get("peak_mb") is not None:
             assert row["peak_mb"] > row["step_mb"] >= 0
+        assert (row["kept_mb"] is not None) == (row["mode"] == "training")
         assert ours["own_convolutions"] >= 6 and ours["convolutions"] == 19
         assert "own_convolutions" not in best and best["ratio"] == 1
 
@@ -245,14 +250,14 @@ def test_a_wrong_result_gets_no_figure(state, tmp_path):
         "compile": own[1] | {"logits": own[1]["logits"].roll(1, 0)},
     }
     ready = {"precision": "float32", "kernels": {}, "fallbacks": [], "seconds": {}, "first_seconds": 1.0}
-    entries = [models._Entry(networks.CONTESTANTS[name], _Closed(), ready) for name in spoiled]
+    competing = [entries.Entry(networks.CONTESTANTS[name], _Closed(), ready) for name in spoiled]
     for name, found in (*spoiled.items(), ("exact", exact)):
         torch.save(found, tmp_path / f"{name}-training.pt")
     skipped = {}
-    competing = list(entries)
-    models._check("training", str(tmp_path), competing, skipped)
+    compiled = competing[2]
+    entries.check("training", str(tmp_path), competing, skipped)
     assert list(tmp_path.iterdir()) == []
-    assert [entry.name for entry in competing] == ["gconv", "eager_nchw"] and entries[2].worker.closed
+    assert [entry.name for entry in competing] == ["gconv", "eager_nchw"] and compiled.worker.closed
     assert "wrong result: ✗ logits" in skipped["torch.compile, training"]
     times = timing.Timing("eager_nchw", [np.array([2.0])] * 3)
     result = timing.Result({"eager_nchw": times}, 3, 0, False)
@@ -288,7 +293,9 @@ def test_networks_in_the_readme(run):
     text = readme.models_table([*old, *rows])
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 * (2 + 2) and "12345" not in text
-    assert len({line.count("|") for line in table}) == 1
+    assert [line.count("|") for line in table] == [8] * 4 + [
+        10
+    ] * 4  # training: MB kept, in all and per image
     for row in rows:
         assert f"{row['ms_per_image']:.1f}" in text
         bold = "**" if row["contestant"] == "gconv" else ""

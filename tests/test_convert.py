@@ -2,11 +2,11 @@
 says what happened to each convolution."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
+from fused_checks import FrozenBatchNorm2d
+from model_checks import COPIES, anatomy, copied
 from torch import nn
 from torchvision_models import import_torchvision, require_torchvision
 
@@ -79,21 +79,6 @@ class BasicBlock(nn.Module):
         return out
 
 
-class FrozenBatchNorm2d(nn.Module):
-    """torchvision.ops' and detectron2's: an affine from buffers, in train mode too."""
-
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x):
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
-
-
 class Net(nn.Module):
     def __init__(self, norm=nn.BatchNorm2d):
         super().__init__()
@@ -147,13 +132,6 @@ def assert_same_training(stock, ours, x, steps=2):
             grads.append(({n: p.grad.clone() for n, p in model.named_parameters()}, x_.grad, y.detach()))
         assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
     assert_close(dict(ours.named_buffers()), dict(stock.named_buffers()))
-
-
-def anatomy(model):
-    """All that revert must bring back: class, attributes and identity of every module, parameter and
-    buffer."""
-    modules = [(name, type(m), id(m), sorted(m.__dict__)) for name, m in model.named_modules()]
-    return modules, [(n, id(t)) for n, t in (*model.named_parameters(), *model.named_buffers())]
 
 
 # ----------------------------------------------------------------------------------------------------- values
@@ -296,20 +274,12 @@ def test_convert_twice_is_convert_once():
     assert not any(name.startswith("_gconv") for m in ours.modules() for name in m.__dict__)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_stay_converted_and_can_be_reverted(how):
     stock, ours, _ = net_and_converted()
     ours.eval()
     stock.eval()
-    if how == "deepcopy":
-        other = copy.deepcopy(ours)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(ours))
-    else:
-        buffer = io.BytesIO()
-        torch.save(ours, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copied(ours, how)
     assert [type(m) for m in other.modules()] == [type(m) for m in ours.modules()]
     assert torch.equal(other(image()), ours(image()))
     gconv.revert(other)
@@ -614,17 +584,12 @@ def test_torchvision_conv_norm_activation():
     assert str(gconv.convert(block)).splitlines()[0] == "0+1+2 → fused"
 
 
-def test_torchvision_dilated_resnet_and_densenet():
+def test_torchvision_dilated_resnet():
     torchvision = require_torchvision()
     model = small_resnet(torchvision, replace_stride_with_dilation=[False, True, True])
     model.layer4[0].conv2.dilation = model.layer4[0].conv2.padding = (4, 4)
     report = assert_converts(model, image(2, 32))
     assert "layer4.0.conv2+bn2+relu" in report.fused
-    model = torchvision.models.DenseNet(
-        growth_rate=8, block_config=(2, 2), num_init_features=16, num_classes=10
-    )
-    report = assert_converts(model, image(2, 32))
-    assert "features.denseblock1.denselayer1.conv2" in report.swapped
 
 
 def test_torchvision_feature_extraction():

@@ -426,6 +426,37 @@ def run_norm_apply(kernels, isa, dtype, x, affine, residual, residual_affine, re
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
+def test_norm_pool_exact(kernels, isa, dtype, channels):
+    rng = np.random.default_rng(channels)
+    for shape in ((2, 5, 7, channels), (1, 2, 2, channels), (0, 4, 3, channels), (1, 40, 63, channels)):
+        h, w = shape[1] // 2, shape[2] // 2
+        x, dy = integers(rng, -5, 5, shape), 4 * integers(rng, -4, 4, (shape[0], h, w, channels))
+        rows = [integers(rng, low, high, channels) for low, high in ((-2, 2), (-3, 3), (-1, 1))]
+        coefficients = np.stack([*rows, 2.0 ** integers(rng, -1, 1, channels)])
+
+        def call(run, arrays, shape=shape, x=x, dy=dy, coefficients=coefficients):
+            stored = arrays.activation(store(x, dtype))
+            y, again, dx = arrays.output(dy.shape), arrays.output(dy.shape), arrays.output(shape)
+            sums = arrays.table_output(2, channels)
+            kernels.batch_norm_pool(run, shape, stored, arrays.table(table(coefficients[:2])), y)
+            gradient = arrays.activation(store(dy, dtype))
+            act_table = arrays.table(table(coefficients))
+            kernels.batch_norm_pool_bwd(run, shape, gradient, stored, act_table, dx, sums, again)
+            return [y, again, dx, sums]
+
+        y, again, dx, sums = both_ways(kernels, isa, dtype, call)
+        a, b, mean, rstd = coefficients
+        inside = x[:, : 2 * h, : 2 * w]
+        squares = np.maximum(a * inside + b, 0).reshape(shape[0], h, 2, w, 2, channels).mean((2, 4))
+        g = np.where(a * inside + b <= 0, 0, dy.repeat(2, 1).repeat(2, 2) / 4)
+        want_dx = np.zeros(shape)
+        want_dx[:, : 2 * h, : 2 * w] = a * g
+        for got, want in ((y, squares), (again, squares), (dx, want_dx)):
+            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"at {shape}")
+        assert_same(sums, np.stack([g, g * (inside - mean) * rstd]).sum((1, 2, 3)), f"sums at {shape}")
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_norm_apply_exact(kernels, isa, dtype, channels):
     for rng, shape in norm_cases(channels):
         x, residual = integers(rng, -9, 9, shape), integers(rng, -9, 9, shape)

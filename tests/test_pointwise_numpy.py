@@ -71,9 +71,13 @@ def run_fwd(kernels, isa, dtype, case, act_table, affine, residual, relu, stats)
     return both_ways(kernels, isa, dtype, call)
 
 
-def run_bwd(kernels, isa, dtype, case, finish, act_table, residual, want_dx=True, want_dweight=True):
+def run_bwd(
+    kernels, isa, dtype, case, finish, act_table, residual, want_dx=True, want_dweight=True, added_to=None
+):
     def call(run, arrays):
         dx = arrays.output(case.input) if want_dx else None
+        if added_to is not None:
+            dx[...] = store(added_to, dtype)
         dweight = arrays.flat_output((case.k, case.c)) if want_dweight else None
         sums = arrays.table_output(2, case.c) if want_dx and act_table is not None else None
         kernels.pointwise_conv_bwd(
@@ -84,7 +88,7 @@ def run_bwd(kernels, isa, dtype, case, finish, act_table, residual, want_dx=True
             None if finish is None else arrays.table(table(finish)),
             None if act_table is None else arrays.table(table(act_table)),
             None if residual is None else arrays.activation(store(residual, dtype)),
-            dx, dweight, sums,
+            dx, dweight, sums, added_to is not None,
         )  # fmt: skip
         return [array for array in (dx, dweight, sums) if array is not None]
 
@@ -180,6 +184,21 @@ def test_bwd_exact(kernels, isa, dtype, width):
             assert_same(run_bwd(kernels, isa, dtype, case, *inputs, want_dx=False)[0], dweight, "dw alone")
 
 
+@each_width
+def test_bwd_added_to_what_is_there(kernels, isa, dtype, width):
+    for seed, geometry in enumerate(GEOMETRIES):
+        case = Case(width, geometry, seed)
+        start = case.residual["dx"]
+        for finish in (None, case.finish):
+            inputs = finish, case.act, None
+            dx, dweight, sums = run_bwd(kernels, isa, dtype, case, *inputs, added_to=start)
+            g, want_dweight, terms = expected_bwd(case, *inputs)
+            want = start + case.act[0] * g
+            assert_same(value(dx, dtype), value(store(want, dtype), dtype), f"dx at {geometry}")
+            assert_same(value(dweight, dtype), value(store(want_dweight, dtype), dtype), f"dw at {geometry}")
+            assert_same(sums, terms.sum(1), f"sums at {geometry}")
+
+
 def test_nan_and_infinity_stay_at_their_pixels(kernels, isa, dtype):
     case = Case((33, 20), GEOMETRIES[0], 5)
     case.x[0, 3, 4, 16], case.x[1, 0, 0, 0] = np.nan, np.inf
@@ -221,7 +240,7 @@ def test_a_gradient_of_a_sum_is_read_in_place(kernels, isa, dtype):
     dx, dweight = arrays.output(case.input), arrays.flat_output((case.k, case.c))
     kernels.pointwise_conv_bwd(
         run, case.input, case.k, case.stride, np.broadcast_to(vector, case.output), store(case.x, dtype),
-        store(case.weight, dtype), None, None, None, None, dx, dweight, None,
+        store(case.weight, dtype), None, None, None, None, dx, dweight, None, False,
     )  # fmt: skip
     want_dx, want_dweight, _ = expected_bwd(case, None, None, None)
     assert_same(value(dx, dtype), value(store(want_dx, dtype), dtype), "dx")

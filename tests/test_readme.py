@@ -1,15 +1,17 @@
 """README.md: its code runs, its tables say what the code does, and the files it names exist."""
 
+import contextlib
 import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision_models import require_torchvision
 
 import gconv
-from gconv import backend, info
+from gconv import backend, gpu, info
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,12 +36,16 @@ def test_python_code_runs(index, ops, capsys):
     if "calls" in names:
         assert names["logits"].shape == (2, 10) and "cpu." in printed
         assert len(CODE[index].strip().splitlines()) <= 18, "the example is to stay short"
+    elif "block" in names:
+        assert names["y"].shape == (2, 256, 28, 28) and names["model"].memory == "ultra"
+    elif "UNet" in names:
+        assert names["UNet"]()(torch.randn(1, 3, 8, 8)).shape == (1, 32, 8, 8)
     else:
         assert "layer1.0.conv2+bn2+relu → fused" in printed
 
 
 def test_there_is_code():
-    assert len(CODE) == 2
+    assert len(CODE) == 4
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,11 +58,14 @@ def test_support_table(row, ops, monkeypatch):
     stem = re.match(r"`(\w+)`", name)
     op = stem[1] if stem else "grouped_conv"
     sizes = [5] if "other kernel size" in name else {int(n) for n in re.findall(r"(\d)×\d", name)} or [3]
-    device = "meta" if "not on the CPU" in name else "cpu"
+    device = "meta" if "elsewhere" in name else "cuda" if "GPU" in name else "cpu"
+    if device == "cuda" and gpu.missing_triton():
+        pytest.skip(gpu.missing_triton())
     for size, (dtype, cell) in itertools.product(sizes, zip(DTYPES, cells, strict=True)):
         groups, padding = (1, 0) if size == 1 else (4, 1)
-        x = torch.empty(1, 8, 8, 8, dtype=dtype, device=device)
-        weight = torch.empty(8, 8 // groups, size, size, dtype=dtype, device=device)
+        with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
+            x = torch.empty(1, 8, 8, 8, dtype=dtype, device=device)
+            weight = torch.empty(8, 8 // groups, size, size, dtype=dtype, device=device)
         geometry = {"stride": 1, "padding": padding, "groups": groups}
         decision = backend.choose(op, x, *([] if op == "batch_norm" else [weight]), **geometry)
         assert decision.backend == cell, f"{name}, {dtype}: the table says {cell}, choose says {decision}"
@@ -102,6 +111,6 @@ def test_paths_exist():
 def test_markers_of_the_benchmark_tables():
     from gconv.bench import readme
 
-    without = readme.update(README, [], [])
+    without = readme.update(README, [], [], [])
     assert all(without.count(marker) == 1 for pair in readme.MARKERS.values() for marker in pair)
     assert without.count("No run has been recorded yet") == len(readme.MARKERS)

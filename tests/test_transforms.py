@@ -171,11 +171,16 @@ def samples(ops):
     rstd, running = var.rsqrt(), (values(6), values(6, positive=True), torch.tensor(3))
     conv = [list(STRIDE), list(PADDING), list(DILATION), GROUPS]
     point, stride, rx = values(6, 4, 1, 1), list(STRIDE), values(*INPUT, seed=5)
+    pooled = values(*INPUT[:2], INPUT[2] // 2, INPUT[3] // 2)
     table = {
         "pointwise_conv_fwd": [
             (x, point, stride, None, None, None, False),
             (x, point, stride, None, affine, r, True),
             (x, point, [1, 1], act, affine, None, True),
+        ],
+        "pointwise_conv_fwd_into": [
+            (x, point, stride, None, affine, y, True, False, r),
+            (x, point, stride, act, None, None, False, True, r),
         ],
         "pointwise_conv_fwd_stats": [(x, point, stride, None), (x, point, [1, 1], act)],
         "pointwise_conv_bwd": [
@@ -186,10 +191,18 @@ def samples(ops):
             (dy, x, point, stride, y, finish, act4, None, True, True, False),
             (dy, x, point, stride, None, None, act4, None, False, True, True),
         ],
+        "pointwise_conv_bwd_add": [
+            (dy, x, point, stride, None, None, act4, rx, False, False),
+            (dy, x, point, stride, y, finish, act4, rx, True, True),
+        ],
         "grouped_conv_fwd": [
             (x, weight, *conv, None, None, None, False),
             (x, weight, *conv, None, affine, r, True),
             (x, weight, *conv, act, affine, None, True),
+        ],
+        "grouped_conv_fwd_into": [
+            (x, weight, *conv, None, affine, y, True, False, r),
+            (x, weight, *conv, act, None, None, False, True, r),
         ],
         "grouped_conv_fwd_stats": [(x, weight, *conv, None), (x, weight, *conv, act)],
         "grouped_conv_bwd_input": [
@@ -221,6 +234,10 @@ def samples(ops):
             (y, affine, r, None, True),
             (y, affine, r, values(2, 6, seed=3), True),
         ],
+        "batch_norm_apply_into": [
+            (y, affine, None, None, True, r),
+            (y, affine, dy, values(2, 6, seed=3), False, r),
+        ],
         "batch_norm_bwd_reduce": [
             (dy, y, mean, rstd, gamma, affine, None, False),
             (dy, y, mean, rstd, None, None, r, True),
@@ -232,6 +249,8 @@ def samples(ops):
         ],
         "batch_norm_bwd_finish": [(affine, mean, rstd, gamma, 24), (affine, mean, rstd, None, 24)],
         "batch_norm_bwd_apply": [(dy, y, finish, None, False), (dy, y, finish, r, True)],
+        "batch_norm_pool": [(x, act)],
+        "batch_norm_pool_bwd": [(pooled, x, act4, False, rx), (pooled, x, act4, True, rx)],
         "conv_bn_relu_fwd_train": [
             (x, weight, *conv, None, None, None, 1e-3, False, *(None,) * 5),
             (x, weight, *conv, gamma, beta, r, 1e-3, True, *running, beta, 0.1),
@@ -255,14 +274,20 @@ def samples(ops):
 
 
 CASES = [(name, i) for name, i in (
-    ("pointwise_conv_fwd", 3), ("pointwise_conv_fwd_stats", 2), ("pointwise_conv_bwd", 6),
-    ("grouped_conv_fwd", 3), ("grouped_conv_fwd_stats", 2), ("grouped_conv_bwd_input", 2),
-    ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 6), ("batch_norm_stats", 1), ("batch_norm_fold", 2),
-    ("batch_norm_update_running", 3), ("batch_norm_apply", 3), ("batch_norm_bwd_reduce", 3),
+    ("pointwise_conv_fwd", 3), ("pointwise_conv_fwd_into", 2), ("pointwise_conv_fwd_stats", 2),
+    ("pointwise_conv_bwd", 6), ("pointwise_conv_bwd_add", 2),
+    ("grouped_conv_fwd", 3), ("grouped_conv_fwd_into", 2), ("grouped_conv_fwd_stats", 2),
+    ("grouped_conv_bwd_input", 2), ("grouped_conv_bwd_weight", 3), ("grouped_conv_bwd", 6),
+    ("batch_norm_stats", 1), ("batch_norm_fold", 2), ("batch_norm_update_running", 3),
+    ("batch_norm_apply", 3), ("batch_norm_apply_into", 2), ("batch_norm_bwd_reduce", 3),
     ("batch_norm_bwd_reduce_pair", 2), ("batch_norm_bwd_finish", 2), ("batch_norm_bwd_apply", 2),
+    ("batch_norm_pool", 1), ("batch_norm_pool_bwd", 2),
     ("conv_bn_relu_fwd_train", 2), ("conv_bn_relu_bwd", 3),
 )]  # fmt: skip
-MUTABLE = ("batch_norm_update_running", "conv_bn_relu_fwd_train")
+MUTABLE = (
+    "batch_norm_update_running", "conv_bn_relu_fwd_train", "pointwise_conv_fwd_into",
+    "pointwise_conv_bwd_add", "grouped_conv_fwd_into", "batch_norm_apply_into", "batch_norm_pool_bwd",
+)  # fmt: skip
 ALL_CASES = [(name, i) for name, count in CASES for i in range(count)]
 
 
@@ -292,7 +317,10 @@ def test_every_op_is_sampled(ops):
 def test_opcheck(ops, name, i, memory_format):
     op, _, args = sample(ops, name, i)
     args = [
-        a.to(memory_format=memory_format) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args
+        a.to(memory_format=torch.channels_last if about.alias_info else memory_format)
+        if isinstance(a, torch.Tensor) and a.dim() == 4
+        else a
+        for a, about in zip(args, op._schema.arguments, strict=True)
     ]
     opcheck(op, tuple(args))
     if op._schema.is_mutable:

@@ -1,6 +1,6 @@
 """torchvision's models where torchvision is installed, and a list of their names and shapes where it is not.
 
-`python tests/torchvision_models.py` writes tests/data/torchvision_resnets.json from the torchvision at hand.
+`python tests/torchvision_models.py` writes tests/data/torchvision_models.json from the torchvision at hand.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+# Of the DenseNets one for each growth rate: the others differ in how many layers a block has.
 NAMES = (
     "resnet18",
     "resnet34",
@@ -21,10 +22,12 @@ NAMES = (
     "resnext101_64x4d",
     "wide_resnet50_2",
     "wide_resnet101_2",
+    "densenet121",
+    "densenet161",
 )
-DATA = Path(__file__).parent / "data" / "torchvision_resnets.json"
+DATA = Path(__file__).parent / "data" / "torchvision_models.json"
 # Models whose initial weights with seed 0 are listed too: one of each kind of block.
-SEEDED = ("resnet18", "resnext50_32x4d")
+SEEDED = ("resnet18", "resnext50_32x4d", "densenet121")
 
 CURE = "pip install --no-deps torchvision==0.28.0 pillow"
 

@@ -99,8 +99,9 @@ void apply_rows(const BatchNormApplyParams& p, int64_t ith, int64_t nth) {
   const float *a = p.affine, *b = p.affine + p.shape.c;
   const float *scale = p.residual_affine, *shift = scale == nullptr ? nullptr : scale + p.shape.c;
   const int64_t rows = p.shape.n * p.shape.h * p.shape.w;
-  // In place, the line that is written has just been read.
-  const bool stream = p.y.data != p.residual.data && streams<T>(p.y, rows, p.shape.c);
+  // In place, the line that is written has just been read: to stream it then takes longer.
+  const bool in_place = p.y.data == p.residual.data || p.y.data == p.x.data;
+  const bool stream = !in_place && streams<T>(p.y, rows, p.shape.c);
   const Share share(rows, ith, nth);
   for (int64_t r = share.begin; r < share.end; ++r) {
     const auto in = x.template group<1>(r, share.end, 0);

@@ -216,6 +216,16 @@ void store_vector(const Pass& p, const TileResult& r, const float* values, int64
   if (p.moments) row_moments<T>(values, r.pixels, moments);
 }
 
+// Asks for a tile's pixels of a tensor, which arrive while the tile is multiplied.
+template <typename T>
+GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, int64_t channel,
+                              int64_t channels) {
+  constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < channels; c += LINE)
+      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c);
+}
+
 // The pixels [first, first + pixels), packed, times the weights of a chunk, for source channels [channel,
 // channel + channels): into `results`, and after the last of them to the output.
 template <typename T>
@@ -233,6 +243,11 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
   for (int64_t v = 0; v < sums.vectors; v += 2) {
     const int64_t together = std::min<int64_t>(2, sums.vectors - v), vector = first_vector + v;
     float* out = results + (partial ? v * vector_floats : 0);
+    if (last && p.mask_act != nullptr) {
+      const int64_t at = vector * LANES, width = std::min(p.output_channels - at, together * LANES);
+      fetch_ahead<T>(p.mask_x, result.mask_at, pixels, at, width);
+      if (p.add) fetch_ahead<T>(p.output, result.output_at, pixels, at, width);
+    }
     cut.function(
         tile, together)({packed, p.weight + vector * LANES * p.source_channels + channel * together * LANES,
                          channels, out, channel > 0});

@@ -527,7 +527,8 @@ GCONV_INLINE void for_columns(const T* const* rows, int64_t count, F&& f) {
 }
 
 // Whether an output of `pixels` x `channels` should be streamed: it is larger than the caches that a reader
-// right after it would find it in, and every vector of it is aligned.
+// right after it would find it in, and every vector of it is aligned. A slice of a wider buffer goes by the
+// same rule: its reader reads the rest as well, and takes as long either way.
 template <typename T>
 inline bool streams(const Nhwc& out, int64_t pixels, int64_t channels) {
   constexpr int64_t LARGE = 4 << 20, VECTOR = LANES * static_cast<int64_t>(sizeof(T));
