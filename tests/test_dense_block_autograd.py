@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from checks import assert_same_bits
 from dense_blocks import BLOCKS, Block, assert_shared, block_input, case_id, twins
-from fused_checks import run
+from fused_checks import assert_close, compare_transforms, run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import jvp
 from torch.library import opcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,14 +129,6 @@ def test_more_layers_keep_linearly_more(ops):
 # ----------------------------------------------------------------------------------- derivatives of all kinds
 
 
-def close_to(got, want, tolerance, label=""):
-    if want is None or not want.any():
-        assert got is None or got.abs().max() < 1e-3, label
-        return
-    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
-    assert error < tolerance, f"{label}: {error:.1e}"
-
-
 @modes
 @ends
 @memories
@@ -158,9 +150,9 @@ def test_second_order(ops, training, end, memory):
 
     (_, exact), (plain, got) = both_orders(stock, torch.float64), both_orders(ours, torch.float32)
     for i, (want, value) in enumerate(zip(exact, got, strict=True)):
-        close_to(value, want, 2e-3, i)
+        assert_close(value, want, 2e-3, i)
     for i, value in enumerate(plain):
-        close_to(value, exact[i], 1e-4, i)
+        assert_close(value, exact[i], 1e-4, i)
 
 
 @ends
@@ -175,7 +167,7 @@ def test_batched_gradients(ops, end):
         tensors = [leaf, *block.parameters()]
         found.append(torch.autograd.grad(z, tensors, cotangents, is_grads_batched=True))
     for want, got in zip(*found, strict=True):
-        close_to(got, want, 1e-4)
+        assert_close(got, want, 1e-4)
 
 
 @modes
@@ -183,28 +175,10 @@ def test_function_transforms(ops, training):
     """By plain modules, as a trace says."""
     pair = twins("transforms", 6, 4, 2, width=8, end=7, training=training, track_running_stats=not training)
     x = block_input(pair[0], (2, 4, 6), "transforms").detach()
-    xs = torch.stack([x, 0.7 * x.flip(2), x.roll(1, 3)])
-
-    def loss_of(block):
-        buffers = dict(block.named_buffers())
-        return lambda p, x: functional_call(block, (p, buffers), (x,)).mul(0.3).sin().sum()
-
-    parameters = {name: p.detach() for name, p in pair[0].named_parameters()}
-    stock, ours = map(loss_of, pair)
-    for transform in (
-        lambda f: grad(f)(parameters, x),
-        lambda f: vmap(grad(f), (None, 0))(parameters, xs),
-        lambda f: {"x": vmap(grad(f, 1), (None, 0))(parameters, xs)},
-        lambda f: {"x": grad(lambda x: grad(f, 1)(parameters, x).cos().sum())(x)},
-        lambda f: {"x": jvp(lambda x: f(parameters, x), (x,), (x.flip(3),))[1]},
-    ):
-        want = transform(stock)
-        with gconv.trace() as t:
-            got = transform(ours)
-        assert "modules" in [row.kernel for row in t]
-        assert "cpu.dense_block" not in [row.kernel for row in t]
-        for name, value in want.items():
-            close_to(got[name], value, 2e-3, name)
+    with gconv.trace() as t:
+        compare_transforms(*pair, x, [lambda f, p, x: jvp(lambda x: f(p, x), (x,), (x.flip(3),))[1]])
+    kernels = [row.kernel for row in t]
+    assert "modules" in kernels and "cpu.dense_block" not in kernels
 
 
 def test_forward_mode(ops):
@@ -218,7 +192,7 @@ def test_forward_mode(ops):
                 z = block(torch.autograd.forward_ad.make_dual(x, x.flip(2)))
                 tangents.append(torch.autograd.forward_ad.unpack_dual(z).tangent)
     for tangent in tangents[1:]:
-        close_to(tangent, tangents[0], 1e-4)
+        assert_close(tangent, tangents[0], 1e-4)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
