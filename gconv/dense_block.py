@@ -297,7 +297,8 @@ def _op_bwd(dz, buffer, weights, gammas, betas, noises, kept, needs, ints, float
     conf = _unpacked(ints, floats)
     params = Params(weights, gammas, betas, [], [], noises)
     grads = call(_grads, dz, buffer, params, _kept(kept, conf), conf, tuple(needs), Alone(buffer))
-    return [dz.new_empty(0) if grad is None else grad for grad in grads]
+    # Those to gamma and beta are rows of one table; an op's outputs must not share memory.
+    return [dz.new_empty(0) if grad is None else grad if grad.dim() == 4 else grad.clone() for grad in grads]
 
 
 def _op_bwd_fake(dz, buffer, weights, gammas, betas, noises, kept, needs, ints, floats):

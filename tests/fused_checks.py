@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import KINK_MARGIN, LAYOUTS, assert_accurate, assert_same_bits, place
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 import gconv
 
@@ -208,3 +209,35 @@ def compare_draws(draws, dtype, autocast=None, steps=1):
     own = [together(results) for results in zip(*own, strict=True)]
     hold(together(exact), own, together(got), dtype)
     return got[0]
+
+
+def assert_close(got, want, tolerance, label=""):
+    """Within `tolerance` of the largest wanted value; of a want of zeros, nothing or next to it."""
+    if want is None or not want.any():
+        assert got is None or got.abs().max() < 1e-3, label
+        return
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+    assert error < tolerance, f"{label}: {error:.1e}"
+
+
+def compare_transforms(stock, ours, x, more=()):
+    """torch.func's transforms of a loss over both blocks: of the parameters, of x, per sample, twice. `more`
+    are functions of that loss, of the parameters and of x, that return a tensor."""
+    xs = torch.stack([x, 0.7 * x.flip(2), x.roll(1, 3)])
+
+    def loss_of(block):
+        buffers = dict(block.named_buffers())
+        return lambda p, x: functional_call(block, (p, buffers), (x,)).mul(0.3).sin().sum()
+
+    parameters = {name: p.detach() for name, p in stock.named_parameters()}
+    for i, transform in enumerate((
+        lambda f: grad(f)(parameters, x),
+        lambda f: vmap(grad(f), (None, 0))(parameters, xs),
+        lambda f: {"x": vmap(grad(f, 1), (None, 0))(parameters, xs)},
+        lambda f: {"x": grad(lambda x: grad(f, 1)(parameters, x).cos().sum())(x)},
+        *(lambda f, m=m: {"more": m(f, parameters, x)} for m in more),
+    )):  # fmt: skip
+        got, want = transform(loss_of(ours)), transform(loss_of(stock))
+        for name, value in want.items():
+            assert value.any(), f"{i} {name}: a wanted value of zeros proves nothing"
+            assert_close(got[name], value, 2e-3, f"{i} {name}")

@@ -8,10 +8,9 @@ import pytest
 import torch
 from bottleneck_blocks import BLOCKS, block_input, twins
 from checks import assert_same_bits
-from fused_checks import run
+from fused_checks import assert_close, compare_transforms, run
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from gconv import batch_norm as bn_module
@@ -141,11 +140,7 @@ def test_second_order_on_the_kernels(ops, training, down):
 
     exact, got = both_orders(stock, torch.float64), both_orders(ours, torch.float32)
     for i, (want, value) in enumerate(zip(exact, got, strict=True)):
-        if want is None or not want.any():
-            assert value is None or value.abs().max() < 1e-3, i
-        else:
-            error = (value.double() - want).abs().max() / want.abs().max()
-            assert error < 2e-3, f"{i}: {error:.1e}"
+        assert_close(value, want, 2e-3, i)
 
 
 @modes
@@ -153,24 +148,7 @@ def test_function_transforms(ops, training):
     channels, options, size = BLOCKS[3]
     pair = twins("transforms", channels, training=training, track_running_stats=not training, **options)
     x = block_input(pair[0], size, "transforms").detach()
-    xs = torch.stack([x, 0.7 * x.flip(2), x.roll(1, 3)])
-
-    def loss_of(block):
-        buffers = dict(block.named_buffers())
-        return lambda p, x: functional_call(block, (p, buffers), (x,)).mul(0.3).sin().sum()
-
-    parameters = {name: p.detach() for name, p in pair[0].named_parameters()}
-    stock, ours = map(loss_of, pair)
-    for transform in (
-        lambda f: grad(f)(parameters, x),
-        lambda f: vmap(grad(f), (None, 0))(parameters, xs),
-        lambda f: {"x": vmap(grad(f, 1), (None, 0))(parameters, xs)},
-        lambda f: {"x": grad(lambda x: grad(f, 1)(parameters, x).cos().sum())(x)},
-    ):
-        got, want = transform(ours), transform(stock)
-        for name, value in want.items():
-            error = (got[name] - value).abs().max() / value.abs().max()
-            assert error < 2e-3, f"{name}: {error:.1e}"
+    compare_transforms(*pair, x)
 
 
 def test_checkpoint_gives_the_same_gradients(ops):

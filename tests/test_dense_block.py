@@ -26,7 +26,8 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @blocks
 @modes
-def test_every_result_in_float32(isa, case, training):
+@pytest.mark.parametrize("dtype", [torch.float32], ids=checks.dtype_name)
+def test_every_result_in_float32(isa, case, training, dtype):
     """Three steps: running statistics move once in each."""
     shape, options, size = case
     stock, ours = twins(str(case), *shape, training=training, **options)
@@ -38,12 +39,14 @@ def test_every_result_in_float32(isa, case, training):
 
 @blocks
 @modes
-def test_what_is_kept_does_not_change_a_bit(isa, case, training):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=checks.dtype_name)
+def test_what_is_kept_does_not_change_a_bit(ops, case, training, dtype):
     shape, options, size = case
     results = []
     for memory in ("shared", "ultra"):
         _, ours = twins(str(case), *shape, training=training, memory=memory, **options)
         x = torch.randn(size[0], shape[0], *size[1:], generator=checks.generator("kept", size))
+        ours, x = ours.to(dtype), x.to(dtype)
         dz = torch.randn(copy.deepcopy(ours)(x).shape, generator=checks.generator("kept dz", size))
         results.append(run(ours, x.requires_grad_(), dz, None))
     assert_same_results(*results)
