@@ -274,7 +274,7 @@ class Conv:
         group_k, group_c = weight.shape[0] // groups, weight.shape[1]
         if transposed:
             group_k, group_c = group_c, group_k
-        self.cut = spans(x.dtype, group_c, group_k)
+        self.cut = spans(x.dtype, group_c, group_k, finish is not None)
         self.blocks = triton.cdiv(groups, self.cut.merge) * self.cut.parts
         self.packed = packed_weight(weight, groups, self.cut, transposed)
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
@@ -439,22 +439,33 @@ def configurations() -> list:
         warps = {name: value for name, value in options.items() if not name.isupper()}
         result.append((kernel, *signature(kernel, constants, **types), warps))
 
-    for dtype, cut, precision in compiled_cuts():
-        common = {"PRECISION": precision, **compiled_alignment(dtype)}
+    three = {"TAPS_H": 3, "TAPS_W": 3}
+    for dtype, cut, precision in compiled_cuts(False):
         tile = conv_tile(dtype, cut, False)
-        meta = {"ROWS": tile.rows, "TAPS_H": 3, "TAPS_W": 3, **common, **conv_meta(cut, tile)}
+        meta = {
+            "ROWS": tile.rows,
+            "PRECISION": precision,
+            **compiled_alignment(dtype),
+            **conv_meta(cut, tile),
+        }
         tensors, vectors = ("x", "weight", "y"), ("act", "partial")
-        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=True)
+        add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=False, STATS=True)
         if cut.block_k == UNIT:
             tensors, vectors = (*tensors, "residual"), ("affine",)
-            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=True, STATS=False)
+            add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=True, STATS=False)
+        meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
+        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
+    for dtype, cut, precision in compiled_cuts(True):
         tile = conv_tile(dtype, cut, True)
-        meta |= {"ROWS": tile.rows, **conv_meta(cut, tile)}
+        meta = {
+            "ROWS": tile.rows,
+            "PRECISION": precision,
+            **compiled_alignment(dtype),
+            **conv_meta(cut, tile),
+        }
         tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")
-        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
+        add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=False, STATS=False)
         if cut.block_k == UNIT:
             meta |= {"ROWS": 1, "TAPS_H": 2, "TAPS_W": 1}
             add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
-        meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
-        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
     return result
