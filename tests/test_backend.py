@@ -101,7 +101,7 @@ def test_choose_takes_our_kernel(built, dtype, stride, padding, dilation):
             "weight: want dtype float32 like x, got float16",
         ),
         ({"weight": torch.zeros(4, 4, 3, 3, device="meta")}, "weight: want device cpu like x, got meta"),
-        ({"x": torch.zeros(1, 4, 8, 8, device="meta")}, "device: want cpu, got meta"),
+        ({"x": torch.zeros(1, 4, 8, 8, device="meta")}, "device: want cpu or cuda, got meta"),
         ({"x": torch.zeros(1, 4, 8, 8).to_sparse()}, "layout: want torch.strided, got torch.sparse_coo"),
     ],
 )
