@@ -264,7 +264,8 @@ def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
     if dtype is torch.float32:
         return Tile(2 if small else 1, 32, 2 if small else 4)
     if small:
-        return Tile(4, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
+        rows = 2 if finish and cut.chunks > 1 else 4
+        return Tile(rows, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
     return Tile(2 if cut.block_c * cut.block_k <= 1024 and not finish else 1, 64, 4)
 
 

@@ -119,7 +119,7 @@ def activation(op: str, name: str, t, dtype: torch.dtype, shape):
 
 
 # Channels per group, in and out, that take every tile there is.
-WIDTHS = ((4, 4), (16, 32), (16, 64), (32, 16), (32, 32), (128, 128))
+WIDTHS = ((4, 4), (16, 32), (16, 64), (32, 16), (32, 32), (40, 16), (40, 64), (128, 128))
 
 
 def compiled_cuts(finish: bool) -> list:
@@ -130,7 +130,10 @@ def compiled_cuts(finish: bool) -> list:
         (torch.bfloat16, "ieee", WIDTHS), (torch.float16, "ieee", (WIDTHS[0], WIDTHS[-1])),
         (torch.float32, "ieee", WIDTHS), (torch.float32, "tf32", (WIDTHS[0], WIDTHS[-1])),
     ):  # fmt: skip
-        cuts = {(cut.block_c, cut.block_k): cut for cut in (spans(dtype, *w, finish) for w in widths)}
+        cuts = {
+            (cut.block_c, cut.block_k, cut.chunks > 1): cut
+            for cut in (spans(dtype, *w, finish) for w in widths)
+        }
         result += [(dtype, cut, precision) for cut in cuts.values()]
     return result
 
