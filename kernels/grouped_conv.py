@@ -147,16 +147,17 @@ def grouped_conv_fwd_kernel(
     c_tile, k_tile = tl.arange(0, BLOCK_C)[:, None] * BLOCK_K, tl.arange(0, BLOCK_K)[None, :]
 
     acc = (tl.zeros([BLOCK_M, BLOCK_K], tl.float32),) * ROWS
-    for chunk in range(CHUNKS):
-        c, c_within = span_channels(span, chunk, C, SPAN_C, BLOCK_C, ALIGN_X)
-        if act is not None:
-            a = tl.load(act + c, mask=c_within, other=0.0)[None, :]
-            b = tl.load(act + C + c, mask=c_within, other=0.0)[None, :]
-        if finish is not None:
-            A, B, offset, mean, f_a, f_b = finish_vectors(finish, c[None, :], C, c_within[None, :])
-        for j in tl.static_range(TAPS_W):
-            w_in = column * step_w + origin_w + j * dilation_w
-            w_known = known & (w_in >= 0) & (w_in < W)
+    for j in tl.static_range(TAPS_W):
+        w_in = column * step_w + origin_w + j * dilation_w
+        w_known = known & (w_in >= 0) & (w_in < W)
+        # Inside of the taps: what of them does not depend on the chunk is held in registers over this loop.
+        for chunk in range(CHUNKS):
+            c, c_within = span_channels(span, chunk, C, SPAN_C, BLOCK_C, ALIGN_X)
+            if act is not None:
+                a = tl.load(act + c, mask=c_within, other=0.0)[None, :]
+                b = tl.load(act + C + c, mask=c_within, other=0.0)[None, :]
+            if finish is not None:
+                A, B, offset, mean, f_a, f_b = finish_vectors(finish, c[None, :], C, c_within[None, :])
             # All rows first, so that their loads are under way together.
             rows = ()
             for i in tl.static_range(ROWS + TAPS_H - 1):
@@ -411,7 +412,8 @@ def grouped_conv_bwd(
 ):
     """(dx, dweight, sums), as `gconv.grouped_conv.grouped_conv_bwd_ref`."""
     conf = (stride, padding, dilation, groups)
-    dy, y = channels_adjacent(dy), None if finish is None else channels_adjacent(y)
+    dy, x = channels_adjacent(dy), channels_adjacent(x)  # copies once, if at all
+    y = None if finish is None else channels_adjacent(y)
     dx = dweight = x.new_empty(0)
     sums = x.new_empty(0, dtype=torch.float32)
     if want_dx:

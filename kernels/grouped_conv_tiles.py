@@ -85,8 +85,7 @@ def spans(dtype: torch.dtype, group_c: int, group_k: int, finish: bool = False) 
     """`finish`: whether the input is finished on load, whose six vectors take registers."""
     if dtype not in WIDEST:
         raise RuntimeError(f"grouped_conv: dtype: want float32, bfloat16 or float16, got {dtype}")
-    most_c, most_k = WIDEST[dtype]
-    most_k = 32 if finish else most_k
+    most_c, most_k = (UNIT, 32) if finish else WIDEST[dtype]
     merge = max(1, min(UNIT // group_c, UNIT // group_k))
     span_c, span_k = merge * group_c, merge * group_k
     # As few tiles of output channels as can be, for each reads the input again. Of input channels wide tiles

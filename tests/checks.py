@@ -422,7 +422,7 @@ def zero_near_kink(dy, y, a, b, margin):
 
 
 def verify_stride_0(run, args, activations, how):
-    """run(args), a dict of tensors, does not change by a bit where activations repeat elements by stride 0."""
+    """run(args), a dict of tensors, changes by no bit where activations repeat elements by stride 0."""
     expanded = {n: EXPANDED[how](args[n]) for n in activations}
     got = run({**args, **expanded})
     want = run({**args, **{n: place(t, "channels_last") for n, t in expanded.items()}})
