@@ -12,13 +12,22 @@ from gconv.kernels.verbs import multiple, pixel_offset, relu, store_statistics
 
 
 @triton.jit
-def row_offset(row, H, W, stride_n, stride_h, stride_w, ALIGN: tl.constexpr, FLAT: tl.constexpr):
-    """Where the pixels `row` of a view [N, C, H, W] begin, in elements."""
+def offsets(row, c, H, W, stride_n, stride_h, stride_w, ALIGN: tl.constexpr, FLAT: tl.constexpr):
+    """Where channels c of the pixels `row` of a view [N, C, H, W] lie, in elements: [rows, channels]."""
     if FLAT:
-        return row.to(tl.int64) * multiple(stride_w, ALIGN)
+        begin = row.to(tl.int64) * multiple(stride_w, ALIGN)
     else:
         strides_n, strides_h = multiple(stride_n, ALIGN), multiple(stride_h, ALIGN)
-        return pixel_offset(row, H, W, strides_n, strides_h, multiple(stride_w, ALIGN))
+        begin = pixel_offset(row, H, W, strides_n, strides_h, multiple(stride_w, ALIGN))
+    return begin[:, None] + c[None, :]
+
+
+@triton.jit
+def channels_of(C, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(c, C, within) of a program's block: its channels, how many there are, where c < C."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    C = multiple(C, ALIGN)
+    return c, C, c < C
 
 
 @triton.jit
@@ -35,6 +44,23 @@ def scaled(gamma, rstd, c, within):
         return r, r
     else:
         return r, tl.load(gamma + c, mask=within, other=0.0).to(tl.float64) * r
+
+
+@triton.jit
+def masked_gradient(
+    dz, x, z, row, c, valid, a, b, H, W, dz_n, dz_h, dz_w, x_n, x_h, x_w, z_n, z_h, z_w,
+    ALIGN: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """(g, x) in float32: dz where the ReLU let through, by its output z, or, z None, by a*x + b; and x."""
+    d = tl.load(dz + offsets(row, c, H, W, dz_n, dz_h, dz_w, ALIGN, FLAT), mask=valid, other=0.0)
+    v = tl.load(x + offsets(row, c, H, W, x_n, x_h, x_w, ALIGN, FLAT), mask=valid, other=0.0)
+    d, v = d.to(tl.float32), v.to(tl.float32)
+    if z is None:
+        shut = a * v + b <= 0
+    else:
+        at = offsets(row, c, H, W, z_n, z_h, z_w, ALIGN, FLAT)
+        shut = tl.load(z + at, mask=valid, other=0.0).to(tl.float32) <= 0
+    return tl.where(shut, 0.0, d), v
 
 
 @triton.jit
@@ -155,9 +181,7 @@ def batch_norm_stats_kernel(
     ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK_ROWS)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, rows)
     mean = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
@@ -166,8 +190,8 @@ def batch_norm_stats_kernel(
     for begin in range(first, last, BLOCK_ROWS):
         row = begin + lane
         valid = (row < last)[:, None]
-        at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)
-        v = tl.load(x + at[:, None] + c[None, :], mask=valid & within[None, :], other=0.0).to(tl.float32)
+        at = offsets(row, c, H, W, x_n, x_h, x_w, ALIGN, FLAT)
+        v = tl.load(x + at, mask=valid & within[None, :], other=0.0).to(tl.float32)
         delta = tl.where(valid, v - mean, 0.0)
         mean += delta * (1.0 / step)
         m2 += delta * (v - mean)
@@ -195,22 +219,20 @@ def batch_norm_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     valid = (row < rows)[:, None] & within[None, :]
-    at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)[:, None] + c[None, :]
+    at = offsets(row, c, H, W, x_n, x_h, x_w, ALIGN, FLAT)
     v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     v = row_of(affine, 0, C, c, within) * v + row_of(affine, 1, C, c, within)
     if residual is not None:
-        at = row_offset(row, H, W, residual_n, residual_h, residual_w, ALIGN, FLAT)[:, None] + c[None, :]
+        at = offsets(row, c, H, W, residual_n, residual_h, residual_w, ALIGN, FLAT)
         r = tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
         if residual_affine is not None:
             r = row_of(residual_affine, 0, C, c, within) * r + row_of(residual_affine, 1, C, c, within)
         v += r
     if RELU:
         v = relu(v)
-    at = row_offset(row, H, W, y_n, y_h, y_w, ALIGN, FLAT)[:, None] + c[None, :]
+    at = offsets(row, c, H, W, y_n, y_h, y_w, ALIGN, FLAT)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=valid)
 
 
@@ -226,14 +248,14 @@ def batch_norm_bwd_reduce_kernel(
     ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     SUMS: tl.constexpr = 2 if other_x is None else 3
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, rows)
     center = row_of(mean, 0, C, c, within)
     sum_g = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    a = tl.zeros([1, BLOCK_C], tl.float32)
+    b = a + 1.0  # masks nothing
     if affine is not None:
         a = row_of(affine, 0, C, c, within)
         b = row_of(affine, 1, C, c, within)
@@ -243,23 +265,17 @@ def batch_norm_bwd_reduce_kernel(
     for begin in range(first, last, BLOCK_ROWS):
         row = begin + tl.arange(0, BLOCK_ROWS)
         valid = (row < last)[:, None] & within[None, :]
-        at = row_offset(row, H, W, dz_n, dz_h, dz_w, ALIGN, FLAT)[:, None] + c[None, :]
-        d = tl.load(dz + at, mask=valid, other=0.0).to(tl.float32)
-        at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)[:, None] + c[None, :]
-        v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-        if z is not None:
-            at = row_offset(row, H, W, z_n, z_h, z_w, ALIGN, FLAT)[:, None] + c[None, :]
-            d = tl.where(tl.load(z + at, mask=valid, other=0.0).to(tl.float32) <= 0, 0.0, d)
-        elif affine is not None:
-            d = tl.where(a * v + b <= 0, 0.0, d)
+        d, v = masked_gradient(
+            dz, x, z, row, c, valid, a, b, H, W, dz_n, dz_h, dz_w, x_n, x_h, x_w, z_n, z_h, z_w, ALIGN, FLAT
+        )
         sum_g += d
         sum_gx += d * (v - center)
         if other_x is not None:
-            at = row_offset(row, H, W, other_n, other_h, other_w, ALIGN, FLAT)[:, None] + c[None, :]
+            at = offsets(row, c, H, W, other_n, other_h, other_w, ALIGN, FLAT)
             v = tl.load(other_x + at, mask=valid, other=0.0).to(tl.float32)
             sum_go += d * (v - other_center)
         if g is not None:
-            at = row_offset(row, H, W, g_n, g_h, g_w, ALIGN, FLAT)[:, None] + c[None, :]
+            at = offsets(row, c, H, W, g_n, g_h, g_w, ALIGN, FLAT)
             tl.store(g + at, d.to(g.dtype.element_ty), mask=valid)
     at = partial + tl.program_id(0).to(tl.int64) * (SUMS * C) + c
     store_sums(at, C, sum_g, sum_gx, rstd, c, within)
@@ -280,25 +296,18 @@ def batch_norm_bwd_apply_kernel(
     ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     valid = (row < rows)[:, None] & within[None, :]
-    at = row_offset(row, H, W, dz_n, dz_h, dz_w, ALIGN, FLAT)[:, None] + c[None, :]
-    d = tl.load(dz + at, mask=valid, other=0.0).to(tl.float32)
-    at = row_offset(row, H, W, x_n, x_h, x_w, ALIGN, FLAT)[:, None] + c[None, :]
-    v = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    if z is not None:
-        at = row_offset(row, H, W, z_n, z_h, z_w, ALIGN, FLAT)[:, None] + c[None, :]
-        d = tl.where(tl.load(z + at, mask=valid, other=0.0).to(tl.float32) <= 0, 0.0, d)
-    else:
-        d = tl.where(row_of(finish, 4, C, c, within) * v + row_of(finish, 5, C, c, within) <= 0, 0.0, d)
+    a, b = row_of(finish, 4, C, c, within), row_of(finish, 5, C, c, within)
+    d, v = masked_gradient(
+        dz, x, z, row, c, valid, a, b, H, W, dz_n, dz_h, dz_w, x_n, x_h, x_w, z_n, z_h, z_w, ALIGN, FLAT
+    )
     if g is not None:
-        at = row_offset(row, H, W, g_n, g_h, g_w, ALIGN, FLAT)[:, None] + c[None, :]
+        at = offsets(row, c, H, W, g_n, g_h, g_w, ALIGN, FLAT)
         tl.store(g + at, d.to(g.dtype.element_ty), mask=valid)
     v = row_of(finish, 1, C, c, within) * (v - row_of(finish, 3, C, c, within))
     v += row_of(finish, 0, C, c, within) * d + row_of(finish, 2, C, c, within)
-    at = row_offset(row, H, W, dx_n, dx_h, dx_w, ALIGN, FLAT)[:, None] + c[None, :]
+    at = offsets(row, c, H, W, dx_n, dx_h, dx_w, ALIGN, FLAT)
     tl.store(dx + at, v.to(dx.dtype.element_ty), mask=valid)
 
 
@@ -313,9 +322,7 @@ def batch_norm_pool_kernel(
     ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     square = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     valid = (square < squares)[:, None] & within[None, :]
     a = row_of(affine, 0, C, c, within)
     b = row_of(affine, 1, C, c, within)
@@ -343,9 +350,7 @@ def batch_norm_pool_bwd_kernel(
     dy, x, act, dx, y, partial, squares, slab, C, H, W, dy_n, dy_h, dy_w, x_n, x_h, x_w, dx_n, dx_h, dx_w,
     y_n, y_h, y_w, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = multiple(C, ALIGN)
-    within = c < C
+    c, C, within = channels_of(C, ALIGN, BLOCK_C)
     first = tl.program_id(0) * slab
     last = tl.minimum(first + slab, squares)
     a = row_of(act, 0, C, c, within)

@@ -9,7 +9,7 @@ import test_batch_norm as of_cpu
 import torch
 from checks import assert_accurate, assert_exact, assert_same_bits, place
 from test_batch_norm import Data
-from triton_cases import OnDevice, dtypes, on_triton
+from triton_cases import dtypes, no_isa, on_triton, ops_on_device  # noqa: F401
 
 import gconv
 from gconv.batch_norm import batch_norm_pool_bwd_ref, batch_norm_pool_ref
@@ -21,17 +21,6 @@ SHAPES = (
     (2, 1, 7, 5), (2, 5, 1, 7), (2, 24, 9, 8), (1, 33, 1, 2), (2, 130, 4, 7),
 )  # fmt: skip
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-
-
-@pytest.fixture
-def ops(triton_backend):
-    return OnDevice(triton_backend)
-
-
-@pytest.fixture
-def isa():
-    """The one "instruction set" of this backend, as the tests of the C++ ops ask for one."""
-    return "triton"
 
 
 test_apply = on_triton(of_cpu.test_apply, shape=SHAPES)

@@ -137,12 +137,12 @@ def covering(entries):
     return list(largest.values())
 
 
-_work = []  # (stem, entry, arch), inherited by the processes that compile
+_work = []  # (stems, entry, arch), inherited by the processes that compile
 
 
 def _compile(i):
-    stem, entry, arch = _work[i]
-    return {"stem": stem, **compiled(entry, arch)}
+    stems, entry, arch = _work[i]
+    return {"stems": stems, **compiled(entry, arch)}
 
 
 def compile_all(stems, only_covering, jobs, maxnreg):
@@ -155,7 +155,8 @@ def compile_all(stems, only_covering, jobs, maxnreg):
         for entry in entries:
             entry = (*entry[:3], entry[3] | more)
             for arch in SHARED:
-                work.setdefault(repr((entry[0].__name__, *entry[1:], arch)), (stem, entry, arch))
+                key = repr((entry[0].__name__, *entry[1:], arch))
+                work.setdefault(key, ([], entry, arch))[0].append(stem)
     _work.extend(work.values())
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile, range(len(_work))))

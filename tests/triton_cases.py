@@ -42,6 +42,18 @@ class OnDevice:
         return run
 
 
+@pytest.fixture(name="ops")
+def ops_on_device(triton_backend):
+    """In a module that imports it: the ops as the Triton kernels run them."""
+    return OnDevice(triton_backend)
+
+
+@pytest.fixture(name="isa")
+def no_isa():
+    """The one "instruction set" of this backend, as the tests of the C++ ops ask for one."""
+    return "triton"
+
+
 def on_triton(test, **values):
     """`test`, of the C++ ops by the fixtures `ops` and `isa`, for the Triton kernels: with these values of
     its parameters in the place of its own, and `DTYPES`."""
