@@ -147,16 +147,17 @@ def grouped_conv_fwd_kernel(
     c_tile, k_tile = tl.arange(0, BLOCK_C)[:, None] * BLOCK_K, tl.arange(0, BLOCK_K)[None, :]
 
     acc = (tl.zeros([BLOCK_M, BLOCK_K], tl.float32),) * ROWS
-    for chunk in range(CHUNKS):
-        c, c_within = span_channels(span, chunk, C, SPAN_C, BLOCK_C, ALIGN_X)
-        if act is not None:
-            a = tl.load(act + c, mask=c_within, other=0.0)[None, :]
-            b = tl.load(act + C + c, mask=c_within, other=0.0)[None, :]
-        if finish is not None:
-            A, B, offset, mean, f_a, f_b = finish_vectors(finish, c[None, :], C, c_within[None, :])
-        for j in tl.static_range(TAPS_W):
-            w_in = column * step_w + origin_w + j * dilation_w
-            w_known = known & (w_in >= 0) & (w_in < W)
+    for j in tl.static_range(TAPS_W):
+        w_in = column * step_w + origin_w + j * dilation_w
+        w_known = known & (w_in >= 0) & (w_in < W)
+        # Inside of the taps: what of them does not depend on the chunk is held in registers over this loop.
+        for chunk in range(CHUNKS):
+            c, c_within = span_channels(span, chunk, C, SPAN_C, BLOCK_C, ALIGN_X)
+            if act is not None:
+                a = tl.load(act + c, mask=c_within, other=0.0)[None, :]
+                b = tl.load(act + C + c, mask=c_within, other=0.0)[None, :]
+            if finish is not None:
+                A, B, offset, mean, f_a, f_b = finish_vectors(finish, c[None, :], C, c_within[None, :])
             # All rows first, so that their loads are under way together.
             rows = ()
             for i in tl.static_range(ROWS + TAPS_H - 1):
@@ -274,7 +275,7 @@ class Conv:
         group_k, group_c = weight.shape[0] // groups, weight.shape[1]
         if transposed:
             group_k, group_c = group_c, group_k
-        self.cut = spans(x.dtype, group_c, group_k)
+        self.cut = spans(x.dtype, group_c, group_k, finish is not None)
         self.blocks = triton.cdiv(groups, self.cut.merge) * self.cut.parts
         self.packed = packed_weight(weight, groups, self.cut, transposed)
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
@@ -411,7 +412,8 @@ def grouped_conv_bwd(
 ):
     """(dx, dweight, sums), as `gconv.grouped_conv.grouped_conv_bwd_ref`."""
     conf = (stride, padding, dilation, groups)
-    dy, y = channels_adjacent(dy), None if finish is None else channels_adjacent(y)
+    dy, x = channels_adjacent(dy), channels_adjacent(x)  # copies once, if at all
+    y = None if finish is None else channels_adjacent(y)
     dx = dweight = x.new_empty(0)
     sums = x.new_empty(0, dtype=torch.float32)
     if want_dx:
@@ -439,22 +441,33 @@ def configurations() -> list:
         warps = {name: value for name, value in options.items() if not name.isupper()}
         result.append((kernel, *signature(kernel, constants, **types), warps))
 
-    for dtype, cut, precision in compiled_cuts():
-        common = {"PRECISION": precision, **compiled_alignment(dtype)}
+    three = {"TAPS_H": 3, "TAPS_W": 3}
+    for dtype, cut, precision in compiled_cuts(False):
         tile = conv_tile(dtype, cut, False)
-        meta = {"ROWS": tile.rows, "TAPS_H": 3, "TAPS_W": 3, **common, **conv_meta(cut, tile)}
+        meta = {
+            "ROWS": tile.rows,
+            "PRECISION": precision,
+            **compiled_alignment(dtype),
+            **conv_meta(cut, tile),
+        }
         tensors, vectors = ("x", "weight", "y"), ("act", "partial")
-        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=True)
+        add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=False, STATS=True)
         if cut.block_k == UNIT:
             tensors, vectors = (*tensors, "residual"), ("affine",)
-            add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=True, STATS=False)
+            add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=True, STATS=False)
+        meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
+        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
+    for dtype, cut, precision in compiled_cuts(True):
         tile = conv_tile(dtype, cut, True)
-        meta |= {"ROWS": tile.rows, **conv_meta(cut, tile)}
+        meta = {
+            "ROWS": tile.rows,
+            "PRECISION": precision,
+            **compiled_alignment(dtype),
+            **conv_meta(cut, tile),
+        }
         tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")
-        add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
+        add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=False, STATS=False)
         if cut.block_k == UNIT:
             meta |= {"ROWS": 1, "TAPS_H": 2, "TAPS_W": 1}
             add(grouped_conv_fwd_kernel, dtype, meta, tensors, vectors, RELU=False, STATS=False)
-        meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
-        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
     return result

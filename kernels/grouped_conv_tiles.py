@@ -77,24 +77,22 @@ class Spans(NamedTuple):
 
 
 UNIT = 16  # channels that a matrix unit takes at least
-WIDEST = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # tiles of channels
+# The widest tiles of input and of output channels: wider ones would leave too few registers.
+WIDEST = {torch.float32: (32, 32), torch.bfloat16: (32, 64), torch.float16: (32, 64)}
 
 
-def spans(dtype: torch.dtype, group_c: int, group_k: int) -> Spans:
+def spans(dtype: torch.dtype, group_c: int, group_k: int, finish: bool = False) -> Spans:
+    """`finish`: whether the input is finished on load, whose six vectors take registers."""
     if dtype not in WIDEST:
         raise RuntimeError(f"grouped_conv: dtype: want float32, bfloat16 or float16, got {dtype}")
+    most_c, most_k = (UNIT, 32) if finish else WIDEST[dtype]
     merge = max(1, min(UNIT // group_c, UNIT // group_k))
     span_c, span_k = merge * group_c, merge * group_k
-    sizes = [size for size in (64, 32, UNIT) if size <= WIDEST[dtype]]
-
-    # The widest tile of input channels that adds a third of zeros at most: wide loads save more than zeros
-    # cost.
-    def padded(size):
-        return triton.cdiv(span_c, size) * size
-
-    block_c = next(s for s in sizes if 3 * padded(s) <= 4 * span_c or padded(s) == padded(UNIT))
-    # As few tiles of output channels as can be, for each reads the input again.
-    block_k = max(UNIT, min(WIDEST[dtype], triton.next_power_of_2(span_k)))
+    # As few tiles of output channels as can be, for each reads the input again. Of input channels wide tiles
+    # that add a third of zeros at most: wide loads save more than zeros cost.
+    wide = triton.cdiv(span_c, most_c) * most_c
+    block_c = most_c if 3 * wide <= 4 * span_c or wide == triton.cdiv(span_c, UNIT) * UNIT else UNIT
+    block_k = max(UNIT, min(most_k, triton.next_power_of_2(span_k)))
     dot_tile(block_c, block_k)
     return Spans(merge, span_c, span_k, block_c, block_k)
 
@@ -121,12 +119,10 @@ def activation(op: str, name: str, t, dtype: torch.dtype, shape):
 
 
 # Channels per group, in and out, that take every tile there is.
-WIDTHS = (
-    (4, 4), (24, 24), (16, 32), (32, 16), (16, 64), (64, 16), (32, 64), (64, 32), (128, 128),
-)  # fmt: skip
+WIDTHS = ((4, 4), (16, 32), (16, 64), (32, 16), (32, 32), (128, 128))
 
 
-def compiled_cuts() -> list:
+def compiled_cuts(finish: bool) -> list:
     """(dtype, cut, precision of tl.dot) for ahead-of-time compilation: every tile for bfloat16 and float32,
     the narrowest and the widest for what differs from them in the matrix unit only."""
     result = []
@@ -134,7 +130,7 @@ def compiled_cuts() -> list:
         (torch.bfloat16, "ieee", WIDTHS), (torch.float16, "ieee", (WIDTHS[0], WIDTHS[-1])),
         (torch.float32, "ieee", WIDTHS), (torch.float32, "tf32", (WIDTHS[0], WIDTHS[-1])),
     ):  # fmt: skip
-        cuts = {(cut.block_c, cut.block_k): cut for cut in (spans(dtype, *width) for width in widths)}
+        cuts = {(cut.block_c, cut.block_k): cut for cut in (spans(dtype, *w, finish) for w in widths)}
         result += [(dtype, cut, precision) for cut in cuts.values()]
     return result
 

@@ -7,35 +7,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gconv.kernels.grouped_conv_tiles import (
-    UNIT,
-    Spans,
-    activation,
-    band_lanes,
-    band_rows,
-    coefficients,
-    compiled_alignment,
-    compiled_cuts,
-    image_offset,
-    replaced,
-    span_channels,
-    spans,
-)
-from gconv.kernels.verbs import (
-    POINTERS,
-    activated,
-    alignment,
-    channels_adjacent,
-    check,
-    dot_precision,
-    dot_tile,
-    finish_vectors,
-    finished,
-    launch,
-    merge_sums,
-    pixel_strides,
-    signature,
-)
+from gconv.kernels import grouped_conv_tiles as tiling
+from gconv.kernels import verbs
+from gconv.kernels.grouped_conv_tiles import UNIT, Spans, band_lanes, image_offset, replaced, span_channels
+from gconv.kernels.verbs import activated, finish_vectors, finished
 
 from gconv.grouped_conv import conv_output_size
 
@@ -138,10 +113,10 @@ def wgrad_tile(dtype: torch.dtype, cut: Spans) -> WgradTile:
             return WgradTile(1, 3, 16, UNIT, UNIT, 2, 2048)
         return WgradTile(4, 3, 16, UNIT, UNIT, 1, 4096)  # more warps would compute the same 16x16 results
     # One row of taps at a time: three would not leave registers enough.
-    block_c, block_k = min(cut.block_c, 32), min(cut.block_k, 32)
+    block_c, block_k = (max(UNIT, min(32, triton.next_power_of_2(s))) for s in (cut.span_c, cut.span_k))
     if dtype is torch.float32:
         return WgradTile(1, 1, 16, block_c, block_k, 4, 1024)
-    if cut.block_c == 64 and cut.block_k == 64:
+    if cut.span_c > 32 and cut.span_k > 32:
         return WgradTile(1, 1, 32, 64, 64, 4, 1024)
     return WgradTile(1, 1, 32, block_c, block_k, block_c // UNIT, 2048)
 
@@ -164,15 +139,15 @@ def grouped_conv_bwd_weight(
     dweight = torch.empty(tuple(weight_size), dtype=x.dtype, device=x.device, memory_format=memory_format)
     op, size = "grouped_conv_bwd_weight", conv_output_size(x, dweight, stride, padding, dilation)
     (n, c, h, w), (_, k, oh, ow) = x.shape, size
-    check(op, "weight_size", dweight, x.dtype, (k, c // groups, 3, 3))
-    x, dy = channels_adjacent(x), activation(op, "dy", dy, x.dtype, size)
-    y = activation(op, "y", None if finish is None else y, x.dtype, size)
-    act, finish = coefficients(op, "act", act, 2, c), coefficients(op, "finish", finish, 6, k)
+    verbs.check(op, "weight_size", dweight, x.dtype, (k, c // groups, 3, 3))
+    x, dy = verbs.channels_adjacent(x), tiling.activation(op, "dy", dy, x.dtype, size)
+    y = tiling.activation(op, "y", None if finish is None else y, x.dtype, size)
+    act, finish = tiling.coefficients(op, "act", act, 2, c), tiling.coefficients(op, "finish", finish, 6, k)
     group_k, group_c = k // groups, c // groups
-    cut = spans(x.dtype, group_c, group_k)
+    cut = tiling.spans(x.dtype, group_c, group_k)
     tile = wgrad_tile(x.dtype, cut)
-    dot_tile(tile.block_c, tile.block_k, tile.block_m)
-    rows = band_rows(1 if tile.taps_h == 1 else tile.rows, stride[0], dilation[0], oh)
+    verbs.dot_tile(tile.block_c, tile.block_k, tile.block_m)
+    rows = tiling.band_rows(1 if tile.taps_h == 1 else tile.rows, stride[0], dilation[0], oh)
     bands = triton.cdiv(oh, rows)
     tiles = triton.cdiv(n * bands * ow, tile.block_m)
     meta = wgrad_meta(cut, tile)
@@ -182,19 +157,19 @@ def grouped_conv_bwd_weight(
     partial = torch.empty((splits, dweight.numel()), dtype=torch.float32, device=x.device)
     # A partial result is laid out as dweight is.
     strides = (9 * group_c, 1, group_c) if channels_last else (9 * group_c, 9, 1)
-    dy_strides, finish_strides, x_strides = pixel_strides(dy), pixel_strides(y), pixel_strides(x)
+    dy_strides, finish_strides, x_strides = (verbs.pixel_strides(t) for t in (dy, y, x))
     if splits > 0:
-        launch(
+        verbs.launch(
             grouped_conv_bwd_weight_kernel, (splits * blocks,),
             dy, y, finish, x, act, partial,
             tiles, tiles_per_split, blocks, n, h, w, c, oh, ow, k, bands,
             *dy_strides, *finish_strides, *x_strides, *stride, *padding, *dilation,
             dweight.numel(), group_c, group_k, *strides,
             ROWS=rows,
-            ALIGN_X=alignment(c, *x_strides), ALIGN_Y=alignment(k, *dy_strides, *finish_strides),
-            PRECISION=dot_precision(x), **meta,
+            ALIGN_X=verbs.alignment(c, *x_strides), ALIGN_Y=verbs.alignment(k, *dy_strides, *finish_strides),
+            PRECISION=verbs.dot_precision(x), **meta,
         )  # fmt: skip
-    merge_sums(partial, dweight, wide=False)
+    verbs.merge_sums(partial, dweight, wide=False)
     return dweight
 
 
@@ -202,12 +177,12 @@ def wgrad_configurations() -> list:
     """(kernel, signature, constexprs, options) of every tile and dtype that the launcher may pick."""
     result = []
     kernel = grouped_conv_bwd_weight_kernel
-    for dtype, cut, precision in compiled_cuts():
+    for dtype, cut, precision in tiling.compiled_cuts(False):
         tile = wgrad_tile(dtype, cut)
-        constants = {"PRECISION": precision, **wgrad_meta(cut, tile), **compiled_alignment(dtype)}
+        constants = {"PRECISION": precision, **wgrad_meta(cut, tile), **tiling.compiled_alignment(dtype)}
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        types = dict.fromkeys(("dy", "finish_y", "x"), POINTERS[dtype])
+        types = dict.fromkeys(("dy", "finish_y", "x"), verbs.POINTERS[dtype])
         types |= dict.fromkeys(("finish", "act", "partial"), "*fp32")
         types |= dict.fromkeys(kernel.do_not_specialize, "i32")
-        result.append((kernel, *signature(kernel, {"ROWS": tile.rows, **constants}, **types), options))
+        result.append((kernel, *verbs.signature(kernel, {"ROWS": tile.rows, **constants}, **types), options))
     return result

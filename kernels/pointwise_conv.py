@@ -264,8 +264,8 @@ class Tile(NamedTuple):
 # 8.0 has.
 WIDE = Tile(128, 128, 64, 8, 3)  # the tensor cores' favourite: 64 operations per byte from L2
 WIDE_FINISH = Tile(128, 128, 32, 8, 3)  # a third operand in shared memory
-NARROW = Tile(128, 64, 64, 4, 3)  # at most 64 columns: wider tiles would compute zeros
-NARROW_FINISH = Tile(128, 64, 32, 4, 3)
+NARROW = Tile(128, 64, 64, 8, 3)  # at most 64 columns: wider tiles would compute zeros
+NARROW_FINISH = Tile(128, 64, 32, 8, 3)
 SMALL = Tile(64, 64, 64, 4, 3)  # wider tiles would leave multiprocessors idle
 SMALL_FINISH = Tile(64, 64, 32, 4, 3)
 FLOAT32 = Tile(64, 64, 16, 4, 3)  # not as TF32: operands of FMAs share the registers with the accumulators
@@ -286,11 +286,14 @@ def _fitted(tile: Tile, dtype: torch.dtype, precision: str) -> Tile:
     return Tile(tile.BLOCK_M, 64, tile.BLOCK_K // 2, tile.BLOCK_M // 16, tile.num_stages)
 
 
-def rows_tile(dtype: torch.dtype, precision: str, M: int, N: int, finish: bool) -> Tile:
-    """The tile of a product with M pixels as rows and N channels as columns."""
+def rows_tile(
+    dtype: torch.dtype, precision: str, M: int, N: int, finish: bool = False, add: bool = False
+) -> Tile:
+    """The tile of a product with M pixels as rows and N channels as columns. What is added in place has two
+    more tiles in registers, for which a wide one leaves no room."""
     if triton.cdiv(M, 128) * triton.cdiv(N, 128 if N > 64 else 64) < BUSY:
         tile = SMALL_FINISH if finish else SMALL
-    elif N <= 64:
+    elif N <= 64 or add:
         tile = NARROW_FINISH if finish else NARROW
     else:
         tile = WIDE_FINISH if finish else WIDE
@@ -355,7 +358,7 @@ def _forward(op: str, x, weight, stride, act, affine, residual, relu, stats: boo
         residual = verbs.channels_adjacent(residual)
     M = N * OH * OW
     precision = verbs.dot_precision(x)
-    tile = rows_tile(x.dtype, precision, M, K, finish=False)
+    tile = rows_tile(x.dtype, precision, M, K)
     tiles = triton.cdiv(M, tile.BLOCK_M)
     partial = verbs.statistics_scratch(x, tiles, K) if stats else None
     strides = [s for t in (x, residual, y) for s in verbs.pixel_strides(t)]
@@ -413,7 +416,7 @@ class _Gradient:
         """Writes dx; returns the sums, of shape [0] without act."""
         x = None if self.act is None else self.x
         M, C, K, (_, _, OH, OW) = self.M, self.C, self.K, self.size
-        tile = rows_tile(dx.dtype, self.precision, M, C, self.finish is not None)
+        tile = rows_tile(dx.dtype, self.precision, M, C, self.finish is not None, add)
         tiles = triton.cdiv(M, tile.BLOCK_M)
         sums = dx.new_empty(0 if x is None else (2, C), dtype=torch.float32)
         partial = None if x is None else dx.new_empty((tiles, 2, C), dtype=torch.float32)
@@ -518,6 +521,8 @@ def configurations() -> list:
                 ((), (), False, 1), (("residual",), (), False, 1), ((), (), False, 2),
                 (("x",), ("act", "partial"), False, 1), (("x",), ("act", "partial"), True, 1),
             ):  # fmt: skip
+                if accumulate and how[1].BLOCK_N > 64:
+                    continue  # never picked
                 named, floats = ("dy", "weight", "dx", *given, *tensors), (*vectors, *floats)
                 constants = {"ADD": accumulate, "STRIDE_H": stride, "STRIDE_W": stride}
                 add(pointwise_conv_bwd_input_kernel, *how, named, floats, **constants)

@@ -62,6 +62,12 @@ def build(sanitize=False):
         return build_in(folder, command, flags, sources)
 
 
+def built_for_the_extension(source):
+    """The object that the extension's build, with the same flags, left of a kernel source, or None."""
+    found = (ROOT / "build").glob(f"temp.*/{source.relative_to(ROOT).with_suffix('.o')}")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def build_in(folder, command, flags, sources):
     target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     note = folder / "command.txt"
@@ -72,6 +78,9 @@ def build_in(folder, command, flags, sources):
     headers = [path for inner in ("csrc", "csrc/cpu") for path in (ROOT / inner).glob("*.h")]
 
     def compile_one(source):
+        built = built_for_the_extension(source)
+        if built is not None and "-O3" in flags and newer(built, [source, *headers]):
+            return built
         result = folder / f"{source.stem}.o"
         if not newer(result, [source, *headers]):
             subprocess.run([*command, "-c", source, "-o", result], check=True)

@@ -352,6 +352,15 @@ def ref_bn_bwd_apply(work, dz, x, finish, z):
 # ------------------------------------------------------------------------------------------------
 # data
 
+# Tensors of the same shape that repeat some of their elements: stride 0.
+EXPANDED = {
+    "scalar": lambda t: t[:1, :1, :1, :1].expand(t.shape),
+    "batch": lambda t: t[:1].expand(t.shape),
+    "channel": lambda t: t[:, :1].expand(t.shape),
+    "pixel": lambda t: t[:, :, :1, :1].expand(t.shape),
+    "row": lambda t: t[:, :, :, :1].expand(t.shape),
+}
+
 LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_nchw", "stepped", "transposed")
 
 
@@ -410,3 +419,12 @@ def zero_near_kink(dy, y, a, b, margin):
     """`dy` with zeros where a·y + b is within `margin` of 0: there either side of ReLU is a right answer."""
     near = (channel(a.double()) * y.double() + channel(b.double())).abs() < margin
     return torch.where(near, torch.zeros((), dtype=dy.dtype), dy)
+
+
+def verify_stride_0(run, args, activations, how):
+    """run(args), a dict of tensors, changes by no bit where activations repeat elements by stride 0."""
+    expanded = {n: EXPANDED[how](args[n]) for n in activations}
+    got = run({**args, **expanded})
+    want = run({**args, **{n: place(t, "channels_last") for n, t in expanded.items()}})
+    for name in want:
+        assert_same_bits(got[name], want[name], name)

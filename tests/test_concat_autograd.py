@@ -222,7 +222,7 @@ def test_export_and_fx_and_jit_trace():
 def test_a_slot_that_a_traced_layer_does_not_know_stays_unwritten():
     layer, concat = gconv.Conv2d(3, 4, 3, padding=1), gconv.Concat(4)
     y = torch.fx.symbolic_trace(layer)(image(), concat[0])
-    assert torch.equal(y, layer(image()))
+    assert torch.allclose(y, layer(image()), atol=1e-5)
     with pytest.raises(RuntimeError, match="slot 0 is not"):
         concat.read()
 

@@ -8,7 +8,7 @@ import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DTYPES, ISAS, assert_accurate, assert_exact, assert_same_bits, place
+from checks import DTYPES, EXPANDED, ISAS, assert_accurate, assert_exact, assert_same_bits, place
 from conv_cases import CASES, VERIFY, Case
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -210,26 +210,12 @@ def test_weight_layout_at_every_width_of_a_group(isa, ops, dtype, width):
         assert torch.equal(dx, want_dx.to(dtype)), layout
 
 
-EXPANDED = {
-    "scalar": lambda t: t[:1, :1, :1, :1].expand(t.shape),
-    "batch": lambda t: t[:1].expand(t.shape),
-    "channel": lambda t: t[:, :1].expand(t.shape),
-    "pixel": lambda t: t[:, :, :1, :1].expand(t.shape),
-    "row": lambda t: t[:, :, :, :1].expand(t.shape),
-}
-
-
 @core
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 @pytest.mark.parametrize("how", EXPANDED)
 def test_stride_0(isa, ops, case, dtype, how):
     """y.sum().backward() hands over a gradient of stride 0, broadcasting hands over the rest."""
-    args = all_args(case, dtype)
-    expanded = {n: EXPANDED[how](args[n]) for n in ACTIVATIONS}
-    got = all_ops(ops, {**args, **expanded})
-    want = all_ops(ops, {**args, **{n: place(t, "channels_last") for n, t in expanded.items()}})
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
+    checks.verify_stride_0(lambda args: all_ops(ops, args), all_args(case, dtype), ACTIVATIONS, how)
 
 
 @pytest.mark.parametrize("kind", ["integer", "normal"])

@@ -425,6 +425,20 @@ def run_norm_apply(kernels, isa, dtype, x, affine, residual, residual_affine, re
     return both_ways(kernels, isa, dtype, call)[0]
 
 
+def run_norm_pool(kernels, isa, dtype, x, dy, coefficients):
+    def call(run, arrays):
+        stored = arrays.activation(store(x, dtype))
+        y, again, dx = arrays.output(dy.shape), arrays.output(dy.shape), arrays.output(x.shape)
+        sums = arrays.table_output(2, x.shape[3])
+        kernels.batch_norm_pool(run, x.shape, stored, arrays.table(table(coefficients[:2])), y)
+        gradient = arrays.activation(store(dy, dtype))
+        act_table = arrays.table(table(coefficients))
+        kernels.batch_norm_pool_bwd(run, x.shape, gradient, stored, act_table, dx, sums, again)
+        return [y, again, dx, sums]
+
+    return both_ways(kernels, isa, dtype, call)
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_norm_pool_exact(kernels, isa, dtype, channels):
     rng = np.random.default_rng(channels)
@@ -433,18 +447,7 @@ def test_norm_pool_exact(kernels, isa, dtype, channels):
         x, dy = integers(rng, -5, 5, shape), 4 * integers(rng, -4, 4, (shape[0], h, w, channels))
         rows = [integers(rng, low, high, channels) for low, high in ((-2, 2), (-3, 3), (-1, 1))]
         coefficients = np.stack([*rows, 2.0 ** integers(rng, -1, 1, channels)])
-
-        def call(run, arrays, shape=shape, x=x, dy=dy, coefficients=coefficients):
-            stored = arrays.activation(store(x, dtype))
-            y, again, dx = arrays.output(dy.shape), arrays.output(dy.shape), arrays.output(shape)
-            sums = arrays.table_output(2, channels)
-            kernels.batch_norm_pool(run, shape, stored, arrays.table(table(coefficients[:2])), y)
-            gradient = arrays.activation(store(dy, dtype))
-            act_table = arrays.table(table(coefficients))
-            kernels.batch_norm_pool_bwd(run, shape, gradient, stored, act_table, dx, sums, again)
-            return [y, again, dx, sums]
-
-        y, again, dx, sums = both_ways(kernels, isa, dtype, call)
+        y, again, dx, sums = run_norm_pool(kernels, isa, dtype, x, dy, coefficients)
         a, b, mean, rstd = coefficients
         inside = x[:, : 2 * h, : 2 * w]
         squares = np.maximum(a * inside + b, 0).reshape(shape[0], h, 2, w, 2, channels).mean((2, 4))

@@ -8,8 +8,29 @@ import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DTYPES, ISAS, assert_accurate, assert_channels_last, assert_exact, assert_same_bits, place
-from pointwise_cases import ACTIVATIONS, CORE, EXPANDED, VERIFY, all_args, all_ops, as_grouped, case_of
+from checks import (
+    DTYPES,
+    EXPANDED,
+    ISAS,
+    assert_accurate,
+    assert_same_bits,
+    place,
+)
+from pointwise_cases import (
+    ACTIVATIONS,
+    BAD_BWD,
+    CORE,
+    VERIFY,
+    all_args,
+    all_ops,
+    as_grouped,
+    case_of,
+    verify_both,
+    verify_bwd_refuses,
+    verify_layout,
+    verify_residual,
+    verify_stride_0,
+)  # fmt: skip
 
 import gconv
 from gconv.functional import pointwise_conv
@@ -89,22 +110,7 @@ def test_error_of_a_weight_gradient_over_many_pixels(isa, ops):
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_both_gradients_are_those_alone(isa, ops, case):
     """Bit for bit; only what is wanted is computed."""
-    dtype = checks.rotate(DTYPES, str(case), "both")
-    a = all_args(case, dtype)
-    base = a["dy"], a["x"], a["w"], a["stride"]
-    channels_last = case.cin % 2 == 0
-    for rest in (
-        (None, None, None, None),
-        (a["y"], a["finish"], a["act"], None),
-        (a["y"], a["finish"], None, a["dresidual"]),
-    ):
-        both = ops.pointwise_conv_bwd(*base, *rest, True, True, channels_last)
-        assert both[2].shape == ((0,) if rest[2] is None else (2, case.cin))
-        for wanted in ((True, False), (False, True), (False, False)):
-            got = ops.pointwise_conv_bwd(*base, *rest, *wanted, channels_last)
-            for tensor, want, there in zip(got, both, (*wanted, wanted[0]), strict=True):
-                assert_same_bits(tensor, want if there else want.new_empty(0))
-                assert tensor.stride() == (want.stride() if there else (1,))
+    verify_both(ops, case, checks.rotate(DTYPES, str(case), "both"))
 
 
 @each_isa
@@ -112,14 +118,7 @@ def test_both_gradients_are_those_alone(isa, ops, case):
 @pytest.mark.parametrize("finish", [False, True])
 @core
 def test_residual_joins_dx_before_it_is_rounded(isa, ops, case, dtype, finish):
-    a = all_args(case, dtype, "integer")
-    gradient = (a["y"], a["finish"]) if finish else (None, None)
-    base = a["dy"], a["w"], case.input_size, *case.geometry
-    exact = checks.ref_bwd_input(torch.float64, *base, *gradient, None, None)[0] + a["dresidual"].double()
-    args = a["dy"], a["x"], a["w"], a["stride"], *gradient, None, a["dresidual"]
-    dx, _, _ = ops.pointwise_conv_bwd(*args, True, False, False)
-    assert_exact(dx, exact)
-    assert_channels_last(dx)
+    verify_residual(ops, case, dtype, finish)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,17 +129,7 @@ def test_residual_joins_dx_before_it_is_rounded(isa, ops, case, dtype, finish):
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 def test_layout_does_not_change_a_bit(isa, ops, case, dtype, layout):
-    args = all_args(case, dtype)
-    want = all_ops(ops, {**args, **{n: place(args[n], "channels_last") for n in ACTIVATIONS}})
-    inputs = {**args, **{n: place(args[n], layout) for n in ACTIVATIONS}}
-    before = {n: t.clone() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
-    got = all_ops(ops, inputs)
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
-    for name in ("fwd", "y", "dx", "joined"):
-        assert_channels_last(got[name], name)
-    for name, copy in before.items():
-        assert_same_bits(inputs[name], copy, f"{name} was written to")
+    verify_layout(ops, case, dtype, layout)
 
 
 @core
@@ -157,12 +146,7 @@ def test_weight_layout_does_not_change_a_bit(isa, ops, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 @pytest.mark.parametrize("how", EXPANDED)
 def test_stride_0(isa, ops, case, dtype, how):
-    args = all_args(case, dtype)
-    expanded = {n: EXPANDED[how](args[n]) for n in ACTIVATIONS}
-    got = all_ops(ops, {**args, **expanded})
-    want = all_ops(ops, {**args, **{n: place(t, "channels_last") for n, t in expanded.items()}})
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
+    verify_stride_0(ops, case, dtype, how)
 
 
 def test_a_prefix_of_the_channels_of_a_wider_buffer_is_read_in_place(isa, ops):
@@ -462,34 +446,17 @@ def test_function_refuses(ops, name):
     assert "\n" not in str(error.value)
 
 
-BAD_OPS = {
+BAD_OPS = BAD_BWD | {
     "stride": ({"stride": [3, 1]}, "stride: want 2 integers from 1 to 2, got [3, 1]"),
-    "weight": ({"w": torch.zeros(5, 7, 1, 1)}, "weight: want float32 [5, 8, 1, 1], got float32 [5, 7, 1, 1]"),
-    "kernel": ({"w": torch.zeros(5, 8, 3, 3)}, "weight: want float32 [5, 8, 1, 1], got float32 [5, 8, 3, 3]"),
-    "dtype": ({"w": torch.zeros(5, 8, 1, 1).half()}, "weight: want float32 [5, 8, 1, 1], got float16"),
     "x": ({"x": torch.zeros(8, 4, 4)}, "x: want a CPU tensor [N, C, H, W], got float32 [8, 4, 4]"),
     "float64": ({"x": torch.zeros(2, 8, 4, 4).double()}, "x: want float32, bfloat16 or float16, got float64"),
     "no pixels": ({"x": torch.zeros(2, 8, 0, 4)}, "x: want an image with pixels, got float32 [2, 8, 0, 4]"),
-    "dy": ({"dy": torch.zeros(2, 5, 3, 4)}, "dy: want float32 [2, 5, 4, 4], got float32 [2, 5, 3, 4]"),
-    "act": ({"act": torch.zeros(2, 8)}, "act: want float32 [4, 8], got float32 [2, 8]"),
-    "finish alone": ({"finish": torch.zeros(6, 5)}, "y: want finish and y together, got only finish"),
-    "y alone": ({"y": torch.zeros(2, 5, 4, 4)}, "finish: want finish and y together, got only y"),
-    "residual and act": (
-        {"act": torch.zeros(4, 8), "residual": torch.zeros(2, 8, 4, 4)},
-        "residual: want none together with act",
-    ),
-    "residual": ({"residual": torch.zeros(2, 5, 4, 4)}, "residual: want float32 [2, 8, 4, 4]"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_OPS)
 def test_bwd_refuses(ops, name):
-    changes, message = BAD_OPS[name]
-    a = {"dy": torch.zeros(2, 5, 4, 4), "x": torch.zeros(2, 8, 4, 4), "w": torch.zeros(5, 8, 1, 1)}
-    a |= {"stride": [1, 1], "y": None, "finish": None, "act": None, "residual": None} | changes
-    with pytest.raises(RuntimeError) as error:
-        ops.pointwise_conv_bwd(*a.values(), True, True, False)
-    assert f"pointwise_conv_bwd: {message}" in str(error.value)
+    verify_bwd_refuses(ops, *BAD_OPS[name])
 
 
 def test_fwd_refuses(ops):

@@ -7,18 +7,19 @@ bfloat16 is tested on a GPU alone: the interpreter computes it wrongly.
 import math
 
 import checks
+import pointwise_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from checks import (
+    EXPANDED,
     assert_accurate,
-    assert_channels_last,
     assert_exact,
     assert_same_bits,
     assert_statistics,
     place,
 )
-from pointwise_cases import ACTIVATIONS, CORE, EXPANDED, VERIFY, all_args, all_ops, as_grouped, case_of
+from pointwise_cases import BAD_BWD, CORE, VERIFY, all_args, all_ops, as_grouped, case_of
 
 import gconv
 from gconv import gpu
@@ -221,30 +222,14 @@ def test_results_repeat_bit_for_bit(dtype):
 @each_dtype
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_both_gradients_are_those_alone(case, dtype):
-    a = all_args(case, dtype)
-    base = a["dy"], a["x"], a["w"], a["stride"]
-    for rest in ((a["y"], a["finish"], a["act"], None), (None, None, None, a["dresidual"])):
-        both = KERNELS.pointwise_conv_bwd(*base, *rest, True, True, True)
-        assert both[2].shape == ((0,) if rest[2] is None else (2, case.cin))
-        for wanted in ((True, False), (False, True), (False, False)):
-            got = KERNELS.pointwise_conv_bwd(*base, *rest, *wanted, True)
-            for tensor, want, there in zip(got, both, (*wanted, wanted[0]), strict=True):
-                assert_same_bits(tensor, want if there else want.new_empty(0))
-                assert tensor.stride() == (want.stride() if there else (1,))
+    pointwise_cases.verify_both(KERNELS, case, dtype)
 
 
 @each_dtype
 @pytest.mark.parametrize("finish", [False, True])
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_residual_joins_dx_before_it_is_rounded(case, dtype, finish):
-    a = all_args(case, dtype, "integer")
-    gradient = (a["y"], a["finish"]) if finish else (None, None)
-    base = a["dy"], a["w"], case.input_size, *case.geometry
-    exact = checks.ref_bwd_input(torch.float64, *base, *gradient, None, None)[0] + a["dresidual"].double()
-    args = a["dy"], a["x"], a["w"], a["stride"], *gradient, None, place(a["dresidual"], "sliced")
-    dx, _, _ = KERNELS.pointwise_conv_bwd(*args, True, False, False)
-    assert_exact(dx, exact)
-    assert_channels_last(dx)
+    pointwise_cases.verify_residual(KERNELS, case, dtype, finish)
 
 
 def slice_of_nan(t):
@@ -318,28 +303,13 @@ def test_forward_into_a_slice(case, dtype, stats):
 @each_dtype
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 def test_layout_does_not_change_a_bit(dtype, layout):
-    args = all_args(CORE[1], dtype)
-    want = all_ops(KERNELS, {**args, **{n: place(args[n], "channels_last") for n in ACTIVATIONS}})
-    inputs = {**args, **{n: place(args[n], layout) for n in ACTIVATIONS}, "w": place(args["w"], layout)}
-    before = {n: t.clone() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
-    got = all_ops(KERNELS, inputs)
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
-    for name in ("fwd", "y", "dx", "joined"):
-        assert_channels_last(got[name], name)
-    for name, copy in before.items():
-        assert_same_bits(inputs[name], copy, f"{name} was written to")
+    pointwise_cases.verify_layout(KERNELS, CORE[1], dtype, layout)
 
 
 @each_dtype
 @pytest.mark.parametrize("how", EXPANDED)
 def test_stride_0(dtype, how):
-    args = all_args(CORE[1], dtype)
-    expanded = {n: EXPANDED[how](args[n]) for n in ACTIVATIONS}
-    got = all_ops(KERNELS, {**args, **expanded})
-    want = all_ops(KERNELS, {**args, **{n: place(t, "channels_last") for n, t in expanded.items()}})
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
+    pointwise_cases.verify_stride_0(KERNELS, CORE[1], dtype, how)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,30 +370,9 @@ def test_function_and_gradients_beside_torch(stride):
         assert_accurate(*tensors, name)
 
 
-BAD = {
-    "weight": ({"w": torch.zeros(5, 7, 1, 1)}, "weight: want float32 [5, 8, 1, 1], got float32 [5, 7, 1, 1]"),
-    "kernel": ({"w": torch.zeros(5, 8, 3, 3)}, "weight: want float32 [5, 8, 1, 1], got float32 [5, 8, 3, 3]"),
-    "dtype": ({"w": torch.zeros(5, 8, 1, 1).half()}, "weight: want float32 [5, 8, 1, 1], got float16"),
-    "dy": ({"dy": torch.zeros(2, 5, 3, 4)}, "dy: want float32 [2, 5, 4, 4], got float32 [2, 5, 3, 4]"),
-    "act": ({"act": torch.zeros(2, 8)}, "act: want float32 [4, 8], got float32 [2, 8]"),
-    "finish alone": ({"finish": torch.zeros(6, 5)}, "y: want finish and y together, got only finish"),
-    "y alone": ({"y": torch.zeros(2, 5, 4, 4)}, "finish: want finish and y together, got only y"),
-    "residual and act": (
-        {"act": torch.zeros(4, 8), "residual": torch.zeros(2, 8, 4, 4)},
-        "residual: want none together with act",
-    ),
-    "residual": ({"residual": torch.zeros(2, 5, 4, 4)}, "residual: want float32 [2, 8, 4, 4]"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD_BWD)
 def test_bwd_refuses(name):
-    changes, message = BAD[name]
-    a = {"dy": torch.zeros(2, 5, 4, 4), "x": torch.zeros(2, 8, 4, 4), "w": torch.zeros(5, 8, 1, 1)}
-    a |= {"stride": [1, 1], "y": None, "finish": None, "act": None, "residual": None} | changes
-    with pytest.raises(RuntimeError) as error:
-        pointwise_conv.pointwise_conv_bwd(*a.values(), True, True, False)
-    assert f"pointwise_conv_bwd: {message}" in str(error.value)
+    pointwise_cases.verify_bwd_refuses(pointwise_conv, *BAD_BWD[name])
 
 
 def test_fwd_refuses():
