@@ -436,7 +436,7 @@ def _noise(x, layer: LayerConf):
     """What dropout keeps of a layer's output, by the draws of F.dropout on a channels_last tensor."""
     n, _, h, w = x.shape
     noise = empty_channels_last(x, (n, layer.growth, h, w))
-    return noise.bernoulli_(1 - layer.dropout).bool()
+    return (noise.bernoulli_(1 - layer.dropout) if layer.dropout < 1 else noise.zero_()).bool()
 
 
 def _shared(x, layers, end, ultra):
@@ -445,7 +445,8 @@ def _shared(x, layers, end, ultra):
     batch = [uses_batch_statistics(bn) for bn in norms]
     for bn, by_batch in zip(norms, batch):
         check_eps("dense_block", bn.eps, by_batch)
-    if any(batch):
+    ranks = ranks_of(norms, batch, x)
+    if any(batch) and ranks.count == 1:
         check_count("dense_block", x.shape)
     keep = any(map(suggests_channels_last, (x, *weights)))
     conf = _conf(x, layers, end, ultra)
@@ -470,9 +471,7 @@ def _shared(x, layers, end, ultra):
     if torch.compiler.is_compiling():
         found = torch.ops.gconv.dense_block_fwd(x, *map(list, params), *_packed(conf))
         out, *kept = found if conf.end == "buffer" else (found[0], *found[2:])
-        ranks = Alone(x)
     else:
-        ranks = ranks_of(norms, batch, x)
         buffer = empty_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
         if untracked():
             Enter.forward(x, buffer)

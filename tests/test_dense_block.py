@@ -1,6 +1,7 @@
 """The dense block against stock modules: outputs, every gradient, running statistics, and what runs where."""
 
 import copy
+import functools
 import itertools
 
 import checks
@@ -52,13 +53,19 @@ def test_what_is_kept_does_not_change_a_bit(ops, case, training, dtype):
     assert_same_results(*results)
 
 
+@functools.cache
+def drawn(i, draw, dtype, training):
+    """(stock, ours, x) of SMALL_BLOCKS[i]"""
+    shape, options, size = case = SMALL_BLOCKS[i]
+    key = (str(case), draw)
+    stock, ours = twins(key, *shape, training=training, **options)
+    return stock, ours, block_input(stock, size, key, dtype)
+
+
 def draws(case, dtype, training):
     """(stock, ours, x) with other weights and inputs each time."""
-    shape, options, size = case
     for draw in range(8):
-        key = (str(case), draw)
-        stock, ours = twins(key, *shape, training=training, **options)
-        yield stock, ours, block_input(stock, size, key, dtype)
+        yield copy.deepcopy(drawn(SMALL_BLOCKS.index(case), draw, dtype, training))
 
 
 @small_blocks
@@ -78,6 +85,20 @@ def test_autocast(ops, case, dtype, training):
     got = compare_draws(list(draws(case, dtype, training)), dtype, autocast=dtype)
     assert got["z"].dtype == dtype and got["dlayers.0.conv1.weight"].dtype == torch.float32
     assert_shared()
+
+
+def test_autocast_of_a_float32_input(ops):
+    """The block computes in autocast's dtype throughout; gradients come back in float32."""
+    stock, ours = twins("autocast", 6, 4, 3, width=8, end=7)
+    x = block_input(stock, (2, 4, 6), "autocast")
+    gconv.backend.reset_counts()
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = stock(x), ours(x)
+    assert_shared()
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+    got.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and ours.conv.weight.grad.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------- the algebra, in float64
@@ -207,9 +228,10 @@ def test_every_setting_in_float32(ops, same_masks, setting):
 # ------------------------------------------------------------------------------------------------- dropout
 
 
-def test_dropout_draws_as_stock_does(ops):
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropout_draws_as_stock_does(ops, p):
     """The same state of the generator drops the same values, as by channels_last modules of torch's."""
-    stock, ours = twins("dropout draws", 6, 5, 3, width=8, dropout=0.4)
+    stock, ours = twins("dropout draws", 6, 5, 3, width=8, dropout=p)
     x = torch.randn(3, 6, 7, 5).to(memory_format=torch.channels_last)
     outputs = []
     for block in (stock.to(memory_format=torch.channels_last), ours):
@@ -218,7 +240,7 @@ def test_dropout_draws_as_stock_does(ops):
         outputs.append(torch.rand(3))
     want, state, got, our_state = outputs
     dropped = want[:, 6:] == 0
-    assert 0.3 < dropped.float().mean() < 0.5
+    assert abs(dropped.float().mean() - p) < 0.1
     assert torch.equal(got[:, 6:] == 0, dropped)
     assert torch.equal(our_state, state)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

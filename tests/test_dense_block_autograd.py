@@ -283,9 +283,7 @@ def test_compiled_with_dropout_and_options(ops):
     """Constants, cumulative statistics, no affine: one graph; dropout draws, and drops about as many."""
     torch._dynamo.reset()
     for options in (
-        {"momentum": None},
-        {"affine": False},
-        {"track_running_stats": False},
+        {"momentum": None, "affine": False},
         {"frozen": True},
         {"dropout": 0.5},
     ):

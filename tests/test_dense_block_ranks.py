@@ -39,7 +39,7 @@ def _in_process(rank, port, args, results):
     )
     try:
         # What comes from the parent lies in memory that all processes share.
-        synchronised, unsynchronised, (stock, ours, batches) = copy.deepcopy(args)
+        synchronised, unsynchronised, (stock, ours, batches), (one, value) = copy.deepcopy(args)
         trained = [
             _trained(rank, block, batches, memory)
             for block, memory in ((stock, "shared"), (copy.deepcopy(ours), "shared"), (ours, "ultra"))
@@ -47,6 +47,7 @@ def _in_process(rank, port, args, results):
         results[rank] = {
             "synchronised": _synchronised(rank, synchronised),
             "unsynchronised": _unsynchronised(rank, *unsynchronised),
+            "one value": sync(one)(value[rank : rank + 1]).detach(),
             "trained": trained,
         }
         dist.barrier()
@@ -145,6 +146,20 @@ def plain_case():
     return ours, torch.randn(SIZE[0], 6, *SIZE[1:], generator=checks.generator("mixed"))
 
 
+def one_value_case():
+    """(ours, x): one value per channel in each process."""
+    _, ours = twins("one value", 6, 4, 2, width=8)
+    return ours, torch.randn(WORLD, 6, 1, 1, generator=checks.generator("one value"))
+
+
+def test_one_value_per_channel_in_each_process_is_enough(ranks):
+    ours, x = one_value_case()
+    z = torch.cat([found["one value"] for found in ranks])
+    torch.testing.assert_close(z, ours(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours(x[:1])
+
+
 def _unsynchronised(rank, block, x):
     """The output without synchronisation, and what runs where some normalisations are synchronised only."""
     (x,) = of_rank(rank, x)
@@ -219,7 +234,7 @@ def ranks(ops):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    args = synchronised_cases(), plain_case(), training_case()
+    args = synchronised_cases(), plain_case(), training_case(), one_value_case()
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(_in_process, (port, args, results), nprocs=WORLD)
