@@ -20,6 +20,18 @@ HEADINGS = {"inference": "Inference", "training": "Training (forward + backward)
 STEPS = {"inference": "inference", "training": "training step"}
 
 
+DISTURBED = "\\* more than half of the rounds were disturbed by something else on the machine; all were kept."
+
+
+def _legend(rows: list[dict]) -> list[str]:
+    """The lines that explain the star of disturbed rows, where there are any."""
+    return ["", DISTURBED] if any(row["noisy"] for row in rows) else []
+
+
+def _star(row: dict) -> str:
+    return "\\*" if row["noisy"] else ""
+
+
 def _shape(row: dict) -> str:
     against = ", against the best of each" if records.is_total(row) else ""
     return describe(row, " per group", ", stride ") + against
@@ -32,7 +44,7 @@ def _cells(row: dict) -> str:
     if not records.is_total(row):
         best += f" ({LABELS[row['best']]})"
     return (
-        f"{row['gconv_ms']:.2f} | {best} | **{row['ratio']:.2f}×** | {gemm_percent(row):.0f} % | "
+        f"{row['gconv_ms']:.2f}{_star(row)} | {best} | **{row['ratio']:.2f}×** | {gemm_percent(row):.0f} % | "
         f"{row['roof_percent']:.0f} %"
     )
 
@@ -68,7 +80,7 @@ def layers_table(rows: list[dict]) -> str:
         for row in group:
             name = row["layer"] if len(models) == 1 else f"{row['model']} {row['layer']}"
             lines.append(f"| {name} | {_shape(row)} | {_cells(row)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_legend(rows)])
 
 
 def _kept_cells(row: dict) -> str:
@@ -82,44 +94,45 @@ def _model_cells(row: dict) -> str:
     speed = f"**{row['ratio']:.2f}×**" if is_ours(row) else f"{row['ratio']:.2f}×"
     memory = "–" if row.get("memory_ratio") is None else f"{row['memory_ratio']:.2f}×"
     megabytes = "–" if row["step_mb"] is None else f"{row['step_mb']:.0f}"
-    return f"{row['ms_per_image']:.1f} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
+    time = f"{row['ms_per_image']:.1f}{_star(row)}"
+    return f"{time} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
 
 
 def models_table(rows: list[dict]) -> str:
-    """Markdown for the newest run of every model, size, batch and dtype: a table for each mode, the fastest
+    """Markdown for the newest run of every model, size, batch, dtype and mode: a table of each, the fastest
     contestant first."""
     if not rows:
         return "No run has been recorded yet: `python -m gconv.bench models --record`."
-    lines = []
-    kinds: dict[tuple, list[dict]] = {}
-    for row in rows:
-        kinds.setdefault(tuple(row[key] for key in ("model", "size", "batch", "dtype")), []).append(row)
-    for group in map(records.latest_run, kinds.values()):
-        first = group[0]
-        lines += [
-            "",
-            f"{first['model']}, {first['size']}×{first['size']}, {first['dtype']}, batch {first['batch']}, "
-            f"{_where(first)}. In the same run a matrix product reached {first['gemm_gflops']:.0f} GFLOP/s. "
-            f"Medians, {first['conditions']}; speed and memory are relative to the fastest other contestant.",
-        ]
-        for mode, heading in STEPS.items():
-            of_mode = sorted(
-                (row for row in group if row["mode"] == mode), key=lambda row: row["ms"] or float("inf")
-            )
-            if not of_mode:
-                continue
+    lines, run = [], None
+    kinds: dict[tuple, dict[str, list[dict]]] = {}
+    for row in sorted(rows, key=lambda row: list(STEPS).index(row["mode"])):
+        kind = tuple(row[key] for key in ("model", "size", "batch", "dtype"))
+        kinds.setdefault(kind, {}).setdefault(row["mode"], []).append(row)
+    for of_kind in kinds.values():
+        for mode, of_mode in of_kind.items():
+            of_mode = sorted(records.latest_run(of_mode), key=lambda row: row["ms"] or float("inf"))
+            first = of_mode[0]
+            if run != (first["model"], first["dtype"], first["date"]):
+                run = first["model"], first["dtype"], first["date"]
+                lines += [
+                    "",
+                    f"{first['model']}, {first['size']}×{first['size']}, {first['dtype']}, batch "
+                    f"{first['batch']}, {_where(first)}. In the same run a matrix product reached "
+                    f"{first['gemm_gflops']:.0f} GFLOP/s. Medians, {first['conditions']}; speed and memory "
+                    "are relative to the fastest other contestant.",
+                ]
             keeps = any(row["kept_mb"] is not None for row in of_mode)
             lines += [
                 "",
-                f"| {first['dtype']} {heading} | precision | ms per image | images/s | speed | MB of a step "
-                "| of the best's |" + " MB kept | per image |" * keeps,
+                f"| {first['dtype']} {STEPS[mode]} | precision | ms per image | images/s | speed "
+                "| MB of a step | of the best's |" + " MB kept | per image |" * keeps,
                 "|---|---|--:|--:|--:|--:|--:|" + "--:|--:|" * keeps,
             ]
             for row in of_mode:
                 label = CONTESTANTS[row["contestant"]].label if row["contestant"] in CONTESTANTS else "?"
                 cells = _model_cells(row) + f" | {_kept_cells(row)}" * keeps
                 lines.append(f"| {label} | {row['precision']} | {cells} |")
-    return "\n".join(lines[1:])
+    return "\n".join([*lines[1:], *_legend(rows)])
 
 
 def depth_table(rows: list[dict]) -> str:
