@@ -262,7 +262,8 @@ def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
     """Tile of a convolution; rows are the most it takes at a time."""
     small = cut.block_c == UNIT and cut.block_k == UNIT
     if dtype is torch.float32:
-        return Tile(2 if small else 1, 32, 2 if small else 4)
+        # Without a matrix unit both operands of 32x32 tiles lie in registers: 32 lanes would spill.
+        return Tile(2, 32, 2) if small else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
     if small:
         rows = 2 if finish and cut.chunks > 1 else 4
         return Tile(rows, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
