@@ -1,7 +1,7 @@
 """Batch normalisation on Triton: the launchers of the ops batch_norm_* of gconv.schemas.
 
 What each computes is its reference in gconv.batch_norm; the kernels are in kernels/batch_norm_kernels.py.
-Everything is cut by shape alone and merged in a fixed order: bit-identical from run to run.
+Everything is cut by shapes and strides alone and merged in a fixed order: bit-identical from run to run.
 """
 
 import torch
@@ -51,16 +51,19 @@ def channel_block(C: int) -> int:
     return min(CHANNEL_BLOCKS[:-1], key=lambda block: (triton.cdiv(C, block) * block, -block))
 
 
-def pass_tile(C: int, itemsize: int) -> dict:
-    """The tile of a pass without sums."""
+def pass_tile(C: int, itemsize: int, align: int) -> dict:
+    """The tile of a pass without sums. Without vectors every element has an address of its own, in
+    registers."""
     block = channel_block(C)
-    return {"BLOCK_ROWS": PASS_BYTES // itemsize // block, "BLOCK_C": block, "num_warps": PASS_WARPS}
+    rows = PASS_BYTES // itemsize // (1 if align > 1 else 4) // block
+    return {"BLOCK_ROWS": rows, "BLOCK_C": block, "num_warps": PASS_WARPS}
 
 
-def sums_tile(C: int, elements: int = SUMS_TILE) -> dict:
+def sums_tile(C: int, align: int, elements: int = SUMS_TILE) -> dict:
     """The tile of a pass with sums."""
     block = channel_block(C)
-    return {"BLOCK_ROWS": elements // block, "BLOCK_C": block, "num_warps": SUMS_WARPS}
+    rows = elements // (1 if align > 1 else 4) // block
+    return {"BLOCK_ROWS": rows, "BLOCK_C": block, "num_warps": SUMS_WARPS}
 
 
 def grid_of(rows: int, C: int, tile: dict) -> tuple[int, int]:
@@ -68,7 +71,7 @@ def grid_of(rows: int, C: int, tile: dict) -> tuple[int, int]:
 
 
 def slabs_of(rows: int, C: int, tile: dict) -> tuple[int, int]:
-    """(rows to a slab, slabs): whole tiles, by shape alone."""
+    """(rows to a slab, slabs): whole tiles."""
     tiles, blocks = grid_of(rows, C, tile)
     slab = max(triton.cdiv(tiles, max(SUMS_PROGRAMS // blocks, 1)), 1) * tile["BLOCK_ROWS"]
     return slab, max(triton.cdiv(rows, slab), 1)
@@ -164,9 +167,9 @@ def batch_norm_stats(x):
     if rows == 0:
         mean = x.new_full((C,), float("nan"), dtype=torch.float32)
         return mean, mean.clone()
-    tile = sums_tile(C)
-    slab, slabs = slabs_of(rows, C, tile)
     strides, how = addressing(x)
+    tile = sums_tile(C, how["ALIGN"])
+    slab, slabs = slabs_of(rows, C, tile)
     partial = statistics_scratch(x, slabs, C)
     grid = (slabs, triton.cdiv(C, tile["BLOCK_C"]))
     verbs.launch(
@@ -225,8 +228,8 @@ def _apply(op, x, affine, residual, residual_affine, relu, y):
     residual_affine = floats(op, "residual_affine", residual_affine, 2, C)
     if rows == 0:
         return
-    tile = pass_tile(C, x.element_size())
     strides, how = addressing(x, residual, y)
+    tile = pass_tile(C, x.element_size(), how["ALIGN"])
     args = (x, affine, residual, residual_affine, y, rows, C, *x.shape[2:], *strides)
     verbs.launch(batch_norm_apply_kernel, grid_of(rows, C, tile), *args, RELU=relu, **how, **tile)
 
@@ -288,10 +291,10 @@ def _reduced(op, dz, z, main, other, affine, want_g):
     dz, z = like(op, "dz", dz, x), like(op, "z", z, x)
     g = empty_channels_last(x, x.shape) if want_g else None
     rows, C = rows_of(x), x.shape[1]
-    tile = sums_tile(C)
+    strides, how = addressing(dz, x, z, other_x, g)
+    tile = sums_tile(C, how["ALIGN"])
     slab, slabs = slabs_of(rows, C, tile)
     partial = mean.new_empty(slabs, 2 if other is None else 3, C)
-    strides, how = addressing(dz, x, z, other_x, g)
     tensors = (dz, x, z, other_x, affine, mean, rstd, other_mean, other_rstd, g, partial)
     args = (*tensors, rows, slab, C, *x.shape[2:], *strides)
     grid = (slabs, triton.cdiv(C, tile["BLOCK_C"]))
@@ -308,8 +311,8 @@ def batch_norm_bwd_apply(dz, x, finish, z, want_g):
     dx = empty_channels_last(x, x.shape)
     g = torch.empty_like(dx) if want_g else None
     if rows > 0:
-        tile = pass_tile(C, x.element_size())
         strides, how = addressing(dz, x, z, dx, g)
+        tile = pass_tile(C, x.element_size(), how["ALIGN"])
         args = (dz, x, finish, z, dx, g, rows, C, *x.shape[2:], *strides)
         verbs.launch(batch_norm_bwd_apply_kernel, grid_of(rows, C, tile), *args, **how, **tile)
     return dx, g if want_g else x.new_empty(0)
@@ -332,7 +335,7 @@ def batch_norm_pool(x, affine):
     squares = rows_of(y)
     if squares > 0:
         strides, align = _square_strides(x, y)
-        tile = pass_tile(C, 4 * x.element_size())  # four pixels to a square
+        tile = pass_tile(C, 4 * x.element_size(), align)  # four pixels to a square
         args = (x, affine, y, squares, C, *shape[2:], *strides)
         verbs.launch(batch_norm_pool_kernel, grid_of(squares, C, tile), *args, ALIGN=align, **tile)
     return y
@@ -345,10 +348,10 @@ def batch_norm_pool_bwd(dy, x, act, want_y, dx):
     act = floats(op, "act", act, 4, C)
     y = empty_channels_last(x, shape) if want_y else None
     squares = x.shape[0] * triton.cdiv(x.shape[2], 2) * triton.cdiv(x.shape[3], 2)
-    tile = sums_tile(C, SUMS_TILE // 2)  # four pixels to a square
+    strides, align = _square_strides(dy, x, dx, y)
+    tile = sums_tile(C, align, SUMS_TILE // 2)  # four pixels to a square
     slab, slabs = slabs_of(squares, C, tile)
     partial, sums = act.new_empty(slabs, 2, C), act.new_empty(2, C)
-    strides, align = _square_strides(dy, x, dx, y)
     args = (dy, x, act, dx, y, partial, squares, slab, C, *x.shape[2:], *strides)
     grid = (slabs, triton.cdiv(C, tile["BLOCK_C"]))
     verbs.launch(batch_norm_pool_bwd_kernel, grid, *args, ALIGN=align, **tile)
@@ -391,10 +394,11 @@ def configurations() -> list:
     try:
         _run_per_channel(torch.empty(128, device="meta"))
         for dtype in DTYPES:
-            for shape in ((4, c, 6, 10) for c in (128, 64, 32, 24, 16, 127, 63, 31, 15)):
+            for shape in ((4, c, 6, 10) for c in (128, 64, 32, 24, 16, 127, 15)):
                 x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
                 _run_passes(x, True, True)
-                _run_passes(x[:, :, 1:, 1:], True, True)
+                if shape[1] > 64:
+                    _run_passes(x[:, :, 1:, 1:], True, True)
             x = torch.empty((4, 128, 6, 10), dtype=dtype, device="meta", memory_format=torch.channels_last)
             for masked, more in ((True, False), (False, True), (False, False)):
                 _run_passes(x, masked, more)
