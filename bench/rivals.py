@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import gconv
+from gconv.backend import BACKENDS
 
 from .match import Problem, results
 
 __all__ = [
     "LABELS",
     "RIVALS",
+    "VARIANTS",
     "Rival",
     "Unavailable",
     "buffers",
@@ -26,11 +28,16 @@ __all__ = [
     "missing_package",
     "onnxruntime_call",
     "openvino_call",
+    "ours_on",
 ]  # fmt: skip
 
 RIVALS = ("eager_nchw", "eager_channels_last", "compile", "onnxruntime", "openvino")
+# gconv's backends one by one, on a GPU; "gconv" is what it chooses by itself.
+VARIANTS = {"gconv_triton": "triton", "gconv_cuda": "cuda"}
 LABELS = {
     "gconv": "gconv",
+    "gconv_triton": "gconv triton",
+    "gconv_cuda": "gconv cuda",
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager channels_last",
     "compile": "torch.compile",
@@ -63,10 +70,11 @@ class Rival:
     ):
         self.name, self.module, self.problem, self.mode, self.layout = name, module, problem, mode, layout
         self.call: Callable[[Tensor], Tensor] = module
-        generator = torch.Generator().manual_seed(1)
+        where = problem.x.device
+        generator = torch.Generator(where).manual_seed(1)
 
         def like(t: Tensor) -> Tensor:
-            made = torch.randn(t.shape, generator=generator).to(t.dtype)
+            made = torch.randn(t.shape, generator=generator, device=where).to(t.dtype)
             return made.contiguous(memory_format=layout)
 
         turns = range(buffers(problem.x))
@@ -110,14 +118,37 @@ def _eager(name: str, layout: torch.memory_format):
     return make
 
 
+def ours_on(device: str) -> tuple[str, ...]:
+    """gconv on a device, as it chooses by itself and with each of its backends there."""
+    there = [name for name, which in VARIANTS.items() if which in BACKENDS and device == "cuda"]
+    return ("gconv", *there)
+
+
 def _gconv(problem: Problem, mode: str) -> Rival:
     shape = problem.shape
     module = gconv.ConvBNReLU(
         shape.in_channels, shape.out_channels, 3, shape.stride, shape.padding, groups=shape.groups
     )
     module.conv.to(problem.dtype)
-    module.load_state_dict(problem.stock.state_dict())
+    module.to(problem.x.device).load_state_dict(problem.stock.state_dict())
     return Rival("gconv", module, problem, mode, torch.channels_last)
+
+
+def _variant(name: str):
+    def make(problem: Problem, mode: str) -> Rival:
+        rival = _gconv(problem, mode)
+        module = rival.module
+
+        def call(x: Tensor) -> Tensor:
+            # The backward of a call runs on the backend that its forward chose.
+            with gconv.use_backend(VARIANTS[name]):
+                return module(x)
+
+        rival.name, rival.call = name, call
+        rival.run()
+        return rival
+
+    return make
 
 
 def compiled(module: nn.Module, mode: str, run: Callable[[Callable[[Tensor], Tensor]], object]) -> Callable:
@@ -158,6 +189,8 @@ def _require(problem: Problem, mode: str, *packages: str) -> None:
     missing = missing_package(*packages)
     if missing:
         raise Unavailable(missing)
+    if problem.x.device.type != "cpu":
+        raise Unavailable("runs on the CPU only here")
     if mode != "inference":
         raise Unavailable("runs inference only")
     if problem.dtype != torch.float32:
@@ -206,6 +239,7 @@ def _engine(name: str, packages: tuple[str, ...], make: Callable[[nn.Module, Ten
 
 _BUILDERS = {
     "gconv": _gconv,
+    **{name: _variant(name) for name in VARIANTS},
     "eager_nchw": _eager("eager_nchw", torch.contiguous_format),
     "eager_channels_last": _eager("eager_channels_last", torch.channels_last),
     "compile": _compile,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MODELS", "WIDTHS", "ConvShape", "is_whole", "select", "whose"]
+__all__ = ["MODELS", "WIDTHS", "ConvShape", "PixelShape", "is_whole", "pixel_shapes", "select", "whose"]
 
 # Floating-point operations of forward + backward in units of the forward: y, dx and dweight cost the same.
 TRAINING_FLOPS = 3
@@ -174,6 +174,40 @@ _WIDTHS = (
     ("regnet_y_4gf", "s2"), ("regnet_y_4gf", "s3"),  # 64
     ("regnet_y_16gf", "s2"), ("regnet_y_16gf", "s3"),  # 112
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PixelShape:
+    """A 1x1 convolution next to the 3x3 layer `beside`, and its input as batch norm sees it."""
+
+    model: str
+    layer: str
+    beside: str
+    in_channels: int
+    out_channels: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.in_channels * self.out_channels
+
+
+def pixel_shapes(model: str) -> tuple[PixelShape, ...]:
+    """Of a bottleneck ResNet the 1x1 convolutions into and out of each stage's layers of stride 1, "s2a" and
+    "s2c"; of others none."""
+    if "res" not in model:
+        return ()
+    found = []
+    for shape in MODELS.get(model, ()):
+        if shape.stride == 1:
+            outer = 256 << (int(shape.layer[1:]) - 1)
+            ends = (("a", outer, shape.in_channels), ("c", shape.out_channels, outer))
+            found += [
+                PixelShape(model, shape.layer + end, shape.layer, i, o, shape.size) for end, i, o in ends
+            ]
+    return tuple(found)
 
 
 def _find(model: str, layer: str) -> ConvShape:
