@@ -24,7 +24,7 @@ from .budget import Budget
 from .devices import CPU, Cpu, Cuda
 from .layers import DTYPES, Run, conditions
 from .match import ALLOWED, NONSENSE, compare, plain_cudnn
-from .rivals import LABELS, VARIANTS, buffers, ours_on
+from .rivals import LABELS, VARIANTS, buffers, on_backend, ours_on
 from .screen import Cell, Screen
 from .shapes import ConvShape, PixelShape, pixel_shapes, whose
 from .timing import Plan, interleave, ratio_interval
@@ -85,8 +85,7 @@ class _Call:
 
     def __init__(self, name: str, task: Task, sets: list[Results], backend: str | None):
         self.name, self.backend = name, backend
-        self.calls = []
-        with gconv.use_backend(backend or gconv.backend.backend_mode()):
+        with on_backend(backend):
             self.calls = [task.start(name, tensors) for tensors in sets]
         self.prepare(0)
 
@@ -94,7 +93,7 @@ class _Call:
         self.call = self.calls[i % len(self.calls)]
 
     def run(self) -> tuple[Tensor, ...]:
-        with gconv.use_backend(self.backend or gconv.backend.backend_mode()):
+        with on_backend(self.backend):
             return self.call()
 
 

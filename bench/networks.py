@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import gconv
 from gconv import models
 from gconv.backend import BACKENDS
 from gconv.dense_layers import DenseLayer
@@ -37,6 +36,7 @@ from .rivals import (
     buffers,
     compiled,
     missing_package,
+    on_backend,
     onnxruntime_call,
     openvino_call,
 )
@@ -386,14 +386,10 @@ class Network:
     def _as_input(self, images: Tensor) -> Tensor:
         return images.to(self.device.where, self.dtype).contiguous(memory_format=self.layout)
 
-    @contextlib.contextmanager
     def context(self):
-        with contextlib.ExitStack() as stack:
-            if self.precision == AUTOCAST:
-                stack.enter_context(torch.autocast(self.device.where.type, torch.bfloat16))
-            if self.backend is not None:
-                stack.enter_context(gconv.use_backend(self.backend))
-            yield
+        if self.precision == AUTOCAST:
+            return torch.autocast(self.device.where.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def prepare(self, i: int) -> None:
         self.x = self.xs[i % len(self.xs)]
@@ -401,7 +397,7 @@ class Network:
 
     def run(self) -> Tensor:
         if self.job.mode == "inference":
-            with torch.no_grad(), self.context():
+            with torch.no_grad(), self.context(), on_backend(self.backend):
                 return self.call(self.x)
         self.stamps.append([self.device.stamp()])
         return self.backward(self.forward())
@@ -420,14 +416,15 @@ class Network:
 
     def forward(self) -> Tensor:
         """The first half of a training step, to the loss."""
-        with self.context():
+        with self.context(), on_backend(self.backend):
             loss = F.cross_entropy(self.call(self.x), self.labels)
         self._done()
         return loss
 
     def backward(self, loss: Tensor) -> Tensor:
         """The second half: gradients, and the step of the optimizer."""
-        loss.backward()
+        with on_backend(self.backend):
+            loss.backward()
         self._done()
         self.optimizer.step()
         self._done()
@@ -438,7 +435,8 @@ class Network:
         """As the function of that name, from these weights."""
         self.module.load_state_dict(state)
         self.optimizer.state.clear()
-        found = results(self.module, self.call, self.job.mode, self.images, self.labels, self.context)
+        with on_backend(self.backend):
+            found = results(self.module, self.call, self.job.mode, self.images, self.labels, self.context)
         self.module.train(self.job.mode == "training")
         self.prepare(0)
         return found

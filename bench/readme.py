@@ -223,13 +223,13 @@ def kernels_table(rows: list[dict]) -> str:
 
 def layers_part(rows: list[dict]) -> str:
     """What README.md says of records of layers: of CPUs, and after it of GPUs where there are any."""
-    of_gpus = [row for row in rows if is_gpu(row)]
     parts = [_device_part([row for row in rows if not is_gpu(row)], "float32")]
-    if of_gpus:
-        models = dict.fromkeys(row["model"] for row in of_gpus)
-        parts += [
-            _device_part([row for row in of_gpus if row["model"] == model], "bfloat16") for model in models
-        ]
+    by_model: dict[str, list[dict]] = {}
+    for row in filter(is_gpu, rows):
+        by_model.setdefault(row["model"], []).append(row)
+    for of_model in by_model.values():
+        dtypes = {row["dtype"] for row in of_model}
+        parts.append(_device_part(of_model, "bfloat16" if "bfloat16" in dtypes else min(dtypes)))
     return "\n\n".join(parts)
 
 

@@ -3,6 +3,7 @@ data."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
@@ -26,6 +27,7 @@ __all__ = [
     "build",
     "compiled",
     "missing_package",
+    "on_backend",
     "onnxruntime_call",
     "openvino_call",
     "ours_on",
@@ -60,6 +62,11 @@ def buffers(x: Tensor) -> int:
     return max(2, min(MAX_BUFFERS, ROTATE_BYTES // (x.numel() * x.element_size())))
 
 
+def on_backend(name: str | None):
+    """A block in which gconv runs on that backend, forward and backward; None: on what it chooses."""
+    return contextlib.nullcontext() if name is None else gconv.use_backend(name)
+
+
 class Rival:
     """A callable with its rotating inputs. Training is a whole step of the layer: forward, then backward to
     the gradients of x, weight, gamma and beta, running statistics updated, gradients of the step before
@@ -70,6 +77,7 @@ class Rival:
     ):
         self.name, self.module, self.problem, self.mode, self.layout = name, module, problem, mode, layout
         self.call: Callable[[Tensor], Tensor] = module
+        self.backend: str | None = None  # gconv's, if it is not to choose by itself
         where = problem.x.device
         generator = torch.Generator(where).manual_seed(1)
 
@@ -94,15 +102,17 @@ class Rival:
                 parameter.grad = None
 
     def run(self) -> Tensor:
-        if self.mode == "inference":
-            with torch.no_grad():
-                return self.call(self.x)
-        y = self.call(self.x)
-        y.backward(self.dy)
-        return y
+        with on_backend(self.backend):
+            if self.mode == "inference":
+                with torch.no_grad():
+                    return self.call(self.x)
+            y = self.call(self.x)
+            y.backward(self.dy)
+            return y
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
-        found = results(self.module, problem, self.mode, self.layout, self.call)
+        with on_backend(self.backend):
+            found = results(self.module, problem, self.mode, self.layout, self.call)
         self.module.train(self.mode == "training")
         return found
 
@@ -137,14 +147,7 @@ def _gconv(problem: Problem, mode: str) -> Rival:
 def _variant(name: str):
     def make(problem: Problem, mode: str) -> Rival:
         rival = _gconv(problem, mode)
-        module = rival.module
-
-        def call(x: Tensor) -> Tensor:
-            # The backward of a call runs on the backend that its forward chose.
-            with gconv.use_backend(VARIANTS[name]):
-                return module(x)
-
-        rival.name, rival.call = name, call
+        rival.name, rival.backend = name, VARIANTS[name]
         rival.run()
         return rival
 
