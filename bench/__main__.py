@@ -148,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         )
     models.add_argument("--model", default="resnext50_32x4d", help="one of gconv.models")
     models.add_argument("--size", type=_count, default=None, help="of the images; 224, or 32 for digits")
-    models.add_argument("--seconds", type=float, default=60.0, help="of timing, for each mode")
+    for parser_, seconds, each in (
+        (layers, 5.0, "layer and mode"),
+        (kernels, 2.0, "kernel"),
+        (models, 60.0, "mode"),
+    ):
+        parser_.add_argument("--seconds", type=_seconds, default=seconds, help=f"of timing, for each {each}")
     for parser_ in (models, depth):
         parser_.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help=_DTYPE)
         parser_.add_argument(
@@ -298,7 +303,7 @@ def _kernels(options: argparse.Namespace):
             batch=options.batch,
             dtype=options.dtype,
             parts=options.parts,
-            plan=_plan(options, 2.0),
+            plan=_plan(options, options.seconds),
             device=device,
             budget=budget.Budget(options.budget),
         )
@@ -482,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"done in {time.perf_counter() - began:.0f} s")
             return status
         if options.command == "layers":
-            return _finish(options, layers=_layers(options, seconds=5.0))
+            return _finish(options, layers=_layers(options, options.seconds))
         if options.command == "kernels":
             return _finish(options, kernels=_kernels(options))
         if options.command == "models":

@@ -1,8 +1,10 @@
 """gconv.bench's devices: what a GPU is asked and what is made of its answers, with torch.cuda stood in for by
 a fake, and whole runs on it. Nothing here asserts a time that a machine took."""
 
+import importlib.util
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -504,6 +506,41 @@ def test_the_newest_record_of_each_kind_of_device(one_by_one, tmp_path):
     assert records.newest_record(folder, columns) == paths[1]
     assert [records.newest_record(folder, columns, gpu) for gpu in (False, True)] == paths
     assert records.newest_record(folder, records.COLUMNS, True) is None
+
+
+def program():
+    """.ci/gpu.py, which `make gpu` runs."""
+    path = Path(__file__).resolve().parent.parent / ".ci" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_program", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_make_gpu_times_exists_and_takes_25_minutes_at_most():
+    from gconv.bench.__main__ import _parser
+
+    asked = program()
+    seconds = {"tests": asked.TEST_SECONDS}
+    for goal, runs in asked.RUNS.items():
+        seconds[goal] = sum(limit + asked.GRACE for limit, *_ in runs)
+        for limit, *words in runs:
+            options = _parser().parse_args([goal, "--device", "cuda", "--budget", str(limit), *words])
+            if goal == "models":
+                assert models.pick(options.model, device="cuda")
+            else:
+                assert shapes.select(options.model)
+    assert tuple(seconds) == asked.PARTS
+    assert max(seconds.values()) <= 600 and sum(seconds.values()) <= 1500
+
+
+def test_make_gpu_ends_what_takes_too_long(capsys):
+    asked = program()
+    name, result, seconds, well = asked.run("slow", ["sh", "-c", "echo begun; sleep 60 & wait"], 1.0)
+    assert (name, result, well) == ("slow", "ended after 1 s: begun", False) and seconds < 30
+    assert asked.run("bad", ["sh", "-c", "echo so; exit 3"], 60.0)[1::2] == ("status 3: so", False)
+    assert asked.run("good", ["sh", "-c", "echo so"], 60.0)[1::2] == ("so", True)
+    assert asked.run("none", ["sh", "-c", "exit 5"], 60.0)[1::2] == ("nothing to run", True)
 
 
 # --------------------------------------------------------------------------------------------- whole networks
