@@ -7,6 +7,7 @@ channels, at the same pixels; weight gradients keep to their own groups.
 Determinism: bit-identical from run to run; work is cut by shape alone and merged in a fixed order.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ from gconv.kernels.verbs import (
     statistics_scratch,
     store_statistics,
     sum_rows,
+    wide_loads,
 )
 
 from gconv.autograd import empty_channels_last
@@ -258,8 +260,13 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
-    """Tile of a convolution; rows are the most it takes at a time."""
+UNALIGNED = Tile(1, 16, 4)  # of any dtype and cut, where loads are not 16 bytes wide
+
+
+def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool, wide: bool = True) -> Tile:
+    """Tile of a convolution; rows are the most it takes at a time. wide: loads are."""
+    if not wide:
+        return UNALIGNED
     small = cut.block_c == UNIT and cut.block_k == UNIT
     if dtype is torch.float32:
         # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
@@ -287,7 +294,9 @@ class Conv:
         self.blocks = triton.cdiv(groups, self.cut.merge) * self.cut.parts
         self.packed = packed_weight(weight, groups, self.cut, transposed)
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
-        self.tile = conv_tile(x.dtype, self.cut, finish is not None)
+        strides = (*pixel_strides(x), *pixel_strides(finish_y))
+        wide = wide_loads(x.dtype, group_c * groups, group_k * groups, *strides)
+        self.tile = conv_tile(x.dtype, self.cut, finish is not None, wide)
 
     def rows(self, y, walk: Walk) -> int:
         """Output rows to a band."""
@@ -450,12 +459,12 @@ def configurations() -> list:
         result.append((kernel, *signature(kernel, constants, **types), warps))
 
     three = {"TAPS_H": 3, "TAPS_W": 3}
-    for dtype, cut, precision in compiled_cuts(False):
-        tile = conv_tile(dtype, cut, False)
+    for (dtype, cut, precision), wide in itertools.product(compiled_cuts(False), (True, False)):
+        tile = conv_tile(dtype, cut, False, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,
-            **compiled_alignment(dtype),
+            **compiled_alignment(dtype, wide),
             **conv_meta(cut, tile),
         }
         tensors, vectors = ("x", "weight", "y"), ("act", "partial")
@@ -464,13 +473,14 @@ def configurations() -> list:
             tensors, vectors = (*tensors, "residual"), ("affine",)
             add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=True, STATS=False)
         meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
-        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
-    for dtype, cut, precision in compiled_cuts(True):
-        tile = conv_tile(dtype, cut, True)
+        if wide:
+            add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
+    for (dtype, cut, precision), wide in itertools.product(compiled_cuts(True), (True, False)):
+        tile = conv_tile(dtype, cut, True, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,
-            **compiled_alignment(dtype),
+            **compiled_alignment(dtype, wide),
             **conv_meta(cut, tile),
         }
         tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")
