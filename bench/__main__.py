@@ -292,22 +292,26 @@ def _rivals(options: argparse.Namespace) -> tuple[str, ...]:
     )
 
 
-def _kernels(options: argparse.Namespace):
-    from . import budget, kernels, shapes
-    from .screen import say
+def _subject(options: argparse.Namespace, seconds: float) -> dict:
+    """The fields of layers.Subject."""
+    from . import budget, shapes
 
     device = _device(options)
-    result = kernels.run(
-        kernels.Options(
-            shapes=shapes.select(options.model, options.layers),
-            batch=options.batch,
-            dtype=options.dtype,
-            parts=options.parts,
-            plan=_plan(options, options.seconds),
-            device=device,
-            budget=budget.Budget(options.budget),
-        )
-    )
+    return {
+        "shapes": shapes.select(options.model, options.layers),
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "plan": _plan(options, seconds),
+        "device": device,
+        "budget": budget.Budget(getattr(options, "budget", None)),
+    }
+
+
+def _kernels(options: argparse.Namespace):
+    from . import kernels
+    from .screen import say
+
+    result = kernels.run(kernels.Options(**_subject(options, options.seconds), parts=options.parts))
     _say_what_ran(result)
     for row in result.wrong:
         name = kernels.NAMES[row["contestant"]]
@@ -316,22 +320,11 @@ def _kernels(options: argparse.Namespace):
 
 
 def _layers(options: argparse.Namespace, seconds: float):
-    from . import budget, layers, shapes
+    from . import layers
     from .screen import say
 
-    device = _device(options)
-    result = layers.run(
-        layers.Options(
-            shapes=shapes.select(options.model, options.layers),
-            batch=options.batch,
-            dtype=options.dtype,
-            modes=_modes(options),
-            rivals=_rivals(options),
-            plan=_plan(options, seconds),
-            device=device,
-            budget=budget.Budget(getattr(options, "budget", None)),
-        )
-    )
+    subject = _subject(options, seconds)
+    result = layers.run(layers.Options(**subject, modes=_modes(options), rivals=_rivals(options)))
     _say_what_ran(result)
     for note in dict.fromkeys(
         f"{row['layer']} {row['mode']}: {row['note']}" for row in result.rows if row["note"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,14 +20,12 @@ from torch import Tensor
 import gconv
 
 from . import machine, records, roofs
-from .budget import Budget
-from .devices import CPU, Cpu, Cuda
-from .layers import DTYPES, Run, conditions
+from .layers import DTYPES, Run, Subject, conditions
 from .match import ALLOWED, NONSENSE, compare, plain_cudnn
 from .rivals import LABELS, VARIANTS, buffers, on_backend, ours_on
 from .screen import Cell, Screen
 from .shapes import ConvShape, PixelShape, pixel_shapes, whose
-from .timing import Plan, interleave, ratio_interval
+from .timing import interleave, ratio_interval
 
 __all__ = ["PARTS", "Options", "run"]
 
@@ -50,14 +48,8 @@ Results = dict[str, Tensor]
 
 
 @dataclass
-class Options:
-    shapes: tuple[ConvShape, ...]
-    batch: int = 8
-    dtype: str = "float32"
+class Options(Subject):
     parts: tuple[str, ...] = PARTS
-    plan: Plan = field(default_factory=Plan)
-    device: Cpu | Cuda = CPU
-    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)

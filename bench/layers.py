@@ -21,8 +21,8 @@ from .shapes import ConvShape, is_whole, whose
 from .timing import Plan, Result, interleave, ratio_interval, redrawn_medians
 
 __all__ = [
-    "DTYPES", "MODES", "Options", "Run", "best_ms", "conditions", "describe", "gemm_percent", "kernel_of",
-    "ratio_mood", "run", "total",
+    "DTYPES", "MODES", "Options", "Run", "Subject", "best_ms", "conditions", "describe", "gemm_percent",
+    "kernel_of", "ratio_mood", "run", "total",
 ]  # fmt: skip
 
 MODES = ("inference", "training")
@@ -39,15 +39,21 @@ TOTAL_DRAWS = 1000
 
 
 @dataclass
-class Options:
+class Subject:
+    """What is measured of layers, how long and on what."""
+
     shapes: tuple[ConvShape, ...]
     batch: int = 8
     dtype: str = "float32"
-    modes: tuple[str, ...] = MODES
-    rivals: tuple[str, ...] = RIVALS
     plan: Plan = field(default_factory=Plan)
     device: Cpu | Cuda = CPU
     budget: Budget = field(default_factory=Budget)
+
+
+@dataclass
+class Options(Subject):
+    modes: tuple[str, ...] = MODES
+    rivals: tuple[str, ...] = RIVALS
 
 
 @dataclass

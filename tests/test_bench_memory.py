@@ -23,6 +23,7 @@ from torch import nn
 
 from gconv.dense_layers import DenseBlock
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # bytes do not depend on it
 OURS = ("gconv_shared", "gconv_ultra")
 TRAINING = (*OURS, "eager_nchw", "eager_channels_last", "checkpoint")
 SLACK = 8 << 10  # bytes: statistics of the batch norms, the loss
@@ -31,15 +32,6 @@ SIZES = (("depth", 16), ("growth_rate", 4))
 
 def job(mode="training", dtype="float32"):
     return networks.Job(depth.MODEL, 16, 4, dtype, mode, SIZES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What is small here is done sooner so, and bytes do not depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
