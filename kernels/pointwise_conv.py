@@ -270,7 +270,7 @@ SMALL = Tile(64, 64, 64, 4, 3)  # wider tiles would leave multiprocessors idle
 SMALL_FINISH = Tile(64, 64, 32, 4, 3)
 FLOAT32 = Tile(64, 64, 16, 4, 3)  # not as TF32: operands of FMAs share the registers with the accumulators
 # Where loads are not 16 bytes wide, by the size of an element.
-UNALIGNED = {2: Tile(32, 32, 32, 4, 3), 4: Tile(32, 32, 16, 4, 3)}
+UNALIGNED = {2: Tile(32, 32, 32, 4, 3), 4: Tile(32, 32, 16, 4, 2)}
 
 GROUP = 8  # rows of tiles walked together
 BUSY = 132  # multiprocessors of an H200; so many tiles at least, where there can be

@@ -10,10 +10,24 @@ import numpy as np
 import pytest
 import torch
 from gconv.bench import (
-    budget, devices, kernels, layers, machine, match, models, networks, readme, records, report, rivals, roofs,
-    shapes, sweep, timing,
-)  # fmt: skip
+    budget,
+    devices,
+    kernels,
+    layers,
+    machine,
+    match,
+    models,
+    networks,
+    readme,
+    records,
+    report,
+    rivals,
+    shapes,
+    sweep,
+    timing,
+)
 from gconv.bench.__main__ import main
+from gconv.bench.roofs import measure
 
 from gconv import gpu
 
@@ -196,7 +210,7 @@ def test_roofs_are_measured_on_the_device(device, fake):
     fake.step = 1.0
     before = torch.backends.cuda.matmul.fp32_precision
     for dtype in (torch.float32, torch.bfloat16):
-        found = roofs.measure(dtype, device=device)
+        found = measure(dtype, device=device)
         assert found.copy_gbps == pytest.approx(2 * MB / 1e-3 / 1e9)
         assert found.gemm_gflops == pytest.approx(2 * 32**3 / 1e-3 / 1e9)
     assert torch.backends.cuda.matmul.fp32_precision == before
