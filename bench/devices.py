@@ -196,8 +196,9 @@ class Cuda:
     def missing(api: Any = torch.cuda) -> str | None:
         """Why there is nothing to measure on, in words, or None."""
         if not api.is_available():
-            built = "torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
-            return f"{built} on this machine"
+            if torch.version.cuda is None:
+                return f"torch {torch.__version__} is built without CUDA"
+            return "torch finds no CUDA GPU on this machine"
         return None
 
     def set_up(self) -> None:

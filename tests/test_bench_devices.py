@@ -15,19 +15,20 @@ from gconv.bench import (
     kernels,
     layers,
     machine,
-    match,
     models,
     networks,
     readme,
     records,
-    report,
     rivals,
     shapes,
-    sweep,
     timing,
 )
 from gconv.bench.__main__ import main
+from gconv.bench.match import plain_cudnn
+from gconv.bench.report import Findings, load, write
 from gconv.bench.roofs import measure
+from gconv.bench.sweep import Options as Sweep
+from gconv.bench.sweep import run as run_sweep
 
 from gconv import gpu
 
@@ -128,7 +129,7 @@ def test_a_machine_without_a_gpu_is_one_clear_line(capsys, monkeypatch):
         assert main([command, "--device", "cuda"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"gconv.bench {command}: device: want cpu, got cuda: torch ")
-    with pytest.raises(ValueError, match=r"device: want cpu, got cuda: torch .* on this machine"):
+    with pytest.raises(ValueError, match="device: want cpu, got cuda: torch "):
         devices.Cuda(FakeCuda(available=False))
     assert devices.get("cpu") is devices.CPU
 
@@ -243,7 +244,7 @@ def test_what_a_record_says_of_a_gpu(device, fake):
     assert set(records.where(facts)) < set(records.COLUMNS)
     device.set_up()
     assert torch.backends.cudnn.benchmark
-    with match.plain_cudnn():
+    with plain_cudnn():
         assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark
     assert not machine.is_gpu(machine.facts()) and " threads of " in machine.describe(machine.facts())
@@ -380,7 +381,7 @@ def test_a_backend_that_does_not_run_is_left_out(device, monkeypatch):
 
 
 def test_sweep_on_a_gpu(device):
-    run = sweep.run(sweep.Options((TINY,), (1, 2), (1,), 2, modes=("inference",), plan=PLAN, device=device))
+    run = run_sweep(Sweep((TINY,), (1, 2), (1,), 2, modes=("inference",), plan=PLAN, device=device))
     assert {row["ms"] for row in run.rows} == {10.0} and run.rows[0]["isa"] == "sm_90"
     assert [row["relative"] for row in run.rows] == [0.5, 1.0]
 
@@ -455,7 +456,7 @@ def test_a_wrong_kernel_gets_no_figure(bottleneck, monkeypatch, op):
     run = kernels.run(kernels.Options((bottleneck,), 2, parts=parts, plan=PLAN))
     assert run.wrong and {row["contestant"] for row in run.wrong} == {"gconv"}
     assert all("ms" not in row for row in run.wrong)
-    assert report.Findings(run.facts, kernels=run).bad
+    assert Findings(run.facts, kernels=run).bad
 
 
 def test_kernels_on_a_gpu(device, interpreted, bottleneck):
@@ -471,12 +472,12 @@ def test_kernels_on_a_gpu(device, interpreted, bottleneck):
 
 def test_kernels_page(one_by_one, tmp_path):
     pytest.importorskip("jinja2", reason="the page is made with jinja2")
-    found = report.Findings(one_by_one.facts, kernels=one_by_one)
-    text = (tmp_path / report.write(str(tmp_path), found)).read_text(encoding="utf-8")
+    found = Findings(one_by_one.facts, kernels=one_by_one)
+    text = (tmp_path / write(str(tmp_path), found)).read_text(encoding="utf-8")
     assert "Kernels one by one" in text and "matrix product alone" in text and "bwd_weight" in text
     assert main(["report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
-    assert report.load(str(tmp_path)).kernels.rows == json.loads(json.dumps(one_by_one.rows))
+    assert load(str(tmp_path)).kernels.rows == json.loads(json.dumps(one_by_one.rows))
 
 
 def test_readme_shows_gpus_behind_cpus(one_by_one):
