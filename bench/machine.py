@@ -52,7 +52,7 @@ def commit() -> str:
 
 def is_gpu(row: dict) -> bool:
     """Whether a row of a record, or a machine's facts, are of a GPU."""
-    return row["isa"].startswith("sm_")
+    return (row["isa"] or "").startswith("sm_")
 
 
 def describe(row: dict) -> str:

@@ -260,14 +260,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-UNALIGNED = Tile(1, 16, 4)  # of any dtype and cut, where loads are not 16 bytes wide
-
-
 def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool, wide: bool = True) -> Tile:
     """Tile of a convolution; rows are the most it takes at a time. wide: loads are."""
-    if not wide:
-        return UNALIGNED
     small = cut.block_c == UNIT and cut.block_k == UNIT
+    if not wide:
+        return Tile(1, 16, 2 if small and dtype is torch.float32 else 4)
     if dtype is torch.float32:
         # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
         # would two rows that are finished on load or summed over several chunks.
