@@ -66,7 +66,7 @@ triton-aot: ## compile every configuration of the Triton kernels for sm_80 and s
 	@mkdir -p $(BUILD)
 	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/triton_aot.py $(ARGS)
 
-gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=tests|layers|models)
+gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=tests|kernels|layers|models)
 	@mkdir -p $(BUILD)
 	@$(PYTHON) .ci/gpu.py check
 	@$(MAKE) build PYTHON=$(PYTHON)

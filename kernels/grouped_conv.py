@@ -7,6 +7,7 @@ channels, at the same pixels; weight gradients keep to their own groups.
 Determinism: bit-identical from run to run; work is cut by shape alone and merged in a fixed order.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ from gconv.kernels.verbs import (
     statistics_scratch,
     store_statistics,
     sum_rows,
+    wide_loads,
 )
 
 from gconv.autograd import empty_channels_last
@@ -258,14 +260,23 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
-    """Tile of a convolution; rows are the most it takes at a time."""
+def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool, wide: bool = True) -> Tile:
+    """Tile of a convolution; rows are the most it takes at a time. wide: loads are."""
     small = cut.block_c == UNIT and cut.block_k == UNIT
+    if not wide:
+        two = dtype is torch.float32 and (small or (finish and cut.chunks > 1))
+        return Tile(1, 16, 2 if two else 4)
     if dtype is torch.float32:
-        # Without a matrix unit both operands of 32x32 tiles lie in registers: 32 lanes would spill.
-        return Tile(2, 32, 2) if small else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
+        # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
+        # would two rows that are finished on load or summed over several chunks.
+        one = finish or cut.chunks > 1
+        return (
+            Tile(1 if one else 2, 32, 2)
+            if small
+            else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
+        )
     if small:
-        rows = 2 if finish and cut.chunks > 1 else 4
+        rows = 2 if cut.chunks > 1 else 4
         return Tile(rows, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
     return Tile(2 if cut.block_c * cut.block_k <= 1024 and not finish else 1, 64, 4)
 
@@ -281,7 +292,9 @@ class Conv:
         self.blocks = triton.cdiv(groups, self.cut.merge) * self.cut.parts
         self.packed = packed_weight(weight, groups, self.cut, transposed)
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
-        self.tile = conv_tile(x.dtype, self.cut, finish is not None)
+        strides = (*pixel_strides(x), *pixel_strides(finish_y))
+        wide = wide_loads(x.dtype, group_c * groups, group_k * groups, *strides)
+        self.tile = conv_tile(x.dtype, self.cut, finish is not None, wide)
 
     def rows(self, y, walk: Walk) -> int:
         """Output rows to a band."""
@@ -444,12 +457,12 @@ def configurations() -> list:
         result.append((kernel, *signature(kernel, constants, **types), warps))
 
     three = {"TAPS_H": 3, "TAPS_W": 3}
-    for dtype, cut, precision in compiled_cuts(False):
-        tile = conv_tile(dtype, cut, False)
+    for (dtype, cut, precision), wide in itertools.product(compiled_cuts(False), (True, False)):
+        tile = conv_tile(dtype, cut, False, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,
-            **compiled_alignment(dtype),
+            **compiled_alignment(dtype, wide),
             **conv_meta(cut, tile),
         }
         tensors, vectors = ("x", "weight", "y"), ("act", "partial")
@@ -458,13 +471,14 @@ def configurations() -> list:
             tensors, vectors = (*tensors, "residual"), ("affine",)
             add(grouped_conv_fwd_kernel, dtype, meta | three, tensors, vectors, RELU=True, STATS=False)
         meta = {"BLOCK_C": cut.block_c, "BLOCK_K": cut.block_k, "PACK_BLOCK": PACK_BLOCK, "num_warps": 4}
-        add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
-    for dtype, cut, precision in compiled_cuts(True):
-        tile = conv_tile(dtype, cut, True)
+        if wide:
+            add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
+    for (dtype, cut, precision), wide in itertools.product(compiled_cuts(True), (True, False)):
+        tile = conv_tile(dtype, cut, True, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,
-            **compiled_alignment(dtype),
+            **compiled_alignment(dtype, wide),
             **conv_meta(cut, tile),
         }
         tensors, vectors = ("x", "weight", "y", "finish_y", "residual"), ("finish", "mask", "partial")

@@ -138,7 +138,7 @@ def compiled_cuts(finish: bool) -> list:
     return result
 
 
-def compiled_alignment(dtype: torch.dtype) -> dict:
-    """Alignment of channels that lets a load be 16 bytes wide."""
-    align = 16 // dtype.itemsize
+def compiled_alignment(dtype: torch.dtype, wide: bool = True) -> dict:
+    """Alignment of channels that lets a load be 16 bytes wide, or none at all."""
+    align = 16 // dtype.itemsize if wide else 1
     return {"ALIGN_X": align, "ALIGN_Y": align}

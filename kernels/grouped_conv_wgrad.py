@@ -2,6 +2,7 @@
 pixels, then their sum in a fixed order. Spans, lanes and tiles are those of
 gconv.kernels.grouped_conv_tiles."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -106,8 +107,12 @@ class WgradTile(NamedTuple):
     programs: int  # that fill a large GPU: as many the pixels are split for
 
 
-def wgrad_tile(dtype: torch.dtype, cut: Spans) -> WgradTile:
-    """Tile of a weight gradient; rows are the most it takes at a time."""
+def wgrad_tile(dtype: torch.dtype, cut: Spans, wide: bool = True) -> WgradTile:
+    """Tile of a weight gradient; rows are the most it takes at a time. wide: loads are 16 bytes."""
+    if not wide:
+        tile = wgrad_tile(dtype, cut)
+        block_c, block_k = min(tile.block_c, 32), min(tile.block_k, 32)
+        return tile._replace(rows=1, block_m=16, block_c=block_c, block_k=block_k, num_warps=4)
     if cut.block_c == UNIT and cut.block_k == UNIT:
         if dtype is torch.float32:
             return WgradTile(1, 3, 16, UNIT, UNIT, 2, 2048)
@@ -145,7 +150,8 @@ def grouped_conv_bwd_weight(
     act, finish = tiling.coefficients(op, "act", act, 2, c), tiling.coefficients(op, "finish", finish, 6, k)
     group_k, group_c = k // groups, c // groups
     cut = tiling.spans(x.dtype, group_c, group_k)
-    tile = wgrad_tile(x.dtype, cut)
+    loaded = [s for t in (x, dy, y) for s in verbs.pixel_strides(t)]
+    tile = wgrad_tile(x.dtype, cut, verbs.wide_loads(x.dtype, c, k, *loaded))
     verbs.dot_tile(tile.block_c, tile.block_k, tile.block_m)
     rows = tiling.band_rows(1 if tile.taps_h == 1 else tile.rows, stride[0], dilation[0], oh)
     bands = triton.cdiv(oh, rows)
@@ -177,9 +183,10 @@ def wgrad_configurations() -> list:
     """(kernel, signature, constexprs, options) of every tile and dtype that the launcher may pick."""
     result = []
     kernel = grouped_conv_bwd_weight_kernel
-    for dtype, cut, precision in tiling.compiled_cuts(False):
-        tile = wgrad_tile(dtype, cut)
-        constants = {"PRECISION": precision, **wgrad_meta(cut, tile), **tiling.compiled_alignment(dtype)}
+    for (dtype, cut, precision), wide in itertools.product(tiling.compiled_cuts(False), (True, False)):
+        tile = wgrad_tile(dtype, cut, wide)
+        constants = {"PRECISION": precision, **wgrad_meta(cut, tile)}
+        constants |= tiling.compiled_alignment(dtype, wide)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         types = dict.fromkeys(("dy", "finish_y", "x"), verbs.POINTERS[dtype])
         types |= dict.fromkeys(("finish", "act", "partial"), "*fp32")

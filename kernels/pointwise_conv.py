@@ -269,6 +269,8 @@ NARROW_FINISH = Tile(128, 64, 32, 8, 3)
 SMALL = Tile(64, 64, 64, 4, 3)  # wider tiles would leave multiprocessors idle
 SMALL_FINISH = Tile(64, 64, 32, 4, 3)
 FLOAT32 = Tile(64, 64, 16, 4, 3)  # not as TF32: operands of FMAs share the registers with the accumulators
+# Where loads are not 16 bytes wide, by the size of an element.
+UNALIGNED = {2: Tile(32, 32, 32, 4, 3), 4: Tile(32, 32, 16, 4, 2)}
 
 GROUP = 8  # rows of tiles walked together
 BUSY = 132  # multiprocessors of an H200; so many tiles at least, where there can be
@@ -317,6 +319,11 @@ def pixels_per_split(M: int, tiles: int, block: int) -> int:
 # ------------------------------------------------------------------------------------------ launchers
 
 
+def _loadable(tile: Tile, dtype: torch.dtype, *sizes: int) -> Tile:
+    """The tile, or one for what is loaded element by element."""
+    return tile if verbs.wide_loads(dtype, *sizes) else UNALIGNED[dtype.itemsize]
+
+
 def _meta(tile: Tile, precision: str, *sizes: int) -> dict:
     verbs.dot_tile(*tile[:3])
     return {**tile._asdict(), "ALIGN": verbs.alignment(*sizes), "PRECISION": precision}
@@ -358,10 +365,10 @@ def _forward(op: str, x, weight, stride, act, affine, residual, relu, stats: boo
         residual = verbs.channels_adjacent(residual)
     M = N * OH * OW
     precision = verbs.dot_precision(x)
-    tile = rows_tile(x.dtype, precision, M, K)
+    strides = [s for t in (x, residual, y) for s in verbs.pixel_strides(t)]
+    tile = _loadable(rows_tile(x.dtype, precision, M, K), x.dtype, C, K, *strides)
     tiles = triton.cdiv(M, tile.BLOCK_M)
     partial = verbs.statistics_scratch(x, tiles, K) if stats else None
-    strides = [s for t in (x, residual, y) for s in verbs.pixel_strides(t)]
     grid = (tiles * triton.cdiv(K, tile.BLOCK_N),)
     args = (x, weight, act, affine, residual, y, partial, M, C, K, OH, OW, *strides)
     meta = _meta(tile, precision, C, K, *strides)
@@ -416,12 +423,13 @@ class _Gradient:
         """Writes dx; returns the sums, of shape [0] without act."""
         x = None if self.act is None else self.x
         M, C, K, (_, _, OH, OW) = self.M, self.C, self.K, self.size
+        tensors = (self.dy, self.y, x, residual, dx)
+        strides = [s for t in tensors for s in verbs.pixel_strides(t)]
         tile = rows_tile(dx.dtype, self.precision, M, C, self.finish is not None, add)
+        tile = _loadable(tile, dx.dtype, C, K, *strides)
         tiles = triton.cdiv(M, tile.BLOCK_M)
         sums = dx.new_empty(0 if x is None else (2, C), dtype=torch.float32)
         partial = None if x is None else dx.new_empty((tiles, 2, C), dtype=torch.float32)
-        tensors = (self.dy, self.y, x, residual, dx)
-        strides = [s for t in tensors for s in verbs.pixel_strides(t)]
         args = (self.dy, _dense(self.weight), self.y, self.finish, x, self.act, residual, dx, partial)
         sizes = (M, C, K, self.H, self.W, OH, OW)
         meta = _meta(tile, self.precision, C, K, *strides) | {
@@ -441,12 +449,13 @@ class _Gradient:
         M, C, K, (_, _, OH, OW) = self.M, self.C, self.K, self.size
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dweight = torch.empty((K, C, 1, 1), dtype=x.dtype, device=x.device, memory_format=layout)
+        strides = [s for t in (self.dy, self.y, x) for s in verbs.pixel_strides(t)]
         tile = weight_tile(x.dtype, self.precision, K, C, self.finish is not None)
+        tile = _loadable(tile, x.dtype, C, K, *strides)
         tiles = triton.cdiv(K, tile.BLOCK_M) * triton.cdiv(C, tile.BLOCK_N)
         pixels = pixels_per_split(M, tiles, tile.BLOCK_K)
         splits = triton.cdiv(M, pixels)
         partial = dweight if splits == 1 else x.new_empty((splits, K, C), dtype=torch.float32)
-        strides = [s for t in (self.dy, self.y, x) for s in verbs.pixel_strides(t)]
         args = (self.dy, self.y, self.finish, x, self.act, partial, M, C, K, OH, OW, pixels, *strides)
         grid, meta = (splits * tiles,), _meta(tile, self.precision, C, K, *strides)
         verbs.launch(pointwise_conv_bwd_weight_kernel, grid, *args, **meta)
@@ -494,7 +503,8 @@ def configurations() -> list:
 
     def add(kernel, dtype, tile, precision, tensors, floats, **constants):
         constants |= dict(zip(Tile._fields[:3], tile))
-        constants |= {"ALIGN": 4 if dtype is torch.float32 else 8, "PRECISION": precision}
+        align = 1 if tile in UNALIGNED.values() else 16 // dtype.itemsize
+        constants |= {"ALIGN": align, "PRECISION": precision}
         constants |= {"GROUP": GROUP} if "GROUP" in kernel.arg_names else {}
         types = dict.fromkeys(tensors, verbs.POINTERS[dtype]) | dict.fromkeys(floats, "*fp32")
         integers = [name for name in kernel.do_not_specialize if name not in constants]
@@ -506,7 +516,10 @@ def configurations() -> list:
 
     def ways(*tiles):
         on_tensor_cores = [(dtype, _fitted(tile, dtype, p), p) for dtype, p in operands for tile in tiles]
-        return [*on_tensor_cores, (torch.float32, FLOAT32, "ieee")]
+        unaligned = [
+            (dtype, UNALIGNED[dtype.itemsize], p) for dtype, p in (*operands, (torch.float32, "ieee"))
+        ]
+        return [*on_tensor_cores, (torch.float32, FLOAT32, "ieee"), *unaligned]
 
     for how in ways(WIDE, NARROW, SMALL):
         for tensors, floats, relu_last in (

@@ -266,6 +266,12 @@ def alignment(*sizes: int) -> int:
     return next(a for a in (8, 4, 2, 1) if all(size % a == 0 for size in sizes))
 
 
+def wide_loads(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether channels can be loaded 16 bytes at a time: sizes are numbers of channels and strides. Where
+    they cannot every element has an address of its own, and only small tiles leave registers enough."""
+    return alignment(*sizes) * dtype.itemsize >= 16
+
+
 def channels_adjacent(x):
     """x itself where a pixel's channels lie side by side, else a channels_last copy."""
     adjacent = x.stride(1) == 1 or x.shape[1] == 1

@@ -95,6 +95,15 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """The whole module on one thread: what is small is done sooner so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def triton_backend():
     """The Triton kernels run every op in this test; the device its tensors have to be on: the GPU, or the CPU
