@@ -152,15 +152,18 @@ class Problem:
         with precision(self.precision):
             return self._named(getattr(kernels_of(self.stem), self.op)(*args), args)
 
-    def exact(self, args: tuple) -> dict[str, torch.Tensor]:
-        """Results by the op's definition, in float64 or, of 16-bit types, in float32."""
-        dtype = torch.float64 if self.dtype == "float32" else torch.float32
-        args = tuple(arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args)
+    def defined(self, args: tuple) -> dict[str, torch.Tensor]:
+        """Results by the op's definition, in the arguments' dtypes."""
         stem = "grouped_conv" if self.stem == "grouped_conv_wgrad" else self.stem
         with precision("ieee"):
             return self._named(
                 getattr(importlib.import_module(f"gconv.{stem}"), f"{self.op}_ref")(*args), args
             )
+
+    def exact(self, args: tuple) -> dict[str, torch.Tensor]:
+        """Results by the op's definition, in float64 or, of 16-bit types, in float32."""
+        dtype = torch.float64 if self.dtype == "float32" else torch.float32
+        return self.defined(tuple(arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args))
 
     def _named(self, results: Any, args: tuple) -> dict[str, torch.Tensor]:
         results = [results] if isinstance(results, torch.Tensor) else list(results or ())
