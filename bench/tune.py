@@ -29,6 +29,7 @@ STEMS = ("pointwise_conv", "grouped_conv", "grouped_conv_wgrad", "batch_norm")
 PER_KEY = 4  # problems that a key is timed on, of different ops before different layers
 GAIN = 0.98  # of the time of the table's tile: by less than that nothing is replaced
 ULPS = 64  # of float32, where the tile in the table happens to be exact
+SANE = 10.0  # times the error of torch's own that the tile in the table may have; others 2 times that tile's
 COLUMNS = (
     "date", "commit", "device", "torch", "triton", "batch", "stem", "key", "tile", "in_table", "ms", "ratio",
     "chosen", "problems", "note",
@@ -180,8 +181,12 @@ class Bench:
         self.prepared = []
         for problem in problems:
             args = problem.make(images, device)
-            current = problem.call(problem.apart(args))
-            self.prepared.append((problem, args, current, problem.exact(args)))
+            current, exact = problem.call(problem.apart(args)), problem.exact(args)
+            own = problem.defined(problem.apart(args))
+            verdict = match.compare(current, exact, [own], SANE, _floors(current))
+            if not verdict.ok:
+                raise ArithmeticError(f"the table's own tile is wrong: {problem}: {verdict.text}")
+            self.prepared.append((problem, args, current, exact))
 
     def trial(self, tile: tuple) -> Trial:
         total = 0.0
@@ -210,7 +215,7 @@ class Bench:
             got = problem.call(problem.apart(args))
         if spilled:
             return "; ".join(sorted(spilled)), 0.0
-        verdict = match.compare(got, exact, [current], floor=lambda name: _floor(got[name].dtype))
+        verdict = match.compare(got, exact, [current], floor=_floors(got))
         if not verdict.ok:
             return f"wrong: {verdict.text}", 0.0
         with precision(problem.precision):
@@ -229,9 +234,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _floor(dtype: torch.dtype) -> float:
-    """Error that is allowed however exact the tile in the table is."""
-    return torch.finfo(dtype).eps * (ULPS if dtype is torch.float32 else 1)
+def _floors(got: dict[str, torch.Tensor]) -> Callable[[str], float]:
+    """The error that each result may have however exact what it is compared with is."""
+    return lambda name: torch.finfo(got[name].dtype).eps * (ULPS if got[name].dtype is torch.float32 else 1)
 
 
 # ------------------------------------------------------------------------------------------ the run

@@ -70,8 +70,9 @@ CONVOLUTIONS = (
     *(_of(shape) for model in REGNETS for shape in shapes.select(model, "s2,s3")),
     Layer("densenet121", "b1.l6", 128, 32, 1, 56),
     Layer("densenet121", "b3.l12", 128, 32, 1, 14),
-    Layer("vgg16", "first", 3, 64, 1, 112),
     Layer("unet", "first", 16, 32, 1, 112),
+    Layer("unet", "wide", 16, 64, 1, 112),
+    Layer("unet", "head", 40, 16, 1, 112),
     Layer("unet", "last", 32, 16, 1, 112),
 )  # fmt: skip
 NORMS = (
@@ -155,7 +156,7 @@ class Problem:
     def defined(self, args: tuple) -> dict[str, torch.Tensor]:
         """Results by the op's definition, in the arguments' dtypes."""
         stem = "grouped_conv" if self.stem == "grouped_conv_wgrad" else self.stem
-        with precision("ieee"):
+        with precision(self.precision):
             return self._named(
                 getattr(importlib.import_module(f"gconv.{stem}"), f"{self.op}_ref")(*args), args
             )

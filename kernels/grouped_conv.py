@@ -261,12 +261,13 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# By the operands, the channels of a tile in and out, and what is done on load: finish takes registers, and
-# more where it is of several chunks ("finishes"). With 64 lanes of 16x16 channels the compiler would take to
-# wgmma, which reads shared memory. Without a matrix unit both operands of 32x32 tiles lie in registers: 32
-# lanes would spill. `python -m gconv.bench tune` prints this table.
+# By the operands, the channels of a tile in and out, and what is done on load: finish takes registers, and of
+# 16x16 channels a sum over several chunks does. With 64 lanes of those the compiler would take to wgmma,
+# which reads shared memory. Without a matrix unit both operands of 32x32 tiles lie in registers: 32 lanes
+# would spill. `python -m gconv.bench tune` prints this table.
 TILES = {
     ("16-bit", 16, 16, "plain"): Tile(4, 32, 2),
+    ("16-bit", 16, 16, "plain chunks"): Tile(2, 32, 2),
     ("16-bit", 16, 32, "plain"): Tile(2, 64, 4),
     ("16-bit", 16, 64, "plain"): Tile(2, 64, 4),
     ("16-bit", 32, 16, "plain"): Tile(2, 64, 4),
@@ -274,24 +275,23 @@ TILES = {
     ("16-bit", 32, 64, "plain"): Tile(1, 64, 4),
     ("16-bit", 16, 16, "finish"): Tile(4, 32, 2),
     ("16-bit", 16, 32, "finish"): Tile(1, 64, 4),
-    ("16-bit", 16, 16, "finishes"): Tile(2, 32, 2),
-    ("16-bit", 16, 32, "finishes"): Tile(1, 64, 4),
+    ("16-bit", 16, 16, "finish chunks"): Tile(2, 32, 2),
     ("tf32", 16, 16, "plain"): Tile(2, 32, 2),
+    ("tf32", 16, 16, "plain chunks"): Tile(1, 32, 2),
     ("tf32", 16, 32, "plain"): Tile(1, 32, 4),
     ("tf32", 32, 16, "plain"): Tile(1, 32, 4),
     ("tf32", 32, 32, "plain"): Tile(1, 16, 4),
     ("tf32", 16, 16, "finish"): Tile(2, 32, 2),
     ("tf32", 16, 32, "finish"): Tile(1, 32, 4),
-    ("tf32", 16, 16, "finishes"): Tile(2, 32, 2),
-    ("tf32", 16, 32, "finishes"): Tile(1, 32, 4),
+    ("tf32", 16, 16, "finish chunks"): Tile(2, 32, 2),
     ("float32", 16, 16, "plain"): Tile(2, 32, 2),
+    ("float32", 16, 16, "plain chunks"): Tile(1, 32, 2),
     ("float32", 16, 32, "plain"): Tile(1, 32, 4),
     ("float32", 32, 16, "plain"): Tile(1, 32, 4),
     ("float32", 32, 32, "plain"): Tile(1, 16, 4),
-    ("float32", 16, 16, "finish"): Tile(2, 32, 2),
+    ("float32", 16, 16, "finish"): Tile(1, 32, 2),
     ("float32", 16, 32, "finish"): Tile(1, 32, 4),
-    ("float32", 16, 16, "finishes"): Tile(2, 32, 2),
-    ("float32", 16, 32, "finishes"): Tile(1, 32, 4),
+    ("float32", 16, 16, "finish chunks"): Tile(2, 32, 2),
 }
 
 
@@ -311,7 +311,9 @@ def candidates(key: tuple) -> list[Tile]:
 
 def conv_tile(dtype: torch.dtype, precision: str, cut: Spans, finish: bool) -> Tile:
     """Tile of a convolution."""
-    load = "plain" if not finish else "finish" if cut.chunks == 1 else "finishes"
+    load = "finish" if finish else "plain"
+    if cut.block_c == cut.block_k == UNIT and cut.chunks > 1:
+        load += " chunks"
     return TILES[operands(dtype, precision), cut.block_c, cut.block_k, load]
 
 

@@ -76,11 +76,11 @@ def pointwise_check(key):
     dtype, precision = dtype_and_precision(operands)
     wide = size == "wide"
     if rows == "weight":
-        op, case = "bwd_weight", case_of(*(66, 67) if wide else (20, 24), 1, 3, 5)
+        op, case = "bwd_weight", case_of(*(72, 80) if wide else (24, 32), 1, 3, 5)
     elif finish:
-        op, case = "bwd_input", case_of(67 if wide else 20, 24, 1, 5, 7)
+        op, case = "bwd_input", case_of(72 if wide else 24, 32, 1, 5, 7)
     else:
-        op, case = "fwd_stats", case_of(20, 67 if wide else 24, 1, 5, 7)
+        op, case = "fwd_stats", case_of(24, 72 if wide else 32, 1, 5, 7)
     variant = "finish_act" if finish else "act"
     run = as_grouped(STEMS["pointwise_conv"])[op]
     return precision, lambda: VERIFY[op][0](run, case, dtype, "integer", variant)
@@ -88,17 +88,17 @@ def pointwise_check(key):
 
 # Channels per group in and out, and groups, that take each tile of a convolution.
 WIDTHS = {
-    (16, 16): (5, 5, 3), (16, 32): (9, 20, 1), (16, 64): (3, 40, 1), (32, 16): (24, 12, 1),
-    (32, 32): (24, 24, 1), (32, 64): (24, 40, 1),
+    (16, 16, "plain"): (4, 4, 6), (16, 16, "plain chunks"): (40, 16, 1), (16, 32, "plain"): (16, 24, 1),
+    (16, 64, "plain"): (16, 40, 1), (32, 16, "plain"): (24, 16, 1), (32, 32, "plain"): (24, 24, 1),
+    (32, 64, "plain"): (24, 40, 1),
 }  # fmt: skip
-# The same of a gradient, whose channels in are the convolution's out: in one chunk and in two.
+# The same of a gradient, whose channels in are the convolution's out.
 FINISHED = {
-    (16, 16, "finish"): (5, 5, 3), (16, 32, "finish"): (20, 9, 1), (16, 16, "finishes"): (9, 20, 1),
-    (16, 32, "finishes"): (20, 20, 1),
+    (16, 16, "finish"): (4, 4, 6), (16, 32, "finish"): (24, 24, 1), (16, 16, "finish chunks"): (16, 24, 1),
 }  # fmt: skip
 WEIGHTS = {
-    (16, 16): (5, 5, 3), (16, 32): (9, 20, 1), (32, 16): (20, 9, 1), (32, 32): (20, 20, 1),
-    (64, 64): (33, 33, 1),
+    (16, 16): (4, 4, 6), (16, 32): (16, 24, 1), (32, 16): (24, 16, 1), (32, 32): (24, 24, 1),
+    (64, 64): (40, 40, 1),
 }  # fmt: skip
 
 
@@ -110,10 +110,10 @@ def grouped_check(op, operands, widths, variant):
 
 
 def convolution_check(key):
-    operands, *widths, load = key
-    if load == "plain":
-        return grouped_check("grouped_conv_fwd_stats", operands, WIDTHS[tuple(widths)], "act")
-    return grouped_check("grouped_conv_bwd_input", operands, FINISHED[(*widths, load)], "finish_act")
+    operands, *tile = key
+    if tuple(tile) in WIDTHS:
+        return grouped_check("grouped_conv_fwd_stats", operands, WIDTHS[tuple(tile)], "act")
+    return grouped_check("grouped_conv_bwd_input", operands, FINISHED[tuple(tile)], "finish_act")
 
 
 def weight_check(key):
