@@ -277,7 +277,7 @@ TILES = {
     ("16-bit", 16, 32, "finish"): Tile(1, 64, 4),
     ("16-bit", 16, 16, "finish chunks"): Tile(2, 32, 2),
     ("tf32", 16, 16, "plain"): Tile(2, 32, 2),
-    ("tf32", 16, 16, "plain chunks"): Tile(1, 32, 2),
+    ("tf32", 16, 16, "plain chunks"): Tile(2, 32, 4),
     ("tf32", 16, 32, "plain"): Tile(1, 32, 4),
     ("tf32", 32, 16, "plain"): Tile(1, 32, 4),
     ("tf32", 32, 32, "plain"): Tile(1, 16, 4),
