@@ -31,6 +31,7 @@ examples
   python -m gconv.bench kernels                           forward and each gradient alone, against a copy
   python -m gconv.bench layers --device cuda              on a GPU: bfloat16, N = 256, cold L2
   python -m gconv.bench train --seed 1                    only the training comparison
+  python -m gconv.bench tune pointwise_conv --seconds 900 search the tiles of a Triton kernel on a GPU
   python -m gconv.bench report --out gconv-report         draw the page again from its results.json
   python -m gconv.bench readme --check                    fail if README.md is not up to date
   python -m gconv.bench compare before.csv after.csv      fail on a regression
@@ -90,7 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     train = command(
         "train", "train a small ResNeXt on digits with stock torch.nn and gconv and compare the loss curves"
     )
-    for parser_ in (demo, layers, kernels, models, sweep, depth, train):
+    tune = command("tune", "search the tiles of the Triton kernels on a GPU; prints the tables to commit")
+    tune.add_argument(
+        "stems", nargs="*", metavar="stem", help="modules of gconv.kernels; all if none is given"
+    )
+    tune.add_argument("--device", default="cuda", help="what they run on")
+    tune.add_argument("--layers", default=None, help="some of the layers, as in s1,densenet121.t1")
+    tune.add_argument("--batch", type=_count, default=256, help="images per call")
+    tune.add_argument("--seconds", type=float, default=480.0, help="after which nothing more is begun")
+    for parser_ in (demo, layers, kernels, models, sweep, depth, train, tune):
         parser_.add_argument(
             "--out", default="gconv-report", help="folder for the page, the pictures and results.json"
         )
@@ -429,6 +438,21 @@ def _depth(options: argparse.Namespace):
     return result
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from . import tune
+    from .screen import say
+
+    wanted = tune.Options(
+        tuple(options.stems) or tune.STEMS, options.layers, options.batch, options.seconds, options.device
+    )
+    tune.check_names(wanted)
+    tune.check_device(wanted.device)
+    result = tune.run(wanted)
+    path = tune.report(result, options.out)
+    say(f"all times: {path}")
+    return int(result.failed or not result.rows)
+
+
 def _finish(options: argparse.Namespace, **found) -> int:
     from . import machine, records, report
     from .screen import say
@@ -498,6 +522,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "readme":
             return _readme(options)
+        if options.command == "tune":
+            return _tune(options)
         return _compare(options)
     except (ValueError, FileNotFoundError, ModuleNotFoundError, WorkerDied) as error:
         print(f"gconv.bench {options.command}: {error}", file=sys.stderr)

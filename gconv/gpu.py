@@ -10,7 +10,9 @@ kernels, slowly and without a GPU: for tests, at small shapes, in float32 and fl
 computes bfloat16 wrongly.)
 """
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -28,7 +30,25 @@ def missing_triton() -> str | None:
     """None, or one line saying why the Triton kernels cannot run and what to do."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton, in the version that this torch wants"
-    return None
+    return _interpreter_at_odds() if interpreting() else None
+
+
+@functools.cache
+def _interpreter_at_odds() -> str | None:
+    """None, or why Triton's interpreter fails here: before 3.7 it takes arrays of one element for numbers,
+    which NumPy 2.4 refuses."""
+    try:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} needs NumPy below 2.4, got {numpy}: pip install 'numpy<2.4'"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor)"""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def interpreting() -> bool:

@@ -4,6 +4,8 @@ What each computes is its reference in gconv.batch_norm; the kernels are in kern
 Everything is cut by shapes and strides alone and merged in a fixed order: bit-identical from run to run.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from gconv.kernels import verbs
@@ -34,8 +36,6 @@ from gconv.autograd import empty_channels_last
 from gconv.backend import DTYPES
 
 CHANNEL_BLOCKS = (128, 64, 32, 16)  # of which `channel_block` chooses
-PASS_BYTES, PASS_WARPS = 8192, 4  # of one tensor in a tile of a pass without sums: 4 vectors to a thread
-SUMS_TILE, SUMS_WARPS = 4096, 8  # elements: 16 accumulators of each sum to a thread
 SUMS_PROGRAMS = 512  # of a pass with sums: about four to a multiprocessor of the largest GPUs
 MERGED_PARTS, MERGED_CHANNELS = 128, 16  # tile of the merge of the backward's sums
 VECTOR = 256  # channels to a program where there is one value to a channel
@@ -51,19 +51,48 @@ def channel_block(C: int) -> int:
     return min(CHANNEL_BLOCKS[:-1], key=lambda block: (triton.cdiv(C, block) * block, -block))
 
 
-def pass_tile(C: int, itemsize: int, align: int) -> dict:
-    """The tile of a pass without sums. Without vectors every element has an address of its own, in
-    registers."""
-    block = channel_block(C)
-    rows = PASS_BYTES // itemsize // (1 if align > 1 else 4) // block
-    return {"BLOCK_ROWS": rows, "BLOCK_C": block, "num_warps": PASS_WARPS}
+class Tile(NamedTuple):
+    """elements: a multiple of the widest block of channels."""
+
+    elements: int
+    num_warps: int
 
 
-def sums_tile(C: int, align: int, elements: int = SUMS_TILE) -> dict:
-    """The tile of a pass with sums."""
-    block = channel_block(C)
-    rows = elements // (1 if align > 1 else 4) // block
-    return {"BLOCK_ROWS": rows, "BLOCK_C": block, "num_warps": SUMS_WARPS}
+# By the kind of pass, the bytes of an element and whether loads are vectors: a pass without sums takes 4
+# vectors to a thread, one with sums ("sums") 16 accumulators of each; those over squares of four pixels
+# ("pool", "pool sums") count squares. Without vectors every element has an address of its own, in registers.
+# `python -m gconv.bench tune` prints this table.
+TILES = {
+    ("pass", 2, True): Tile(4096, 4),
+    ("pass", 2, False): Tile(1024, 4),
+    ("pass", 4, True): Tile(2048, 4),
+    ("pass", 4, False): Tile(512, 4),
+    ("pool", 2, True): Tile(1024, 4),
+    ("pool", 2, False): Tile(256, 4),
+    ("pool", 4, True): Tile(512, 4),
+    ("pool", 4, False): Tile(128, 4),
+    ("sums", 2, True): Tile(4096, 8),
+    ("sums", 2, False): Tile(1024, 8),
+    ("sums", 4, True): Tile(4096, 8),
+    ("sums", 4, False): Tile(1024, 8),
+    ("pool sums", 2, True): Tile(2048, 8),
+    ("pool sums", 2, False): Tile(512, 8),
+    ("pool sums", 4, True): Tile(2048, 8),
+    ("pool sums", 4, False): Tile(512, 8),
+}
+
+
+def candidates(key: tuple) -> list[Tile]:
+    """The tiles that a key of TILES may have, twelve at most."""
+    kind, _, vectors = key
+    least = 128 if not vectors else 512 if kind.startswith("pool") else 1024
+    return [Tile(least << i, num_warps) for i in range(4) for num_warps in (4, 8)]
+
+
+def tile_of(kind: str, C: int, itemsize: int, align: int) -> dict:
+    """The tile of a pass over C channels."""
+    block, tile = channel_block(C), TILES[kind, itemsize, align > 1]
+    return {"BLOCK_ROWS": tile.elements // block, "BLOCK_C": block, "num_warps": tile.num_warps}
 
 
 def grid_of(rows: int, C: int, tile: dict) -> tuple[int, int]:
@@ -168,7 +197,7 @@ def batch_norm_stats(x):
         mean = x.new_full((C,), float("nan"), dtype=torch.float32)
         return mean, mean.clone()
     strides, how = addressing(x)
-    tile = sums_tile(C, how["ALIGN"])
+    tile = tile_of("sums", C, x.element_size(), how["ALIGN"])
     slab, slabs = slabs_of(rows, C, tile)
     partial = statistics_scratch(x, slabs, C)
     grid = (slabs, triton.cdiv(C, tile["BLOCK_C"]))
@@ -229,7 +258,7 @@ def _apply(op, x, affine, residual, residual_affine, relu, y):
     if rows == 0:
         return
     strides, how = addressing(x, residual, y)
-    tile = pass_tile(C, x.element_size(), how["ALIGN"])
+    tile = tile_of("pass", C, x.element_size(), how["ALIGN"])
     args = (x, affine, residual, residual_affine, y, rows, C, *x.shape[2:], *strides)
     verbs.launch(batch_norm_apply_kernel, grid_of(rows, C, tile), *args, RELU=relu, **how, **tile)
 
@@ -292,7 +321,7 @@ def _reduced(op, dz, z, main, other, affine, want_g):
     g = empty_channels_last(x, x.shape) if want_g else None
     rows, C = rows_of(x), x.shape[1]
     strides, how = addressing(dz, x, z, other_x, g)
-    tile = sums_tile(C, how["ALIGN"])
+    tile = tile_of("sums", C, x.element_size(), how["ALIGN"])
     slab, slabs = slabs_of(rows, C, tile)
     partial = mean.new_empty(slabs, 2 if other is None else 3, C)
     tensors = (dz, x, z, other_x, affine, mean, rstd, other_mean, other_rstd, g, partial)
@@ -312,7 +341,7 @@ def batch_norm_bwd_apply(dz, x, finish, z, want_g):
     g = torch.empty_like(dx) if want_g else None
     if rows > 0:
         strides, how = addressing(dz, x, z, dx, g)
-        tile = pass_tile(C, x.element_size(), how["ALIGN"])
+        tile = tile_of("pass", C, x.element_size(), how["ALIGN"])
         args = (dz, x, finish, z, dx, g, rows, C, *x.shape[2:], *strides)
         verbs.launch(batch_norm_bwd_apply_kernel, grid_of(rows, C, tile), *args, **how, **tile)
     return dx, g if want_g else x.new_empty(0)
@@ -335,7 +364,7 @@ def batch_norm_pool(x, affine):
     squares = rows_of(y)
     if squares > 0:
         strides, align = _square_strides(x, y)
-        tile = pass_tile(C, 4 * x.element_size(), align)  # four pixels to a square
+        tile = tile_of("pool", C, x.element_size(), align)
         args = (x, affine, y, squares, C, *shape[2:], *strides)
         verbs.launch(batch_norm_pool_kernel, grid_of(squares, C, tile), *args, ALIGN=align, **tile)
     return y
@@ -349,7 +378,7 @@ def batch_norm_pool_bwd(dy, x, act, want_y, dx):
     y = empty_channels_last(x, shape) if want_y else None
     squares = x.shape[0] * triton.cdiv(x.shape[2], 2) * triton.cdiv(x.shape[3], 2)
     strides, align = _square_strides(dy, x, dx, y)
-    tile = sums_tile(C, align, SUMS_TILE // 2)  # four pixels to a square
+    tile = tile_of("pool sums", C, x.element_size(), align)
     slab, slabs = slabs_of(squares, C, tile)
     partial, sums = act.new_empty(slabs, 2, C), act.new_empty(2, C)
     args = (dy, x, act, dx, y, partial, squares, slab, C, *x.shape[2:], *strides)

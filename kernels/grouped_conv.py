@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from gconv.kernels import verbs
 from gconv.kernels.grouped_conv_tiles import (
     UNIT,
     Spans,
@@ -38,10 +39,10 @@ from gconv.kernels.verbs import (
     dot_precision,
     finish_vectors,
     finished,
-    launch,
     merge_statistics,
     merge_sums,
     merged,
+    operands,
     pixel_strides,
     relu,
     signature,
@@ -106,7 +107,7 @@ def packed_weight(weight, groups: int, cut: Spans, transposed: bool):
     count = triton.cdiv(groups, cut.merge)
     packed = weight.new_empty(count * cut.parts * 9 * cut.chunks * cut.block_c * cut.block_k)
     total = packed.numel()
-    launch(
+    verbs.launch(
         pack_weight_kernel, (triton.cdiv(total, PACK_BLOCK),),
         weight, packed, total, groups, group_c, group_k, cut.merge, cut.parts, cut.chunks, *weight.stride(),
         TRANSPOSED=transposed, BLOCK_C=cut.block_c, BLOCK_K=cut.block_k, PACK_BLOCK=PACK_BLOCK, num_warps=4,
@@ -255,30 +256,72 @@ def backward_walks(stride: int, padding: int, dilation: int) -> list[Walk]:
 
 
 class Tile(NamedTuple):
+    """rows: the most it takes at a time."""
+
     rows: int
     block_m: int
     num_warps: int
 
 
-def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool, wide: bool = True) -> Tile:
-    """Tile of a convolution; rows are the most it takes at a time. wide: loads are."""
-    small = cut.block_c == UNIT and cut.block_k == UNIT
+# By the operands, the channels of a tile in and out, and what is done on load: finish takes registers, and of
+# 16x16 channels a sum over several chunks does. With 64 lanes of those the compiler would take to wgmma,
+# which reads shared memory. Without a matrix unit both operands of 32x32 tiles lie in registers: 32 lanes
+# would spill. `python -m gconv.bench tune` prints this table.
+TILES = {
+    ("16-bit", 16, 16, "plain"): Tile(4, 32, 2),
+    ("16-bit", 16, 16, "plain chunks"): Tile(2, 32, 2),
+    ("16-bit", 16, 32, "plain"): Tile(2, 64, 4),
+    ("16-bit", 16, 64, "plain"): Tile(2, 64, 4),
+    ("16-bit", 32, 16, "plain"): Tile(2, 64, 4),
+    ("16-bit", 32, 32, "plain"): Tile(2, 64, 4),
+    ("16-bit", 32, 64, "plain"): Tile(1, 64, 4),
+    ("16-bit", 16, 16, "finish"): Tile(4, 32, 2),
+    ("16-bit", 16, 32, "finish"): Tile(1, 64, 4),
+    ("16-bit", 16, 16, "finish chunks"): Tile(2, 32, 2),
+    ("tf32", 16, 16, "plain"): Tile(2, 32, 2),
+    ("tf32", 16, 16, "plain chunks"): Tile(2, 32, 4),
+    ("tf32", 16, 32, "plain"): Tile(1, 32, 4),
+    ("tf32", 32, 16, "plain"): Tile(1, 32, 4),
+    ("tf32", 32, 32, "plain"): Tile(1, 16, 4),
+    ("tf32", 16, 16, "finish"): Tile(2, 32, 2),
+    ("tf32", 16, 32, "finish"): Tile(1, 32, 4),
+    ("tf32", 16, 16, "finish chunks"): Tile(2, 32, 2),
+    ("float32", 16, 16, "plain"): Tile(2, 32, 2),
+    ("float32", 16, 16, "plain chunks"): Tile(1, 32, 2),
+    ("float32", 16, 32, "plain"): Tile(1, 32, 4),
+    ("float32", 32, 16, "plain"): Tile(1, 32, 4),
+    ("float32", 32, 32, "plain"): Tile(1, 16, 4),
+    ("float32", 16, 16, "finish"): Tile(1, 32, 2),
+    ("float32", 16, 32, "finish"): Tile(1, 32, 4),
+    ("float32", 16, 16, "finish chunks"): Tile(2, 32, 2),
+}
+
+
+def candidates(key: tuple) -> list[Tile]:
+    """The tiles that a key of TILES may have, twelve at most."""
+    kind, block_c, block_k, _ = key
+    if kind == "float32":
+        rows, lanes = (1, 2), ((16, 2), (16, 4), (32, 2), (32, 4))
+    elif kind == "tf32":
+        rows, lanes = (1, 2), ((16, 4), (32, 2), (32, 4), (64, 4))
+    elif block_c == block_k == UNIT:
+        rows, lanes = (1, 2, 4), ((16, 1), (32, 1), (32, 2), (64, 2))
+    else:
+        rows, lanes = (1, 2), ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
+    return [Tile(r, block_m, num_warps) for r in rows for block_m, num_warps in lanes]
+
+
+def conv_tile(dtype: torch.dtype, precision: str, cut: Spans, finish: bool, wide: bool = True) -> Tile:
+    """Tile of a convolution; rows are the most it takes at a time. wide: loads are 16 bytes, without which
+    every element has an address of its own, in registers."""
     if not wide:
+        small = cut.block_c == cut.block_k == UNIT
         two = dtype is torch.float32 and (small or (finish and cut.chunks > 1))
         return Tile(1, 16, 2 if two else 4)
-    if dtype is torch.float32:
-        # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
-        # would two rows that are finished on load or summed over several chunks.
-        one = finish or cut.chunks > 1
-        return (
-            Tile(1 if one else 2, 32, 2)
-            if small
-            else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
-        )
-    if small:
-        rows = 2 if cut.chunks > 1 else 4
-        return Tile(rows, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
-    return Tile(2 if cut.block_c * cut.block_k <= 1024 and not finish else 1, 64, 4)
+    load = "finish" if finish else "plain"
+    if cut.block_c == cut.block_k == UNIT and cut.chunks > 1:
+        load += " chunks"
+    return TILES[operands(dtype, precision), cut.block_c, cut.block_k, load]
 
 
 class Conv:
@@ -294,7 +337,8 @@ class Conv:
         self.x, self.act, self.finish_y, self.finish = x, act, finish_y, finish
         strides = (*pixel_strides(x), *pixel_strides(finish_y))
         wide = wide_loads(x.dtype, group_c * groups, group_k * groups, *strides)
-        self.tile = conv_tile(x.dtype, self.cut, finish is not None, wide)
+        self.precision = dot_precision(x)
+        self.tile = conv_tile(x.dtype, self.precision, self.cut, finish is not None, wide)
 
     def rows(self, y, walk: Walk) -> int:
         """Output rows to a band."""
@@ -313,7 +357,7 @@ class Conv:
         rows, tiles = self.rows(y, vertical), self.tiles(y, vertical)
         x_strides, finish_strides = pixel_strides(x), pixel_strides(self.finish_y)
         y_strides, residual_strides = pixel_strides(y), pixel_strides(residual)
-        launch(
+        verbs.launch(
             grouped_conv_fwd_kernel, (tiles * self.blocks,),
             x, self.finish_y, self.act, self.finish, self.packed, y, affine, residual, mask, partial,
             tiles, self.blocks, n, height, width, c, out_height, out_width, k, triton.cdiv(out_height, rows),
@@ -324,7 +368,7 @@ class Conv:
             RELU=relu, STATS=stats, TAPS_H=vertical.taps, TAPS_W=horizontal.taps, ROWS=rows,
             ALIGN_X=alignment(c, *x_strides, *finish_strides),
             ALIGN_Y=alignment(k, *y_strides, *residual_strides),
-            PRECISION=dot_precision(x), **conv_meta(cut, tile),
+            PRECISION=self.precision, **conv_meta(cut, tile),
         )  # fmt: skip
 
 
@@ -458,7 +502,7 @@ def configurations() -> list:
 
     three = {"TAPS_H": 3, "TAPS_W": 3}
     for (dtype, cut, precision), wide in itertools.product(compiled_cuts(False), (True, False)):
-        tile = conv_tile(dtype, cut, False, wide)
+        tile = conv_tile(dtype, precision, cut, False, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,
@@ -474,7 +518,7 @@ def configurations() -> list:
         if wide:
             add(pack_weight_kernel, dtype, meta, ("weight", "packed"), (), TRANSPOSED=cut.block_c > UNIT)
     for (dtype, cut, precision), wide in itertools.product(compiled_cuts(True), (True, False)):
-        tile = conv_tile(dtype, cut, True, wide)
+        tile = conv_tile(dtype, precision, cut, True, wide)
         meta = {
             "ROWS": tile.rows,
             "PRECISION": precision,

@@ -97,36 +97,74 @@ def grouped_conv_bwd_weight_kernel(
             tl.store(partial + at + tap * partial_tap, acc[kh * 3 + kw], mask=own)
 
 
-class WgradTile(NamedTuple):
+class Tile(NamedTuple):
+    """rows: the most it takes at a time; programs: as many the pixels are split for, to fill a large GPU."""
+
     rows: int
     taps_h: int
     block_m: int
     block_c: int
     block_k: int
     num_warps: int
-    programs: int  # that fill a large GPU: as many the pixels are split for
+    programs: int
 
 
-def wgrad_tile(dtype: torch.dtype, cut: Spans, wide: bool = True) -> WgradTile:
+# By the operands and the channels of a span in and out, rounded up to 16 or 32, or 64 for both. More warps
+# than one would compute the same 16x16 results of the matrix unit. Of wider ones one row of taps at a time:
+# three would not leave registers enough. `python -m gconv.bench tune` prints this table.
+TILES = {
+    ("16-bit", 16, 16): Tile(4, 3, 16, 16, 16, 1, 4096),
+    ("16-bit", 16, 32): Tile(1, 1, 32, 16, 32, 1, 2048),
+    ("16-bit", 32, 16): Tile(1, 1, 32, 32, 16, 2, 2048),
+    ("16-bit", 32, 32): Tile(1, 1, 32, 32, 32, 2, 2048),
+    ("16-bit", 64, 64): Tile(1, 1, 32, 64, 64, 4, 1024),
+    ("tf32", 16, 16): Tile(1, 3, 16, 16, 16, 2, 2048),
+    ("tf32", 16, 32): Tile(1, 1, 16, 16, 32, 4, 1024),
+    ("tf32", 32, 16): Tile(1, 1, 16, 32, 16, 4, 1024),
+    ("tf32", 32, 32): Tile(1, 1, 16, 32, 32, 4, 1024),
+    ("tf32", 64, 64): Tile(1, 1, 16, 32, 32, 4, 1024),
+    ("float32", 16, 16): Tile(1, 3, 16, 16, 16, 2, 2048),
+    ("float32", 16, 32): Tile(1, 1, 16, 16, 32, 4, 1024),
+    ("float32", 32, 16): Tile(1, 1, 16, 32, 16, 4, 1024),
+    ("float32", 32, 32): Tile(1, 1, 16, 32, 32, 4, 1024),
+    ("float32", 64, 64): Tile(1, 1, 16, 32, 32, 4, 1024),
+}
+
+
+def candidates(key: tuple) -> list[Tile]:
+    """The tiles that a key of TILES may have, twelve at most."""
+    operands, width_c, width_k = key
+    matrix_unit, tiles = operands == "16-bit", []
+    if width_c == width_k == UNIT:
+        for rows in (1, 2, 4) if matrix_unit else (1, 2):
+            for block_m, num_warps in ((16, 1), (32, 1)) if matrix_unit else ((16, 1), (16, 2), (32, 2)):
+                tiles += [Tile(rows, 3, block_m, UNIT, UNIT, num_warps, count) for count in (2048, 4096)]
+        return tiles
+    widest = (32, 64) if matrix_unit and width_c == 64 else (32,)
+    for most in widest:
+        c, k = min(width_c, most), min(width_k, most)
+        lanes = ((32, c // UNIT), (32, 4), (64, 4)) if matrix_unit else ((16, 2), (16, 4), (32, 4))
+        for block_m, num_warps in dict.fromkeys(lanes):
+            tiles += [Tile(1, 1, block_m, c, k, num_warps, count) for count in (1024, 2048)]
+    return tiles
+
+
+def wgrad_tile(dtype: torch.dtype, precision: str, cut: Spans, wide: bool = True) -> Tile:
     """Tile of a weight gradient; rows are the most it takes at a time. wide: loads are 16 bytes."""
     if not wide:
-        tile = wgrad_tile(dtype, cut)
+        tile = wgrad_tile(dtype, precision, cut)
         block_c, block_k = min(tile.block_c, 32), min(tile.block_k, 32)
         return tile._replace(rows=1, block_m=16, block_c=block_c, block_k=block_k, num_warps=4)
     if cut.block_c == UNIT and cut.block_k == UNIT:
-        if dtype is torch.float32:
-            return WgradTile(1, 3, 16, UNIT, UNIT, 2, 2048)
-        return WgradTile(4, 3, 16, UNIT, UNIT, 1, 4096)  # more warps would compute the same 16x16 results
-    # One row of taps at a time: three would not leave registers enough.
-    block_c, block_k = (max(UNIT, min(32, triton.next_power_of_2(s))) for s in (cut.span_c, cut.span_k))
-    if dtype is torch.float32:
-        return WgradTile(1, 1, 16, block_c, block_k, 4, 1024)
-    if cut.span_c > 32 and cut.span_k > 32:
-        return WgradTile(1, 1, 32, 64, 64, 4, 1024)
-    return WgradTile(1, 1, 32, block_c, block_k, block_c // UNIT, 2048)
+        width_c = width_k = UNIT
+    elif cut.span_c > 32 and cut.span_k > 32:
+        width_c = width_k = 64
+    else:
+        width_c, width_k = (max(UNIT, min(32, triton.next_power_of_2(s))) for s in (cut.span_c, cut.span_k))
+    return TILES[verbs.operands(dtype, precision), width_c, width_k]
 
 
-def wgrad_meta(cut: Spans, tile: WgradTile) -> dict:
+def wgrad_meta(cut: Spans, tile: Tile) -> dict:
     """What a launch has of its cut and its tile."""
     return {
         "TAPS_H": tile.taps_h, "SPAN_C": cut.span_c, "SPAN_K": cut.span_k,
@@ -151,7 +189,8 @@ def grouped_conv_bwd_weight(
     group_k, group_c = k // groups, c // groups
     cut = tiling.spans(x.dtype, group_c, group_k)
     loaded = [s for t in (x, dy, y) for s in verbs.pixel_strides(t)]
-    tile = wgrad_tile(x.dtype, cut, verbs.wide_loads(x.dtype, c, k, *loaded))
+    precision = verbs.dot_precision(x)
+    tile = wgrad_tile(x.dtype, precision, cut, verbs.wide_loads(x.dtype, c, k, *loaded))
     verbs.dot_tile(tile.block_c, tile.block_k, tile.block_m)
     rows = tiling.band_rows(1 if tile.taps_h == 1 else tile.rows, stride[0], dilation[0], oh)
     bands = triton.cdiv(oh, rows)
@@ -173,7 +212,7 @@ def grouped_conv_bwd_weight(
             dweight.numel(), group_c, group_k, *strides,
             ROWS=rows,
             ALIGN_X=verbs.alignment(c, *x_strides), ALIGN_Y=verbs.alignment(k, *dy_strides, *finish_strides),
-            PRECISION=verbs.dot_precision(x), **meta,
+            PRECISION=precision, **meta,
         )  # fmt: skip
     verbs.merge_sums(partial, dweight, wide=False)
     return dweight
@@ -184,7 +223,7 @@ def wgrad_configurations() -> list:
     result = []
     kernel = grouped_conv_bwd_weight_kernel
     for (dtype, cut, precision), wide in itertools.product(tiling.compiled_cuts(False), (True, False)):
-        tile = wgrad_tile(dtype, cut, wide)
+        tile = wgrad_tile(dtype, precision, cut, wide)
         constants = {"PRECISION": precision, **wgrad_meta(cut, tile)}
         constants |= tiling.compiled_alignment(dtype, wide)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}

@@ -260,32 +260,78 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# For 16-bit types. Shared memory of all rows stays under the 99 KiB that every GPU since compute capability
-# 8.0 has.
-WIDE = Tile(128, 128, 64, 8, 3)  # the tensor cores' favourite: 64 operations per byte from L2
-WIDE_FINISH = Tile(128, 128, 32, 8, 3)  # a third operand in shared memory
-NARROW = Tile(128, 64, 64, 8, 3)  # at most 64 columns: wider tiles would compute zeros
-NARROW_FINISH = Tile(128, 64, 32, 8, 3)
-SMALL = Tile(64, 64, 64, 4, 3)  # wider tiles would leave multiprocessors idle
-SMALL_FINISH = Tile(64, 64, 32, 4, 3)
-FLOAT32 = Tile(64, 64, 16, 4, 3)  # not as TF32: operands of FMAs share the registers with the accumulators
+# By what the rows of the product are (pixels, or a weight's output channels), the operands, the product's
+# size and whether an operand is finished on load, as a third in shared memory. wide: 64 operations per byte
+# from L2; narrow: at most 64 columns, of which wider tiles would compute zeros; small: so few tiles that
+# wider ones would leave multiprocessors idle. As TF32 half the columns, or epilogues would spill registers;
+# in float32 the operands of FMAs share the registers with the accumulators. `python -m gconv.bench tune`
+# prints this table.
+TILES = {
+    ("pixels", "16-bit", "wide", False): Tile(128, 128, 64, 8, 3),
+    ("pixels", "16-bit", "wide", True): Tile(128, 128, 32, 8, 3),
+    ("pixels", "16-bit", "narrow", False): Tile(128, 64, 64, 8, 3),
+    ("pixels", "16-bit", "narrow", True): Tile(128, 64, 32, 8, 3),
+    ("pixels", "16-bit", "small", False): Tile(64, 64, 64, 4, 3),
+    ("pixels", "16-bit", "small", True): Tile(64, 64, 32, 4, 3),
+    ("pixels", "tf32", "wide", False): Tile(128, 64, 32, 8, 3),
+    ("pixels", "tf32", "wide", True): Tile(128, 64, 16, 8, 3),
+    ("pixels", "tf32", "narrow", False): Tile(128, 64, 32, 8, 3),
+    ("pixels", "tf32", "narrow", True): Tile(128, 64, 16, 8, 3),
+    ("pixels", "tf32", "small", False): Tile(64, 64, 32, 4, 3),
+    ("pixels", "tf32", "small", True): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "wide", False): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "wide", True): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "narrow", False): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "narrow", True): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "small", False): Tile(64, 64, 16, 4, 3),
+    ("pixels", "float32", "small", True): Tile(64, 64, 16, 4, 3),
+    ("weight", "16-bit", "wide", False): Tile(128, 128, 64, 8, 3),
+    ("weight", "16-bit", "wide", True): Tile(128, 128, 32, 8, 3),
+    ("weight", "16-bit", "small", False): Tile(64, 64, 64, 4, 3),
+    ("weight", "16-bit", "small", True): Tile(64, 64, 32, 4, 3),
+    ("weight", "tf32", "wide", False): Tile(128, 64, 32, 8, 3),
+    ("weight", "tf32", "wide", True): Tile(128, 64, 16, 8, 3),
+    ("weight", "tf32", "small", False): Tile(64, 64, 32, 4, 3),
+    ("weight", "tf32", "small", True): Tile(64, 64, 16, 4, 3),
+    ("weight", "float32", "wide", False): Tile(64, 64, 16, 4, 3),
+    ("weight", "float32", "wide", True): Tile(64, 64, 16, 4, 3),
+    ("weight", "float32", "small", False): Tile(64, 64, 16, 4, 3),
+    ("weight", "float32", "small", True): Tile(64, 64, 16, 4, 3),
+}
 # Where loads are not 16 bytes wide, by the size of an element.
 UNALIGNED = {2: Tile(32, 32, 32, 4, 3), 4: Tile(32, 32, 16, 4, 2)}
 
+# Blocks and warps to try, for operands of 16 bits: no more than 64 accumulators to a thread.
+TRIED = {
+    "wide": ((128, 128, 64, 8), (128, 128, 32, 8), (128, 256, 32, 16), (64, 128, 64, 8)),
+    "narrow": ((128, 64, 64, 8), (128, 64, 32, 8), (256, 64, 32, 16), (64, 64, 32, 4)),
+    "small": ((64, 64, 64, 4), (64, 64, 32, 4), (64, 32, 64, 4), (32, 64, 64, 4)),
+}
+TRIED_FLOAT32 = ((64, 64, 16, 4), (64, 64, 16, 8), (32, 64, 16, 4), (64, 32, 16, 4))
+SHARED = 99 * 1024  # bytes of shared memory that every GPU since compute capability 8.0 has
 GROUP = 8  # rows of tiles walked together
 BUSY = 132  # multiprocessors of an H200; so many tiles at least, where there can be
 SPLITS = 2 * BUSY  # programs of a weight gradient
 SPLIT_PIXELS = 512  # fewer are not worth a partial result
 
 
-def _fitted(tile: Tile, dtype: torch.dtype, precision: str) -> Tile:
-    """The tile for the dtype: as TF32 the same bytes of BLOCK_K, and half the columns, or epilogues would
-    spill registers."""
-    if dtype is not torch.float32:
-        return tile
-    if precision != "tf32":
-        return FLOAT32
-    return Tile(tile.BLOCK_M, 64, tile.BLOCK_K // 2, tile.BLOCK_M // 16, tile.num_stages)
+def candidates(key: tuple) -> list[Tile]:
+    """The tiles that a key of TILES may have, twelve at most: those whose operands fit into shared memory."""
+    _, operands, size, finish = key
+    if operands == "float32":
+        tried, itemsize = TRIED_FLOAT32, 4
+    elif operands == "tf32":
+        tried = [(m, n, k // 2, warps) for m, n, k, warps in TRIED["narrow" if size == "wide" else size]]
+        itemsize = 4
+    else:
+        tried, itemsize = TRIED[size], 2
+    tiles = [Tile(*blocks, stages) for blocks in tried for stages in (2, 3, 4)]
+
+    def bytes_of(tile: Tile) -> int:
+        rows = tile.BLOCK_M * (2 if finish else 1)
+        return (rows + tile.BLOCK_N) * tile.BLOCK_K * itemsize * tile.num_stages
+
+    return [tile for tile in tiles if bytes_of(tile) <= SHARED]
 
 
 def rows_tile(
@@ -294,21 +340,16 @@ def rows_tile(
     """The tile of a product with M pixels as rows and N channels as columns. What is added in place has two
     more tiles in registers, for which a wide one leaves no room."""
     if triton.cdiv(M, 128) * triton.cdiv(N, 128 if N > 64 else 64) < BUSY:
-        tile = SMALL_FINISH if finish else SMALL
-    elif N <= 64 or add:
-        tile = NARROW_FINISH if finish else NARROW
+        size = "small"
     else:
-        tile = WIDE_FINISH if finish else WIDE
-    return _fitted(tile, dtype, precision)
+        size = "narrow" if N <= 64 or add else "wide"
+    return TILES["pixels", verbs.operands(dtype, precision), size, finish]
 
 
 def weight_tile(dtype: torch.dtype, precision: str, K: int, C: int, finish: bool) -> Tile:
     """The tile of a weight gradient [K, C]."""
-    if min(K, C) <= 64:
-        tile = SMALL_FINISH if finish else SMALL
-    else:
-        tile = WIDE_FINISH if finish else WIDE
-    return _fitted(tile, dtype, precision)
+    size = "small" if min(K, C) <= 64 else "wide"
+    return TILES["weight", verbs.operands(dtype, precision), size, finish]
 
 
 def pixels_per_split(M: int, tiles: int, block: int) -> int:
@@ -512,34 +553,39 @@ def configurations() -> list:
         types |= dict.fromkeys(integers, "i32")
         result.append((kernel, *verbs.signature(kernel, constants, **types), options))
 
-    operands = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"))
+    precisions = (
+        (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"),
+    )  # fmt: skip
 
-    def ways(*tiles):
-        on_tensor_cores = [(dtype, _fitted(tile, dtype, p), p) for dtype, p in operands for tile in tiles]
-        unaligned = [
-            (dtype, UNALIGNED[dtype.itemsize], p) for dtype, p in (*operands, (torch.float32, "ieee"))
-        ]
-        return [*on_tensor_cores, (torch.float32, FLOAT32, "ieee"), *unaligned]
+    def ways(rows, sizes, finish):
+        found = (
+            (dtype, TILES[rows, verbs.operands(dtype, precision), size, finish], precision)
+            for dtype, precision in precisions
+            for size in sizes
+        )
+        unaligned = ((dtype, UNALIGNED[dtype.itemsize], precision) for dtype, precision in precisions)
+        return dict.fromkeys((*found, *unaligned))
 
-    for how in ways(WIDE, NARROW, SMALL):
+    for how in ways("pixels", ("wide", "narrow", "small"), False):
         for tensors, floats, relu_last in (
             ((), (), False), ((), ("act", "partial"), False), (("residual",), ("affine",), True),
         ):  # fmt: skip
             named = ("x", "weight", "y", *tensors)
             add(pointwise_conv_fwd_kernel, *how, named, floats, RELU=relu_last)
-    for given, tiles in (((), (WIDE, NARROW, SMALL)), (("y",), (WIDE_FINISH, NARROW_FINISH, SMALL_FINISH))):
+    for given in ((), ("y",)):
         vectors = ("finish",) if given else ()
-        for how in ways(*tiles):
+        added_to = ways("pixels", ("narrow", "small"), bool(given))
+        for how in ways("pixels", ("wide", "narrow", "small"), bool(given)):
             for tensors, floats, accumulate, stride in (
                 ((), (), False, 1), (("residual",), (), False, 1), ((), (), False, 2),
                 (("x",), ("act", "partial"), False, 1), (("x",), ("act", "partial"), True, 1),
             ):  # fmt: skip
-                if accumulate and how[1].BLOCK_N > 64:
-                    continue  # never picked
+                if accumulate and how not in added_to:
+                    continue
                 named, floats = ("dy", "weight", "dx", *given, *tensors), (*vectors, *floats)
                 constants = {"ADD": accumulate, "STRIDE_H": stride, "STRIDE_W": stride}
                 add(pointwise_conv_bwd_input_kernel, *how, named, floats, **constants)
-        for how in ways(tiles[0], tiles[2]):
+        for how in ways("weight", ("wide", "small"), bool(given)):
             for floats in ((), ("act",)):
                 named, floats = ("dy", "x", *given), ("partial", *vectors, *floats)
                 add(pointwise_conv_bwd_weight_kernel, *how, named, floats)

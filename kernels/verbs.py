@@ -239,14 +239,15 @@ def merge_sums(partial, out, wide: bool = True) -> None:
 # ------------------------------------------------------------------------------------------ launching
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """Runs a kernel on the device of its first argument, a tensor, and on that device's current stream.
+def launch(kernel, grid: tuple[int, ...], *args, **meta):
+    """Runs a kernel on the device of its first argument, a tensor, and on that device's current stream; what
+    Triton compiled for it, or None.
 
     Multiplications and additions are fused: Triton's default is about to change, and a mask must be computed
     as its forward was.
     """
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        return kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
 def dot_tile(*sizes: int) -> None:
@@ -258,6 +259,14 @@ def dot_precision(x) -> str:
     """`input_precision` of a tl.dot: that of torch's own convolutions."""
     tf32 = x.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def operands(dtype: torch.dtype, precision: str) -> str:
+    """By what tables of tiles tell the operands of a tl.dot: "16-bit", "tf32" or, without a matrix unit,
+    "float32"."""
+    if dtype is not torch.float32:
+        return "16-bit"
+    return "tf32" if precision == "tf32" else "float32"
 
 
 def alignment(*sizes: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import gconv
-from gconv import backend
+from gconv import backend, gpu
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gconv.__file__)))
 BLOCK_EXTENSION = """
@@ -523,3 +523,28 @@ def test_explain_sees_through_compiled_modules(ops):
     net.compile(backend="eager")
     net(x)
     assert gconv.explain(net, x).to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, at_odds",
+    [
+        ("3.6.0", "2.4.6", True),
+        ("3.6.0+git1", "2.3.5", False),
+        ("3.7.1", "2.4.6", False),
+        ("3.10.0", "3.0", False),
+    ],
+)
+def test_an_interpreter_that_numpy_breaks_is_named(monkeypatch, triton, numpy, at_odds):
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(gpu.importlib.metadata, "version", versions.__getitem__)
+    reason = gpu._interpreter_at_odds.__wrapped__()
+    if not at_odds:
+        assert reason is None
+        return
+    assert "Triton 3.6.0" in reason and "got 2.4.6" in reason and "\n" not in reason
+    monkeypatch.setattr(gpu, "_interpreter_at_odds", lambda: reason)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.missing_triton() == reason
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert gpu.missing_triton() is None

@@ -29,6 +29,7 @@ if gpu.missing_triton() is not None:
 if not (gpu.interpreting() or torch.cuda.is_available()):
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
+from gconv.bench import tune
 from gconv.kernels import pointwise_conv, verbs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "precision")
@@ -121,7 +122,6 @@ def test_sizes(case, dtype, name):
     check(RUN[name], case, dtype, "normal", variants[-1])
 
 
-LARGE = ("WIDE", "NARROW", "WIDE_FINISH", "NARROW_FINISH")
 TILED = (
     ("fwd_stats", "act"),
     ("bwd_input", "act"),
@@ -140,12 +140,10 @@ def test_tiles_of_large_problems(monkeypatch, precision, dtype, name, width):
     """Chosen here for a small one. Integers are exact in TF32 as well."""
     precision(name)
     monkeypatch.setattr(pointwise_conv, "BUSY", 0)
-    seen = set()
-    fitted = pointwise_conv._fitted
-    monkeypatch.setattr(pointwise_conv, "_fitted", lambda *args: seen.add(args[0]) or fitted(*args))
-    for op, variant in TILED:
-        VERIFY[op][0](RUN[op], case_of(*width, 1, 9, 15), dtype, "integer", variant)
-    assert seen & {getattr(pointwise_conv, large) for large in LARGE}
+    with tune.lookups(pointwise_conv) as keys:
+        for op, variant in TILED:
+            VERIFY[op][0](RUN[op], case_of(*width, 1, 9, 15), dtype, "integer", variant)
+    assert {size for rows, _, size, _ in keys if rows == "pixels"} <= {"wide", "narrow"}
 
 
 def test_a_dot_that_a_gpu_refuses_is_refused_by_the_interpreter_too():
