@@ -133,7 +133,8 @@ class CudaObjects:
         command = [self.nvcc, *args, "-c", source, "-o", stem + ".o", "-MD", "-MF", stem + ".d"]
         if not _up_to_date(stem, shlex.join(command)):
             print(shlex.join(command), flush=True)
-            subprocess.run(command, check=True)
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"gconv: {source} does not compile (GCONV_CUDA=0 builds without it)")
             with open(stem + ".command", "w", encoding="utf-8") as file:
                 file.write(shlex.join(command))
         return stem + ".o"
@@ -184,8 +185,8 @@ def cuda_objects():
     asked = os.environ.get("GCONV_CUDA")
     if asked == "0" or (asked != "1" and torch.version.cuda is None):
         return None
-    homes = [os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME",) if os.environ.get(name)]
-    nvcc = next(filter(None, map(shutil.which, [*homes, "nvcc"])), None)
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which(os.path.join(home, "bin", "nvcc"))) or shutil.which("nvcc")
     cuda = None if nvcc is None else CudaObjects(nvcc)
     if cuda is not None and cuda.codes:
         return cuda
@@ -244,11 +245,12 @@ def extension_options():
     }
 
 
-setup(
-    packages=PACKAGES,
-    package_dir=FOLDERS,
-    package_data={
-        "*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
-    },
-    **extension_options(),
-)
+if __name__ == "__main__":
+    setup(
+        packages=PACKAGES,
+        package_dir=FOLDERS,
+        package_data={
+            "*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
+        },
+        **extension_options(),
+    )

@@ -1,7 +1,8 @@
 """What a machine with a GPU is asked: gpu.py check|tests|layers|models|all
 
-Runs the tests of the Triton kernels on the GPU, the smallest of them again under compute-sanitizer where
-that is on PATH, then the benchmarks of layers and of models, and prints a table last. Needs no network.
+Runs the tests of the CUDA C++ and the Triton kernels on the GPU, the smallest of them again under
+compute-sanitizer (memory accesses, then races in shared memory) where that is on PATH, then the benchmarks of
+layers and of models, and prints a table last. Needs no network.
 `check` only says whether there is a GPU; without one every part ends with one line and status 1.
 """
 
@@ -47,19 +48,31 @@ def run(name, command, **environment):
     return name, result, time.monotonic() - start, status in (0, NO_TESTS)
 
 
+def built():
+    """The row that says what the CUDA C++ kernels are built for, or why they cannot run."""
+    import torch
+
+    from gconv import gpu
+
+    missing = gpu.missing_cuda(torch.device("cuda", torch.cuda.current_device()))
+    return "CUDA C++ kernels", missing or f"built for {', '.join(gpu.architectures())}", 0, missing is None
+
+
 def tests():
-    files = sorted((ROOT / "tests").glob("test_triton_*.py"))
+    files = sorted(file for kind in ("cuda", "triton") for file in (ROOT / "tests").glob(f"test_{kind}_*.py"))
     others = [f"--ignore={file}" for file in files]
-    yield run("tests of the Triton kernels", [*PYTEST, *files])
+    yield built()
+    yield run("tests of the kernels", [*PYTEST, *files])
     yield run("other tests that need a GPU", [*PYTEST, "-m", "needs_cuda", *others, ROOT / "tests"])
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        yield "memcheck", "compute-sanitizer is not on PATH", 0, True
+        yield "memcheck, racecheck", "compute-sanitizer is not on PATH", 0, True
         return
-    # Every tensor an allocation of its own: what is beyond one is then nobody's.
     small = ROOT / "tests" / "test_triton_models.py"
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, small]
-    yield run("memcheck", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTEST, small]
+        # Every tensor an allocation of its own: what is beyond one is then nobody's.
+        yield run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def benchmark(goal):
