@@ -180,10 +180,8 @@ struct Scheduler {
   std::string fault;
 };
 
-Scheduler& scheduler() {
-  static Scheduler s;
-  return s;
-}
+Scheduler the_scheduler;
+Scheduler& scheduler() { return the_scheduler; }
 
 void arrived(Fibre& self) {
   scheduler().current = &self;
