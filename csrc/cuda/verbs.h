@@ -49,6 +49,7 @@ constexpr int WARP = 32;
 
 #define GCONV_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define GCONV_DEVICE __device__ __forceinline__
+#define GCONV_HOST_DEVICE __host__ __device__ __forceinline__
 #define GCONV_UNROLL _Pragma("unroll")
 
 namespace gconv::cuda {
