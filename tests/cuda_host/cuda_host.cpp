@@ -402,6 +402,25 @@ void check_launch(const char* op, int64_t blocks, int threads, int64_t shared_by
   if (!wrong.empty()) throw std::runtime_error(std::string(op) + ": CUDA: " + wrong);
 }
 
+// A barrier or a wait in the source.
+struct Place {
+  const char* verb;
+  Site site;
+  std::string text;
+  bool left_out;
+};
+Settings the_settings;
+std::vector<Place> places;
+
+// Notes the place; false if the settings leave it out.
+bool passes(const char* verb, const Site& site) {
+  for (const Place& p : places)
+    if (same_site(p.site, site)) return !p.left_out;
+  const std::string text = place(site);
+  places.push_back({verb, site, text, text == settings().without});
+  return !places.back().left_out;
+}
+
 // Not running any more, however the launch ends.
 struct Running {
   Running() { scheduler().running = true; }
@@ -415,9 +434,17 @@ struct Running {
 
 }  // namespace
 
-Settings& settings() {
-  static Settings s;
-  return s;
+const Settings& settings() { return the_settings; }
+
+void set(const Settings& settings) {
+  the_settings = settings;
+  places.clear();
+}
+
+std::vector<std::string> passed() {
+  std::vector<std::string> texts;
+  for (const Place& p : places) texts.push_back(std::string(p.verb) + " " + p.text);
+  return texts;
 }
 
 void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
@@ -455,7 +482,13 @@ void meet(const char* verb, void (*perform)(Lanes), void* mine, const Site& site
   wait(verb, perform, mine, site);
 }
 
-void block_sync(const Site& site) { wait("block_sync", nullptr, nullptr, site); }
+void block_sync(const Site& site) {
+  if (passes("block_sync", site)) wait("block_sync", nullptr, nullptr, site);
+}
+
+void warp_sync(const Site& site) {
+  if (passes("warp_sync", site)) wait("warp_sync", [](Lanes) {}, nullptr, site);
+}
 
 unsigned char* shared_memory() { return scheduler().shared; }
 
@@ -486,7 +519,8 @@ void copy_async(void* shared, const void* from, bool inside, const Site& site) {
 
 void copy_commit() { ++scheduler().current->groups; }
 
-void copy_wait(int pending) {
+void copy_wait(int pending, const Site& site) {
+  if (!passes("copy_wait", site)) return;
   Fibre& f = *scheduler().current;
   const int done = f.groups - pending;  // groups before this one
   size_t kept = 0;
