@@ -1,12 +1,9 @@
 // Runs the blocks of a launch: fibres for threads, and the rules of their meetings.
 #include "cuda_host.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -167,7 +164,7 @@ struct Scheduler {
   char* stacks = nullptr;
   // The launch.
   const char* op = nullptr;
-  const void* kernel = nullptr;
+  const Site* launched = nullptr;
   const std::function<void()>* body = nullptr;
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
@@ -210,19 +207,9 @@ std::string place(const Site& site) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
 }
 
-// The kernel's name where the symbol table has it.
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_sname || info.dli_saddr != kernel) return "kernel";
-  int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> name(
-      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), &std::free);
-  return status == 0 ? name.get() : info.dli_sname;
-}
-
 std::string block_text() {
   const Scheduler& s = scheduler();
-  return std::string(s.op) + ": " + kernel_name(s.kernel) + ": block " + std::to_string(blockIdx.x);
+  return std::string(s.op) + " (" + place(*s.launched) + "): block " + std::to_string(blockIdx.x);
 }
 
 std::string warp_text() { return block_text() + ", warp " + std::to_string(scheduler().warp) + ": "; }
@@ -447,8 +434,8 @@ std::vector<std::string> passed() {
   return texts;
 }
 
-void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
-         const std::function<void()>& body) {
+void run(const char* op, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+         const Site& site) {
   if (blocks == 0) return;
   check_launch(op, blocks, threads, shared_bytes);
   Scheduler& s = scheduler();
@@ -462,7 +449,7 @@ void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_
   const Running running;
   const bool clean = std::exchange(s.fault, {}).empty();
   const SharedMemory shared(shared_bytes);
-  s.op = op, s.kernel = kernel, s.body = &body;
+  s.op = op, s.launched = &site, s.body = &body;
   s.shared = shared.data(), s.shared_bytes = shared_bytes;
   blockDim.x = static_cast<unsigned>(threads), gridDim.x = static_cast<unsigned>(blocks);
   bool first = true;

@@ -69,8 +69,8 @@ void set(const Settings& settings);
 std::vector<std::string> passed();
 
 // Runs `body` for every thread of every block.
-void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
-         const std::function<void()>& body);
+void run(const char* op, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+         const Site& site);
 
 // Ends the launch with an exception.
 [[noreturn]] void fault(const char* verb, const Site& site, const std::string& what);
@@ -296,10 +296,9 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
 
 template <typename Params>
 void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes, Stream,
-            const Params& params) {
+            const Params& params, const host::Site& site = host::Site::current()) {
   static_assert(sizeof(Params) <= 4096, "CUDA's limit of a kernel's parameters");
-  host::run(op, reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
-            [&] { kernel(params); });
+  host::run(op, blocks, threads, shared_bytes, [&] { kernel(params); }, site);
 }
 
 inline Device current_device(const char*) { return host::settings().device; }

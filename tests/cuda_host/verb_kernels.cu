@@ -80,7 +80,7 @@ GCONV_KERNEL(32, 1) void copied_kernel(const VerbParams p) {
   copy_wait<0>();
 }
 
-// Twice through shared memory: out [i] = in [threads - 1 - i], then the same of in + 1. A barrier that is
+// Through shared memory: out [i] = in [threads - 1 - i], then the same of in + 1. A barrier that is
 // left out shows in some order of the warps: the first and third when what is read is not there yet, the
 // second when what is still to be read is overwritten.
 GCONV_KERNEL(256, 1) void turned_kernel(const VerbParams p) {
@@ -93,6 +93,9 @@ GCONV_KERNEL(256, 1) void turned_kernel(const VerbParams p) {
   shared[i] = p.in[i] + 1;
   block_sync();
   p.out[threads + i] = shared[other];
+  shared[threads + i] = p.in[i] + 2;
+  warp_sync();
+  p.out[2 * threads + i] = shared[threads + (i ^ (WARP - 1))];
 }
 
 // What a kernel must not do, by number.
@@ -225,7 +228,7 @@ void copied_words(const VerbParams& p, Stream stream) {
 }
 
 void turned_words(int threads, const VerbParams& p, Stream stream) {
-  launch("turned", turned_kernel, 1, threads, 4 * threads, stream, p);
+  launch("turned", turned_kernel, 1, threads, 8 * threads, stream, p);
 }
 
 void faulty(int threads, int64_t shared_bytes, const VerbParams& p, Stream stream) {
