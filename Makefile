@@ -74,11 +74,11 @@ gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=t
 
 lint: ## check style with ruff and clang-format
 	@$(LINTERS); ruff check . && ruff format --check .
-	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 format: ## rewrite the sources in the house style
 	@$(LINTERS); ruff check --fix . && ruff format .
-	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info gconv/*.so gconv-report

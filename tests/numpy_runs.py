@@ -13,16 +13,28 @@ from numpy_oracle import DTYPES, Exact, Guarded, bits
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
+def module(name):
+    """A module of build_numpy_binding: of those that GCONV_NUMPY_MODULES names, else built here."""
+    named = filter(None, os.environ.get("GCONV_NUMPY_MODULES", "").split(os.pathsep))
+    for path in map(pathlib.Path, named):
+        if path.name.startswith(f"{name}."):
+            return build_numpy_binding.load(path)
+    pytest.importorskip("pybind11", reason="the NumPy bindings of the kernels are written with pybind11")
+    if build_numpy_binding.compiler() is None:
+        pytest.skip("the NumPy bindings of the kernels need a C++ compiler")
+    return build_numpy_binding.load(build_numpy_binding.build(name))
+
+
 @pytest.fixture(scope="session")
 def kernels():
-    """The module of the kernels: the one GCONV_KERNELS_NUMPY names, else one built here."""
-    named = os.environ.get("GCONV_KERNELS_NUMPY")
-    if named:
-        return build_numpy_binding.load(pathlib.Path(named))
-    pytest.importorskip("pybind11", reason="the NumPy binding of the kernels is written with pybind11")
-    if build_numpy_binding.compiler() is None:
-        pytest.skip("the NumPy binding of the kernels needs a C++ compiler")
-    return build_numpy_binding.load(build_numpy_binding.build())
+    """The kernels of the CPU."""
+    return module("gconv_kernels_numpy")
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels():
+    """The kernels of the GPU, on the CPU."""
+    return module("gconv_cuda_host")
 
 
 @pytest.fixture(params=ISAS)

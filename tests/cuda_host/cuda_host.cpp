@@ -1,12 +1,9 @@
 // Runs the blocks of a launch: fibres for threads, and the rules of their meetings.
 #include "cuda_host.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -167,7 +164,7 @@ struct Scheduler {
   char* stacks = nullptr;
   // The launch.
   const char* op = nullptr;
-  const void* kernel = nullptr;
+  const Site* launched = nullptr;
   const std::function<void()>* body = nullptr;
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
@@ -210,19 +207,9 @@ std::string place(const Site& site) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
 }
 
-// The kernel's name where the symbol table has it.
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_sname || info.dli_saddr != kernel) return "kernel";
-  int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> name(
-      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), &std::free);
-  return status == 0 ? name.get() : info.dli_sname;
-}
-
 std::string block_text() {
   const Scheduler& s = scheduler();
-  return std::string(s.op) + ": " + kernel_name(s.kernel) + ": block " + std::to_string(blockIdx.x);
+  return std::string(s.op) + " (" + place(*s.launched) + "): block " + std::to_string(blockIdx.x);
 }
 
 std::string warp_text() { return block_text() + ", warp " + std::to_string(scheduler().warp) + ": "; }
@@ -402,6 +389,25 @@ void check_launch(const char* op, int64_t blocks, int threads, int64_t shared_by
   if (!wrong.empty()) throw std::runtime_error(std::string(op) + ": CUDA: " + wrong);
 }
 
+// A barrier or a wait in the source.
+struct Place {
+  const char* verb;
+  Site site;
+  std::string text;
+  bool left_out;
+};
+Settings the_settings;
+std::vector<Place> places;
+
+// Notes the place; false if the settings leave it out.
+bool passes(const char* verb, const Site& site) {
+  for (const Place& p : places)
+    if (same_site(p.site, site)) return !p.left_out;
+  const std::string text = place(site);
+  places.push_back({verb, site, text, text == settings().without});
+  return !places.back().left_out;
+}
+
 // Not running any more, however the launch ends.
 struct Running {
   Running() { scheduler().running = true; }
@@ -415,13 +421,21 @@ struct Running {
 
 }  // namespace
 
-Settings& settings() {
-  static Settings s;
-  return s;
+const Settings& settings() { return the_settings; }
+
+void set(const Settings& settings) {
+  the_settings = settings;
+  places.clear();
 }
 
-void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
-         const std::function<void()>& body) {
+std::vector<std::string> passed() {
+  std::vector<std::string> texts;
+  for (const Place& p : places) texts.push_back(std::string(p.verb) + " " + p.text);
+  return texts;
+}
+
+void run(const char* op, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+         const Site& site) {
   if (blocks == 0) return;
   check_launch(op, blocks, threads, shared_bytes);
   Scheduler& s = scheduler();
@@ -435,7 +449,7 @@ void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_
   const Running running;
   const bool clean = std::exchange(s.fault, {}).empty();
   const SharedMemory shared(shared_bytes);
-  s.op = op, s.kernel = kernel, s.body = &body;
+  s.op = op, s.launched = &site, s.body = &body;
   s.shared = shared.data(), s.shared_bytes = shared_bytes;
   blockDim.x = static_cast<unsigned>(threads), gridDim.x = static_cast<unsigned>(blocks);
   bool first = true;
@@ -455,7 +469,13 @@ void meet(const char* verb, void (*perform)(Lanes), void* mine, const Site& site
   wait(verb, perform, mine, site);
 }
 
-void block_sync(const Site& site) { wait("block_sync", nullptr, nullptr, site); }
+void block_sync(const Site& site) {
+  if (passes("block_sync", site)) wait("block_sync", nullptr, nullptr, site);
+}
+
+void warp_sync(const Site& site) {
+  if (passes("warp_sync", site)) wait("warp_sync", [](Lanes) {}, nullptr, site);
+}
 
 unsigned char* shared_memory() { return scheduler().shared; }
 
@@ -486,7 +506,8 @@ void copy_async(void* shared, const void* from, bool inside, const Site& site) {
 
 void copy_commit() { ++scheduler().current->groups; }
 
-void copy_wait(int pending) {
+void copy_wait(int pending, const Site& site) {
+  if (!passes("copy_wait", site)) return;
   Fibre& f = *scheduler().current;
   const int done = f.groups - pending;  // groups before this one
   size_t kept = 0;

@@ -22,6 +22,7 @@
 #include <source_location>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #define GCONV_ISA_PORTABLE
 #include "../../csrc/cpu/vec.h"
@@ -59,13 +60,18 @@ enum class Order { forward, reversed, shuffled };
 struct Settings {
   Device device{132, 227 * 1024, 228 * 1024};
   Order order = Order::forward;
-  uint64_t seed = 0;  // of Order::shuffled
+  uint64_t seed = 0;    // of Order::shuffled
+  std::string without;  // "file:line" of a barrier or wait that does nothing: a defect that a test must see
 };
-Settings& settings();
+const Settings& settings();
+// Sets them for the launches that follow, and forgets what those before have passed.
+void set(const Settings& settings);
+// The barriers and waits passed since: "verb file:line".
+std::vector<std::string> passed();
 
 // Runs `body` for every thread of every block.
-void run(const char* op, const void* kernel, int64_t blocks, int threads, int64_t shared_bytes,
-         const std::function<void()>& body);
+void run(const char* op, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body,
+         const Site& site);
 
 // Ends the launch with an exception.
 [[noreturn]] void fault(const char* verb, const Site& site, const std::string& what);
@@ -83,10 +89,11 @@ void check_shared_address(const char* verb, const void* p, const Site& site);
 
 void copy_async(void* shared, const void* from, bool inside, const Site& site);
 void copy_commit();
-void copy_wait(int pending);
+void copy_wait(int pending, const Site& site);
 
 unsigned char* shared_memory();
 void block_sync(const Site& site);
+void warp_sync(const Site& site);
 
 }  // namespace host
 
@@ -118,9 +125,7 @@ inline int warp(const host::Site& site = host::Site::current()) {
   return int(threadIdx.x) / WARP;
 }
 inline void block_sync(const host::Site& site = host::Site::current()) { host::block_sync(site); }
-inline void warp_sync(const host::Site& site = host::Site::current()) {
-  host::meet("warp_sync", [](host::Lanes) {}, nullptr, site);
-}
+inline void warp_sync(const host::Site& site = host::Site::current()) { host::warp_sync(site); }
 
 inline unsigned char* shared_memory() { return host::shared_memory(); }
 
@@ -173,9 +178,9 @@ inline void copy_async(void* shared, const void* from, bool inside,
 }
 inline void copy_commit() { host::copy_commit(); }
 template <int PENDING>
-inline void copy_wait() {
+inline void copy_wait(const host::Site& site = host::Site::current()) {
   static_assert(PENDING >= 0);
-  host::copy_wait(PENDING);
+  host::copy_wait(PENDING, site);
 }
 
 // ---- fragments
@@ -292,10 +297,9 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
 
 template <typename Params>
 void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes, Stream,
-            const Params& params) {
+            const Params& params, const host::Site& site = host::Site::current()) {
   static_assert(sizeof(Params) <= 4096, "CUDA's limit of a kernel's parameters");
-  host::run(op, reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
-            [&] { kernel(params); });
+  host::run(op, blocks, threads, shared_bytes, [&] { kernel(params); }, site);
 }
 
 inline Device current_device(const char*) { return host::settings().device; }
