@@ -30,7 +30,6 @@
 
 #define GCONV_KERNEL(threads, blocks)
 #define GCONV_DEVICE inline
-#define GCONV_HOST_DEVICE inline
 #undef GCONV_UNROLL
 #define GCONV_UNROLL
 
