@@ -95,6 +95,9 @@ struct RowList {
   }
 };
 
+// In one word: a unit, a slot of a row and a row.
+constexpr int DEAL_UNIT_BITS = 10, DEAL_ROW_AT = 24;
+
 // Units of 16 bytes dealt to the threads of a block: how far apart two of a thread are.
 struct Deal {
   int units, slots;  // of a row
@@ -103,6 +106,7 @@ struct Deal {
   static Deal of(int units, int slots, int threads) {
     return {units, slots, threads % units, threads / units % slots, threads / units / slots};
   }
+  bool packs() const { return units <= 1 << DEAL_UNIT_BITS && slots <= 1 << (DEAL_ROW_AT - DEAL_UNIT_BITS); }
 };
 
 struct WgradParams {
@@ -121,8 +125,9 @@ struct WgradParams {
   int images, lanes, lane_groups, column_tiles;
   // steps
   RowList rows;
-  int step_rows, steps;  // rows of a step, steps of a strip
-  int64_t total_steps, splits;
+  int step_rows, steps;     // rows of a step, steps of a strip
+  int splits, split_steps;  // steps of a split, of the first `longer_splits` one more
+  int longer_splits;
   // shared memory, in bytes
   int ring;  // rows of x
   int x_pitch, x_image_pitch, x_row_pitch, dy_pitch, dy_row_pitch;
@@ -229,7 +234,7 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
             int(s.pad_h)};
   p.rows_shared = !own_rows && s.stride_h == 1 && s.dil_h == 1;
   p.step_rows = step_rows, p.steps = ceil_div(s.oh, step_rows);
-  p.ring = 0;
+  p.ring = 1;
   for (int first = 0; first < s.oh; first += step_rows) {  // a step's rows and the next one's
     const int next = first + step_rows;
     const auto kept = [&](int entry) { return p.rows.kept(entry, int(s.h)); };
@@ -289,7 +294,7 @@ inline bool fit(WgradParams& p, const GroupedConvShape& s, int64_t most, int pix
       for (int rows = 1; rows == 1 || (rows <= s.oh && rows <= 8); ++rows) {
         WgradParams q = base;
         lay_out(q, s, lane_tile(s, lanes), own_rows, rows, pixels, element);
-        if (q.shared_bytes > most) break;
+        if (q.shared_bytes > most || !q.x_deal.packs() || !q.dy_deal.packs()) break;
         const double time = pixel_time(q, s);
         if (best < 0 || time < best) p = q, best = time;
       }
@@ -301,7 +306,8 @@ inline bool fit(WgradParams& p, const GroupedConvShape& s, int64_t most, int pix
 // `pixels` of a group of lanes; `element` bytes.
 inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device& device, int pixels) {
   using namespace wgrad;
-  const GroupedConvShape& s = q.shape;
+  GroupedConvShape s = q.shape;
+  if (s.n == 0 || s.oh == 0 || s.ow == 0) s.n = 0, s.oh = s.ow = 1;  // no pixels: weights of 0
   const int element = q.dtype == DType::f32 ? 4 : 2;
   WgradParams p{};
   p.x = tile_source(q.x, q.act, s.n, s.h, s.w, s.c, element);
@@ -328,7 +334,7 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
   }
 
   p.channel_blocks = p.block.count(p.tiles);
-  p.total_steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
+  const int64_t steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
   // As many splits as fill the device; half as many where what they leave to be summed would be more than a
   // quarter of what they read.
   const int64_t read = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k * (q.finish ? 2 : 1)) * element;
@@ -337,8 +343,9 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
   const int64_t once = device.multiprocessors / p.channel_blocks;
   int64_t splits = resident * device.multiprocessors / p.channel_blocks;
   if (splits > read / (4 * left)) splits = once > read / (4 * left) ? once : read / (4 * left);
-  if (splits > p.total_steps) splits = p.total_steps;
-  p.splits = splits < 1 ? 1 : splits;
+  if (splits > steps) splits = steps;
+  p.splits = splits < 1 ? 1 : int(splits);
+  p.split_steps = int(steps / p.splits), p.longer_splits = int(steps % p.splits);
   return p;
 }
 
