@@ -119,28 +119,23 @@ struct Fragments<float> {
 
 // ---- loading
 
-// Where a thread's units begin, and their walk over `rows`; f(row, slot, unit). In one register, for the sums
-// need the others.
-struct Walk {
-  uint32_t packed;  // unit, slot, row
-
-  GCONV_DEVICE explicit Walk(const Deal& deal) {
-    const uint32_t t = threadIdx.x, units = uint32_t(deal.units), slots = uint32_t(deal.slots);
-    packed = t % units | t / units % slots << DEAL_UNIT_BITS | t / units / slots << DEAL_ROW_AT;
+// Where a thread's walk over a row's units begins. Kept in shared memory, for the sums need the registers.
+GCONV_DEVICE uint32_t walk_start(const Deal& deal) {
+  const uint32_t t = threadIdx.x, units = uint32_t(deal.units), slots = uint32_t(deal.slots);
+  return t % units | t / units % slots << DEAL_UNIT_BITS | t / units / slots << DEAL_ROW_AT;
+}
+// f(row, slot, unit) of the thread's share of `rows`.
+template <typename F>
+GCONV_DEVICE void walk(uint32_t start, int rows, const Deal& deal, const F& f) {
+  int u = int(start % (1u << DEAL_UNIT_BITS)), r = int(start >> DEAL_ROW_AT);
+  int s = int(start >> DEAL_UNIT_BITS) % (1 << (DEAL_ROW_AT - DEAL_UNIT_BITS));
+  while (r < rows) {
+    f(r, s, u);
+    u += deal.unit, s += deal.slot, r += deal.row;
+    if (u >= deal.units) u -= deal.units, ++s;
+    if (s >= deal.slots) s -= deal.slots, ++r;
   }
-
-  template <typename F>
-  GCONV_DEVICE void over(int rows, const Deal& deal, const F& f) const {
-    int u = int(packed % (1u << DEAL_UNIT_BITS)), r = int(packed >> DEAL_ROW_AT);
-    int s = int(packed >> DEAL_UNIT_BITS) % (1 << (DEAL_ROW_AT - DEAL_UNIT_BITS));
-    while (r < rows) {
-      f(r, s, u);
-      u += deal.unit, s += deal.slot, r += deal.row;
-      if (u >= deal.units) u -= deal.units, ++s;
-      if (s >= deal.slots) s -= deal.slots, ++r;
-    }
-  }
-};
+}
 
 // What f makes of a unit, four channels at a time lest their vectors take too many registers: f(first of the
 // four, their values as floats).
@@ -203,17 +198,17 @@ struct Loader {
   const WgradParams& p;
   unsigned char* shared;
   int x_channel, dy_channel;  // the block's first
-  Walk x_walk, dy_walk;
 
   GCONV_DEVICE Loader(const WgradParams& params, unsigned char* memory, const BlockTiles::Channels& channels)
       : p(params),
         shared(memory),
         x_channel(channels.x.first * OCTET),
-        dy_channel(channels.dy.first * OCTET),
-        x_walk(params.x_deal),
-        dy_walk(params.dy_deal) {}
+        dy_channel(channels.dy.first * OCTET) {}
 
   GCONV_DEVICE Place* places() const { return reinterpret_cast<Place*>(shared + p.places_at); }
+  GCONV_DEVICE uint32_t* walks() const {
+    return reinterpret_cast<uint32_t*>(shared + p.walks_at) + 2 * threadIdx.x;
+  }
   GCONV_DEVICE unsigned char* finish_table() const {
     return shared + p.tables_at + (p.x.prologue == Prologue::act ? 2 * 4 * OCTET * p.x_octets : 0);
   }
@@ -229,6 +224,7 @@ struct Loader {
 
   // What is the same for all steps.
   GCONV_DEVICE void fill_tables() const {
+    walks()[0] = walk_start(p.x_deal), walks()[1] = walk_start(p.dy_deal);
     int* lanes_at = reinterpret_cast<int*>(shared + p.lanes_at);
     for (int i = int(threadIdx.x); i < p.dy_deal.slots; i += p.threads) {
       const int known = i < p.lanes ? i : p.lanes - 1;  // an idle lane's dy is 0
@@ -275,7 +271,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_x(const Step& step, const F& f) const {
     const int first = step.slot(p, step.begin);
-    x_walk.over(step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
+    walk(walks()[0], step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
       const int h = p.rows.image_row(step.begin + row);
       if (h < 0 || h >= p.x.h) return;
       const Place place = places()[slot];
@@ -289,7 +285,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_dy(const Step& step, const F& f) const {
     const int stage = p.dy_at + step.stage * p.step_rows * p.dy_row_pitch;
-    dy_walk.over(step.rows, p.dy_deal, [&](int row, int slot, int unit) {
+    walk(walks()[1], step.rows, p.dy_deal, [&](int row, int slot, int unit) {
       unsigned char* to = shared + stage + row * p.dy_row_pitch + slot * p.dy_pitch + unit * 16;
       f(to, step.row + row, places()[p.x_deal.slots + slot], unit * UNIT<T>);
     });
@@ -427,10 +423,10 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
   const int block = channels.first_block + tile / p.block.chunks;
   const int chunk = channels.first_chunk + tile % p.block.chunks;
   // Of the warp's first fragment; less than 0 for a warp without a tile.
-  const int64_t slice = int64_t(split) * p.parts + part, tiles = p.tiles.blocks * p.tiles.chunks;
-  const int64_t first = block < p.tiles.blocks && chunk < p.tiles.chunks
-                            ? (slice * tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile()
-                            : -1;
+  const int slice = split * p.parts + part, tiles = p.tiles.blocks * p.tiles.chunks;
+  const int first = block < p.tiles.blocks && chunk < p.tiles.chunks
+                        ? (slice * tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile()
+                        : -1;
   const int dy_at = (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T)));
   const Loader<T> loader(p, shared, channels);
 
@@ -474,7 +470,7 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
   }
 
   if (first < 0) return;
-  float* to = p.partial + first * FRAGMENT + lane() * 4;
+  float* to = p.partial + int64_t(first) * FRAGMENT + lane() * 4;
   GCONV_UNROLL
   for (int i = 0; i < 3 * PAIRS * OCTETS; ++i, to += FRAGMENT) {
     const float (&v)[4] = sums.value[i / OCTETS / PAIRS][i / OCTETS % PAIRS][i % OCTETS];

@@ -131,7 +131,7 @@ struct WgradParams {
   // shared memory, in bytes
   int ring;  // rows of x
   int x_pitch, x_image_pitch, x_row_pitch, dy_pitch, dy_row_pitch;
-  int dy_at, y_at, places_at, lanes_at, tables_at;
+  int dy_at, y_at, places_at, walks_at, lanes_at, tables_at;
   int64_t shared_bytes;
   Deal x_deal, dy_deal;
   bool rows_shared;  // an x row meets three rows of dy one after the other
@@ -257,13 +257,14 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
   const int64_t ring_bytes = int64_t(p.ring) * p.x_row_pitch, stage = int64_t(step_rows) * p.dy_row_pitch;
   const bool finish = p.dy.prologue == Prologue::finish;
   const int64_t places = ring_bytes + (finish ? 4 : 2) * stage;
-  const int64_t lanes = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
+  const int64_t walks = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
+  const int64_t lanes = walks + 8 * p.threads;
   const int64_t tables = (lanes + 4 * dy_slots + 15) / 16 * 16;
   p.shared_bytes =
       tables +
       4 * OCTET * ((p.x.prologue == Prologue::act ? 2 * p.x_octets : 0) + (finish ? 6 * p.dy_octets : 0));
   p.dy_at = int(ring_bytes), p.y_at = int(ring_bytes + 2 * stage), p.places_at = int(places);
-  p.lanes_at = int(lanes), p.tables_at = int(tables);
+  p.walks_at = int(walks), p.lanes_at = int(lanes), p.tables_at = int(tables);
   const int octet_units = octet_bytes / 16;
   p.x_deal = Deal::of(p.x_octets * octet_units, x_slots, p.threads);
   p.dy_deal = Deal::of(p.dy_octets * octet_units, dy_slots, p.threads);
