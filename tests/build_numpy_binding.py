@@ -81,8 +81,8 @@ def newer(target, sources):
 
 
 def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT):
-    """Builds the module where it is missing or out of date; returns the path of the shared object. `root` is the
-    checkout or a copy of it."""
+    """Builds the module where it is missing or out of date; returns the path of the shared object. The
+    sources are in `root`, the checkout or a copy of it."""
     import pybind11
 
     module = MODULES[name]
