@@ -189,8 +189,8 @@ def check_bwd_weight(runs, case, with_finish=False, with_act=False):
 
 
 def check_real_values(runs, case, ops=("fwd", "bwd_input", "bwd_weight"), operand_error=0.0):
-    """Rounding alone: within the bound of a float32 sum of that length plus one rounding to storage, and one of
-    each operand where the kernels round those (relative, operand_error)."""
+    """Rounding alone: within the bound of a float32 sum of that length plus one rounding to storage, and one
+    of each operand where the kernels round those (relative, operand_error)."""
     case.x, case.dy = case.rng.standard_normal(case.input), case.rng.standard_normal(case.output)
     case.weight = case.rng.standard_normal(case.weight_shape)
     for field in ("x", "dy", "weight"):
