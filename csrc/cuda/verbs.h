@@ -37,6 +37,13 @@ constexpr int WARP = 32;
 
 }  // namespace gconv::cuda
 
+// Of functions that the host calls too.
+#if defined(__CUDACC__)
+#define GCONV_HOST_DEVICE __host__ __device__ inline
+#else
+#define GCONV_HOST_DEVICE inline
+#endif
+
 #if !defined(__CUDACC__)
 #include "cuda_host.h"
 #else
