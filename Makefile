@@ -25,7 +25,7 @@ WORKERS = $(shell $(INSTALLED) $(PY) -c "import xdist" 2>/dev/null && echo "-n a
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
-.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot gpu lint format clean
+.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot cuda-check gpu lint format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ aarch64-check: ## cross-compile the kernels for aarch64 and run their self-check
 triton-aot: ## compile every configuration of the Triton kernels for sm_80 and sm_90, without a GPU
 	@mkdir -p $(BUILD)
 	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/triton_aot.py $(ARGS)
+
+cuda-check: ## compile the CUDA kernels for sm_80 and sm_90a with nvcc: registers, shared memory, spills; no GPU
+	@mkdir -p $(BUILD)
+	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/cuda_check.py $(ARGS)
 
 gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=tests|layers|models)
 	@mkdir -p $(BUILD)

@@ -80,15 +80,15 @@ def newer(target, sources):
     return target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in sources)
 
 
-def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT):
-    """Builds the module where it is missing or out of date; returns the path of the shared object. `root` is the
-    checkout or a copy of it."""
+def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT, optimized=None):
+    """Builds the module where it is missing or out of date; returns the path of the shared object. The
+    sources are in `root`, the checkout or a copy of it; `optimized` replaces the module's own flags."""
     import pybind11
 
     module = MODULES[name]
     folder = root / "build" / ("numpy_binding_sanitized" if sanitize else "numpy_binding") / name
     folder.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS + (SANITIZED if sanitize else list(module.optimized))
+    flags = FLAGS + (SANITIZED if sanitize else list(optimized or module.optimized))
     includes = [root / "csrc", *(root / path for path in module.includes)]
     includes += [pybind11.get_include(), sysconfig.get_path("include")]
     command = [*compiler(), *flags, *(f"-I{path}" for path in includes)]

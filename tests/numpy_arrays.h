@@ -121,18 +121,26 @@ inline GroupedConvFwdParams fwd_params(const Arrays& arrays, const GroupedConvSh
   return p;
 }
 
-inline GroupedConvBwdInputParams bwd_input_params(const Arrays& arrays, const GroupedConvShape& s,
-                                                  py::object dy, py::object weight, py::object y,
-                                                  py::object finish, py::object x, py::object act,
-                                                  py::object dx, py::object sums) {
-  GroupedConvBwdInputParams p{};
+// What both gradients are given.
+template <typename Params>
+Params gradient_params(const Arrays& arrays, const GroupedConvShape& s, py::object dy, py::object y,
+                       py::object finish, py::object x) {
+  Params p{};
   p.shape = s, p.dtype = arrays.dtype;
   p.dy = arrays.activation("dy", dy, out_shape(s));
   p.y = arrays.activation("y", y, out_shape(s));
   p.finish = floats("finish", finish, 6 * s.k);
-  p.weight = arrays.contiguous("weight", weight, weight_size(s));
-  p.layout = {9, 1};
   p.x = arrays.activation("x", x, in_shape(s));
+  p.layout = {9, 1};
+  return p;
+}
+
+inline GroupedConvBwdInputParams bwd_input_params(const Arrays& arrays, const GroupedConvShape& s,
+                                                  py::object dy, py::object weight, py::object y,
+                                                  py::object finish, py::object x, py::object act,
+                                                  py::object dx, py::object sums) {
+  auto p = gradient_params<GroupedConvBwdInputParams>(arrays, s, dy, y, finish, x);
+  p.weight = arrays.contiguous("weight", weight, weight_size(s));
   p.act = floats("act", act, 4 * s.c);
   p.dx = arrays.activation("dx", dx, in_shape(s));
   p.sums = floats("sums", sums, 2 * s.c);
@@ -142,15 +150,9 @@ inline GroupedConvBwdInputParams bwd_input_params(const Arrays& arrays, const Gr
 inline GroupedConvBwdWeightParams bwd_weight_params(const Arrays& arrays, const GroupedConvShape& s,
                                                     py::object dy, py::object x, py::object y,
                                                     py::object finish, py::object act, py::object dweight) {
-  GroupedConvBwdWeightParams p{};
-  p.shape = s, p.dtype = arrays.dtype;
-  p.dy = arrays.activation("dy", dy, out_shape(s));
-  p.y = arrays.activation("y", y, out_shape(s));
-  p.finish = floats("finish", finish, 6 * s.k);
-  p.x = arrays.activation("x", x, in_shape(s));
+  auto p = gradient_params<GroupedConvBwdWeightParams>(arrays, s, dy, y, finish, x);
   p.act = floats("act", act, 2 * s.c);
   p.dweight = arrays.contiguous("dweight", dweight, weight_size(s));
-  p.layout = {9, 1};
   return p;
 }
 

@@ -69,35 +69,29 @@ gconv_fibre_switch:
 #else
 constexpr int SAVED_WORDS = 20, START_WORD = 11;
 asm(R"(
+.macro gconv_saved_registers move
+  \move x19, x20, [sp]
+  \move x21, x22, [sp, #16]
+  \move x23, x24, [sp, #32]
+  \move x25, x26, [sp, #48]
+  \move x27, x28, [sp, #64]
+  \move x29, x30, [sp, #80]
+  \move d8, d9, [sp, #96]
+  \move d10, d11, [sp, #112]
+  \move d12, d13, [sp, #128]
+  \move d14, d15, [sp, #144]
+.endm
 .pushsection .text
 .globl gconv_fibre_switch
 .hidden gconv_fibre_switch
 .type gconv_fibre_switch, %function
 gconv_fibre_switch:
   sub sp, sp, #160
-  stp x19, x20, [sp]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
+  gconv_saved_registers stp
   mov x9, sp
   str x9, [x0]
   mov sp, x1
-  ldp x19, x20, [sp]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
+  gconv_saved_registers ldp
   add sp, sp, #160
   ret
 .size gconv_fibre_switch, .-gconv_fibre_switch
