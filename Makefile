@@ -25,7 +25,7 @@ WORKERS = $(shell $(INSTALLED) $(PY) -c "import xdist" 2>/dev/null && echo "-n a
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
-.PHONY: help build cuda-build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot gpu lint format clean
+.PHONY: help build cuda-build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot cuda-check gpu lint format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ triton-aot: ## compile every configuration of the Triton kernels for sm_80 and s
 	@mkdir -p $(BUILD)
 	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/triton_aot.py $(ARGS)
 
+cuda-check: ## compile the CUDA kernels for sm_80 and sm_90a with nvcc: registers, shared memory, spills; no GPU
+	@mkdir -p $(BUILD)
+	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/cuda_check.py $(ARGS)
+
 gpu: ## on a machine with a GPU: test the CUDA and Triton kernels, then time them (PART=tests|layers|models)
 	@mkdir -p $(BUILD)
 	@$(PYTHON) .ci/gpu.py check
@@ -80,11 +84,11 @@ gpu: ## on a machine with a GPU: test the CUDA and Triton kernels, then time the
 
 lint: ## check style with ruff and clang-format
 	@$(LINTERS); ruff check . && ruff format --check .
-	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 format: ## rewrite the sources in the house style
 	@$(LINTERS); ruff check --fix . && ruff format .
-	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info gconv/*.so gconv-report
