@@ -76,10 +76,11 @@ cuda-check: ## compile the CUDA kernels for sm_80 and sm_90a with nvcc: register
 	@mkdir -p $(BUILD)
 	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/cuda_check.py $(ARGS)
 
-gpu: ## on a machine with a GPU: test the CUDA and Triton kernels, then time them (PART=tests|layers|models)
+gpu: ## on a machine with a GPU: test the CUDA and Triton kernels, then time them (PART=tests|kernels|layers|models)
 	@mkdir -p $(BUILD)
-	@$(PYTHON) .ci/gpu.py check
-	@$(MAKE) cuda-build PYTHON=$(PYTHON)
+	@architectures=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) .ci/gpu.py check)}; test -n "$$architectures"; \
+	  if command -v nvcc >/dev/null; then goal=cuda-build; else goal=build; fi; \
+	  TORCH_CUDA_ARCH_LIST=$$architectures $(MAKE) $$goal PYTHON=$(PYTHON)
 	@$(INSTALLED) $(PY) $(CURDIR)/.ci/gpu.py $(PART)
 
 lint: ## check style with ruff and clang-format

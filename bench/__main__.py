@@ -8,8 +8,13 @@ import os
 import sys
 import time
 
+from .devices import DEVICES
+from .kernels import PARTS
+
 DEMO_SECONDS = 220.0  # of the six minutes of `make demo`; the rest is for setup and build
 COMPILE_SECONDS = 6.0  # of torch.compile and the check, for each of the 14 rows
+
+_DTYPE = "float32 if not given, and bfloat16 on a GPU"
 
 EPILOG = """\
 examples
@@ -23,6 +28,8 @@ examples
   python -m gconv.bench models --model densenet121        time, and peak and kept memory, of its forms
   python -m gconv.bench depth                             memory of DenseNets against their depth
   python -m gconv.bench sweep --batch 1,32                images per second against those of N = 8
+  python -m gconv.bench kernels                           forward and each gradient alone, against a copy
+  python -m gconv.bench layers --device cuda              on a GPU: bfloat16, N = 256, cold L2
   python -m gconv.bench train --seed 1                    only the training comparison
   python -m gconv.bench report --out gconv-report         draw the page again from its results.json
   python -m gconv.bench readme --check                    fail if README.md is not up to date
@@ -43,6 +50,23 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part.strip()) for part in text.split(","))
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"want a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"want some of {', '.join(PARTS)}, got {text!r}")
+    return parts
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gconv.bench",
@@ -59,55 +83,79 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", "train on real images and time the layers, then one HTML page of both")
     layers = command("layers", "time conv + BN + ReLU on named layers of a real model")
+    kernels = command("kernels", "time forward and gradients one by one against the bandwidth of a copy")
     models = command("models", "time whole networks: inference and training steps, time and memory")
     sweep = command("sweep", "time layers at several batches and numbers of threads against each other")
     depth = command("depth", "measure the memory of training DenseNets against their depth; nothing is timed")
     train = command(
         "train", "train a small ResNeXt on digits with stock torch.nn and gconv and compare the loss curves"
     )
-    for parser_ in (demo, layers, models, sweep, depth, train):
+    for parser_ in (demo, layers, kernels, models, sweep, depth, train):
         parser_.add_argument(
             "--out", default="gconv-report", help="folder for the page, the pictures and results.json"
         )
-    for parser_ in (demo, layers, models, depth, train):
+    for parser_ in (layers, kernels, models, sweep):
+        parser_.add_argument("--device", choices=DEVICES, default="cpu", help="what to measure")
+    for parser_ in (layers, kernels, models):
+        parser_.add_argument(
+            "--budget",
+            type=_seconds,
+            default=None,
+            help="seconds for the whole run: what compiles is left out first; no limit if not given",
+        )
+    for parser_ in (demo, layers, kernels, models, depth, train):
         parser_.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
-    for parser_ in (demo, layers, sweep):
+    for parser_ in (demo, layers, kernels, sweep):
         parser_.add_argument(
             "--model",
             default="resnext50_32x4d",
             help='whose layers; a wrong name lists them; "widths": of several networks',
         )
         parser_.add_argument("--layers", default=None, help="some of them, as in s1,s2d; all if not given")
-        parser_.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+        parser_.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help=_DTYPE)
         parser_.add_argument(
-            "--flush", action="store_true", help="overwrite 64 MiB before every call: cold caches"
+            "--flush",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="overwrite the caches before every call: cold caches; if not given, on a GPU alone",
         )
         parser_.add_argument(
             "--fresh-memory",
             action="store_true",
             help="give freed memory back before every call: page faults",
         )
-    for parser_ in (demo, layers, models):
-        parser_.add_argument("--batch", type=_count, default=8, help="images per call")
+    for parser_ in (demo, layers, kernels, models):
+        parser_.add_argument(
+            "--batch", type=_count, default=None, help="images per call; if not given 8, and 256 on a GPU"
+        )
     for parser_ in (demo, layers):
         parser_.add_argument(
             "--no-compile", action="store_true", help="leave out torch.compile (it compiles for seconds)"
         )
     for parser_ in (demo, layers, models, sweep):
         parser_.add_argument("--mode", choices=("inference", "training", "both"), default="both")
+    kernels.add_argument(
+        "--parts", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}; all if not given"
+    )
+    for parser_ in (demo, layers, kernels, models, sweep):
         parser_.add_argument(
             "--repeats", type=_count, default=None, help="exactly so many rounds instead of a time budget"
         )
         parser_.add_argument("--quick", action="store_true", help="a fifth of the time, for a first look")
-    for parser_ in (demo, layers, models, sweep, depth):
+    for parser_ in (demo, layers, kernels, models, sweep, depth):
         parser_.add_argument(
             "--record", action="store_true", help="append the rows to the record in bench/records"
         )
     models.add_argument("--model", default="resnext50_32x4d", help="one of gconv.models")
     models.add_argument("--size", type=_count, default=None, help="of the images; 224, or 32 for digits")
-    models.add_argument("--seconds", type=float, default=60.0, help="of timing, for each mode")
+    for parser_, seconds, each in (
+        (layers, 5.0, "layer and mode"),
+        (kernels, 2.0, "kernel"),
+        (models, 60.0, "mode"),
+    ):
+        parser_.add_argument("--seconds", type=_seconds, default=seconds, help=f"of timing, for each {each}")
     for parser_ in (models, depth):
-        parser_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+        parser_.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help=_DTYPE)
         parser_.add_argument(
             "--without", default=None, help="contestants to leave out, as in torch.compile,onnxruntime"
         )
@@ -122,7 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--threads", type=_counts, default=None, help="as in 1,2; one and all of torch's if not given"
     )
-    sweep.add_argument("--reference", type=_count, default=8, help="the batch that others are compared with")
+    sweep.add_argument(
+        "--reference",
+        type=_count,
+        default=None,
+        help="the batch that others are compared with; if not given 8, and 256 on a GPU",
+    )
     for parser_ in (demo, train):
         parser_.add_argument("--epochs", type=int, default=8)
         parser_.add_argument("--seed", type=int, default=0)
@@ -135,10 +188,13 @@ def _parser() -> argparse.ArgumentParser:
         "--readme", default=None, help="the file with the markers; the checkout's if not given"
     )
     readme.add_argument(
-        "--record", default=None, help="a record of layers; the newest of bench/records if not given"
+        "--record",
+        default=None,
+        help="a record of layers; the newest of bench/records, and the newest of a GPU, if not given",
     )
     readme.add_argument("--models-record", default=None, help="the same of whole networks")
     readme.add_argument("--depth-record", default=None, help="the same of memory against depth")
+    readme.add_argument("--kernels-record", default=None, help="the same of kernels one by one")
     readme.add_argument(
         "--check", action="store_true", help="change nothing, fail if the table is out of date"
     )
@@ -163,9 +219,22 @@ def _plan(options: argparse.Namespace, seconds: float, **changes):
         plan = timing.Plan(min_rounds=3, seconds=seconds / 5)
     if options.repeats is not None:
         plan = timing.Plan(min_rounds=options.repeats, max_rounds=options.repeats)
-    plan.flush = getattr(options, "flush", False)
+    flush = getattr(options, "flush", False)
+    plan.flush = _device(options).cold if flush is None else flush
     plan.fresh = getattr(options, "fresh_memory", False)
     return plan
+
+
+def _device(options: argparse.Namespace):
+    """The device of the options, found once; what they leave open is then the device's."""
+    from . import devices
+
+    if not hasattr(options, "found"):
+        options.found = devices.get(getattr(options, "device", "cpu"))
+        for key, value in (("batch", "batch"), ("dtype", "dtype"), ("reference", "batch")):
+            if getattr(options, key, 0) is None:
+                setattr(options, key, getattr(options.found, value))
+    return options.found
 
 
 def _modes(options: argparse.Namespace) -> tuple[str, ...]:
@@ -210,18 +279,57 @@ def _say_what_ran(result) -> None:
         )
 
 
-def _layers(options: argparse.Namespace, seconds: float):
-    from . import layers, rivals, shapes
+def _rivals(options: argparse.Namespace) -> tuple[str, ...]:
+    """Who competes on the device, less what compiles where that is not wanted."""
+    from . import rivals
+
+    on_gpu = ("eager_nchw", "eager_channels_last", "compile")
+    return tuple(
+        name
+        for name in rivals.RIVALS
+        if not (options.no_compile and name == "compile")
+        and (_device(options).name == "cpu" or name in on_gpu)
+    )
+
+
+def _kernels(options: argparse.Namespace):
+    from . import budget, kernels, shapes
     from .screen import say
 
+    device = _device(options)
+    result = kernels.run(
+        kernels.Options(
+            shapes=shapes.select(options.model, options.layers),
+            batch=options.batch,
+            dtype=options.dtype,
+            parts=options.parts,
+            plan=_plan(options, options.seconds),
+            device=device,
+            budget=budget.Budget(options.budget),
+        )
+    )
+    _say_what_ran(result)
+    for row in result.wrong:
+        name = kernels.NAMES[row["contestant"]]
+        say(f"FAILED: wrong result of {name} on {row['layer']} {row['op']}: {row['note']}", "bad")
+    return result
+
+
+def _layers(options: argparse.Namespace, seconds: float):
+    from . import budget, layers, shapes
+    from .screen import say
+
+    device = _device(options)
     result = layers.run(
         layers.Options(
             shapes=shapes.select(options.model, options.layers),
             batch=options.batch,
             dtype=options.dtype,
             modes=_modes(options),
-            rivals=tuple(n for n in rivals.RIVALS if not (options.no_compile and n == "compile")),
+            rivals=_rivals(options),
             plan=_plan(options, seconds),
+            device=device,
+            budget=budget.Budget(getattr(options, "budget", None)),
         )
     )
     _say_what_ran(result)
@@ -235,9 +343,11 @@ def _layers(options: argparse.Namespace, seconds: float):
 
 
 def _models(options: argparse.Namespace):
-    from . import models
+    from . import budget, models
     from .networks import CONTESTANTS
     from .screen import say
+
+    device = _device(options)
 
     result = models.run(
         models.Options(
@@ -246,8 +356,10 @@ def _models(options: argparse.Namespace):
             batch=options.batch,
             dtype=options.dtype,
             modes=_modes(options),
-            contestants=models.pick(options.model, options.without),
+            contestants=models.pick(options.model, options.without, device=device.name),
             plan=_plan(options, options.seconds, min_rounds=5),
+            device=device,
+            budget=budget.Budget(options.budget),
         )
     )
     _say_what_ran(result)
@@ -272,7 +384,9 @@ def _sweep(options: argparse.Namespace):
     from . import shapes, sweep
     from .screen import say
 
-    threads = options.threads or tuple(sorted({1, torch.get_num_threads()}))
+    device = _device(options)
+    everyone = {torch.get_num_threads()} if device.name == "cuda" else {1, torch.get_num_threads()}
+    threads = options.threads or tuple(sorted(everyone))
     result = sweep.run(
         sweep.Options(
             shapes=shapes.select(options.model, options.layers),
@@ -282,6 +396,7 @@ def _sweep(options: argparse.Namespace):
             dtype=options.dtype,
             modes=_modes(options),
             plan=_plan(options, 5.0),
+            device=device,
         )
     )
     _say_what_ran(result)
@@ -298,6 +413,8 @@ def _sweep(options: argparse.Namespace):
 def _depth(options: argparse.Namespace):
     from . import depth, models
     from .screen import say
+
+    _device(options)
 
     result = depth.run(
         depth.Options(
@@ -330,6 +447,7 @@ def _finish(options: argparse.Namespace, **found) -> int:
         ("models", findings.networks, records.MODEL_COLUMNS),
         ("sweep", findings.sweep, records.SWEEP_COLUMNS),
         ("depth", findings.depths, records.DEPTH_COLUMNS),
+        ("kernels", findings.kernels, records.KERNEL_COLUMNS),
     )
     for name, run, columns in parts:
         if not run:
@@ -369,7 +487,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"done in {time.perf_counter() - began:.0f} s")
             return status
         if options.command == "layers":
-            return _finish(options, layers=_layers(options, seconds=5.0))
+            return _finish(options, layers=_layers(options, options.seconds))
+        if options.command == "kernels":
+            return _finish(options, kernels=_kernels(options))
         if options.command == "models":
             return _finish(options, networks=_models(options))
         if options.command == "sweep":
@@ -402,6 +522,7 @@ def _readme(options: argparse.Namespace) -> int:
         readme.rows_of(options.record, records.COLUMNS),
         readme.rows_of(options.models_record, records.MODEL_COLUMNS),
         readme.rows_of(options.depth_record, records.DEPTH_COLUMNS),
+        readme.rows_of(options.kernels_record, records.KERNEL_COLUMNS),
     )
     if options.check:
         if wanted != text:

@@ -52,7 +52,7 @@ def start(label: str, job: Job, modes: str, folder: str, threads: int, *who: str
         "--model", job.model, "--arguments", json.dumps(dict(job.arguments)), "--size", str(job.size),
         "--batch", str(job.batch), "--dtype", job.dtype, "--modes", modes,
         "--state", os.path.join(folder, "state.pt"), "--folder", folder,
-        "--threads", str(threads), *who,
+        "--threads", str(threads), "--device", job.device, *who,
     )  # fmt: skip
 
 

@@ -12,15 +12,17 @@ import torch
 import gconv
 
 from . import machine, records, roofs
-from .match import NONSENSE, Problem, compare, exact_results
-from .rivals import LABELS, RIVALS, Rival, Unavailable, build
+from .budget import Budget
+from .devices import CPU, Cpu, Cuda, peak_memory_mb
+from .match import ALLOWED, NONSENSE, Problem, compare, exact_results
+from .rivals import LABELS, RIVALS, VARIANTS, Rival, Unavailable, build, ours_on
 from .screen import Cell, Screen
 from .shapes import ConvShape, is_whole, whose
-from .timing import Plan, Result, interleave, peak_memory_mb, ratio_interval, redrawn_medians
+from .timing import Plan, Result, interleave, ratio_interval, redrawn_medians
 
 __all__ = [
-    "DTYPES", "MODES", "Options", "Run", "best_ms", "describe", "gemm_percent", "kernel_of", "ratio_mood",
-    "run", "total",
+    "DTYPES", "MODES", "Options", "Run", "best_ms", "conditions", "describe", "gemm_percent", "kernel_of",
+    "ratio_mood", "run", "total",
 ]  # fmt: skip
 
 MODES = ("inference", "training")
@@ -44,6 +46,8 @@ class Options:
     modes: tuple[str, ...] = MODES
     rivals: tuple[str, ...] = RIVALS
     plan: Plan = field(default_factory=Plan)
+    device: Cpu | Cuda = CPU
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass
@@ -62,6 +66,11 @@ class Run:
         return [row for row in self.rows if not row["match"]]
 
 
+def conditions(plan: Plan, device: Cpu | Cuda, dtype: torch.dtype) -> str:
+    """What a record says about caches, memory and, where the dtype leaves it open, rounding."""
+    return ", ".join(filter(None, (plan.conditions, device.precision(dtype))))
+
+
 def kernel_of(rival: Rival) -> tuple[str, str]:
     """Which code ran gconv's call, from its own trace, and why it fell back, if it did."""
     with gconv.trace() as trace:
@@ -76,17 +85,19 @@ def _measure(
     shape: ConvShape, mode: str, options: Options, screen: Screen, skipped: dict[str, str]
 ) -> tuple[dict, Result]:
     """One row, without what needs the roofs, and the times behind it."""
-    dtype = DTYPES[options.dtype]
-    problem = Problem.make(shape, options.batch, dtype)
+    dtype, device = DTYPES[options.dtype], options.device
+    problem = Problem.make(shape, options.batch, dtype, where=device.where)
     checked = problem.without_kinks() if mode == "training" else problem
     what = f"{shape.layer} {mode}"
 
     screen.step(f"{what}: float64 reference")
     exact = exact_results(checked, mode)
-    rivals, found = {}, {}
-    for name in ("gconv", *options.rivals):
+    rivals, found, ours = {}, {}, ours_on(device.name)
+    for name in (*ours, *options.rivals):
         screen.step(f"{what}: {'compile' if name == 'compile' else 'check'} {LABELS[name]}")
         try:
+            if name == "compile":
+                options.budget.spend(Unavailable)
             rivals[name] = build(name, problem, mode)
             found[name] = rivals[name].results(checked)
         except Unavailable as reason:
@@ -96,45 +107,53 @@ def _measure(
             skipped[LABELS[name] if never else f"{LABELS[name]}, {what}"] = str(reason)
     torchs = [found[name] for name in ("eager_nchw", "eager_channels_last") if name in found]
     verdict = compare(found["gconv"], exact, torchs)
+    spoiled = []  # backends of gconv with a wrong result: the row is wrong then
     for name in [n for n in rivals if n != "gconv"]:
-        other = compare(found[name], exact, torchs, NONSENSE)
-        if not other.ok:
+        other = compare(found[name], exact, torchs, NONSENSE if name not in ours else ALLOWED)
+        if not other.ok and name in ours:
+            spoiled.append(f"{LABELS[name]}: {other.text}")
+            del rivals[name]
+        elif not other.ok:
             skipped[f"{LABELS[name]}, {what}"] = f"wrong result: {other.text}"
             del rivals[name]
+    del exact, found, torchs
     kernel, fallback = kernel_of(rivals["gconv"])
+    right = verdict.ok and not spoiled
     row = {
         **asdict(shape),
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": mode,
-        "conditions": options.plan.conditions,
+        "conditions": conditions(options.plan, device, dtype),
         "kernel": kernel,
-        "match": verdict.ok,
+        "match": right,
         "error_ratio": verdict.error_ratio,
         "worst": verdict.worst,
         "flops": shape.flops(options.batch, mode),
         "bytes": shape.bytes(options.batch, mode, dtype.itemsize),
-        "note": "; ".join(filter(None, ["" if verdict.ok else verdict.text, fallback])),
+        "note": "; ".join(filter(None, ["" if verdict.ok else verdict.text, *spoiled, fallback])),
     }
-    if not verdict.ok:
+    if not right:
         del rivals["gconv"]  # a wrong result gets no figure
 
     screen.step(f"{what}: timing", options.plan.min_rounds)
-    result = interleave(list(rivals.values()), options.plan, screen.tick)
+    result = interleave(list(rivals.values()), options.plan, screen.tick, device=device)
     row |= {"rounds": result.rounds, "dropped": result.dropped, "noisy": result.noisy}
     for name, timing in result.timings.items():
         row |= {f"{name}_ms": timing.p50, f"{name}_ms_p20": timing.p20, f"{name}_ms_p80": timing.p80}
-    others = [name for name in result.timings if name != "gconv"]
+    others = [name for name in result.timings if name not in ours]
     best = min(others, key=lambda name: result.timings[name].p50)
     row["best"] = best
-    row["best_peak_mb"] = _peak(rivals[best])
-    if verdict.ok:
-        ours = result.timings["gconv"]
-        row["ratio"] = result.timings[best].p50 / ours.p50
-        row["ratio_low"], row["ratio_high"] = ratio_interval(result.timings[best], ours)
-        row["gflops"] = row["flops"] / ours.p50 / 1e6
-        row["gbps"] = row["bytes"] / ours.p50 / 1e6
-        row["gconv_peak_mb"] = _peak(rivals["gconv"])
+    row["best_peak_mb"] = _peak(rivals[best], device)
+    row["best_host_ms"] = result.host_ms.get(best)
+    if right:
+        taken = result.timings["gconv"]
+        row["ratio"] = result.timings[best].p50 / taken.p50
+        row["ratio_low"], row["ratio_high"] = ratio_interval(result.timings[best], taken)
+        row["gflops"] = row["flops"] / taken.p50 / 1e6
+        row["gbps"] = row["bytes"] / taken.p50 / 1e6
+        row["gconv_peak_mb"] = _peak(rivals["gconv"], device)
+        row["gconv_host_ms"] = result.host_ms.get("gconv")
     return row, result
 
 
@@ -155,7 +174,7 @@ def total(rows: list[dict], results: list[Result]) -> dict | None:
     row |= {key: weighted(key) for key in ("gconv_ms", "gconv_ms_p20", "gconv_ms_p80", "flops", "bytes")}
     row |= {"count": sum(row["count"] for row in rows), "kernel": "", "worst": ""}
     row["error_ratio"] = max(row["error_ratio"] for row in rows)
-    for name in RIVALS:
+    for name in (*RIVALS, *VARIANTS):
         if all(row.get(f"{name}_ms") for row in rows):
             row |= {f"{name}_ms{end}": weighted(f"{name}_ms{end}") for end in ("", "_p20", "_p80")}
     best, ours = (
@@ -175,9 +194,9 @@ def total(rows: list[dict], results: list[Result]) -> dict | None:
     return row
 
 
-def _peak(rival: Rival) -> float | None:
+def _peak(rival: Rival, device: Cpu | Cuda) -> float | None:
     rival.prepare(0)
-    return peak_memory_mb(rival.run)
+    return peak_memory_mb(rival.run, device)
 
 
 def _against_roofs(rows: list[dict], measured: roofs.Roofs) -> None:
@@ -222,7 +241,8 @@ def describe(row: dict, per_group: str = "", stride: str = " /") -> str:
 
 
 def _cells(row: dict) -> list[Cell]:
-    best = Cell(f"{best_ms(row):.2f}")
+    digits = 3 if machine.is_gpu(row) else 2
+    best = Cell(f"{best_ms(row):.{digits}f}")
     head = [Cell(row["model"]), Cell(row["layer"]), Cell(describe(row)), Cell(row["mode"])]
     label = Cell("best of each layer" if records.is_total(row) else LABELS[row["best"]])
     if not row["match"]:
@@ -230,13 +250,13 @@ def _cells(row: dict) -> list[Cell]:
     return [
         *head,
         Cell(f"✓ {row['error_ratio']:.2f}×", "good"),
-        Cell(f"{row['gconv_ms']:.2f}" + ("*" if row["noisy"] else "")),
+        Cell(f"{row['gconv_ms']:.{digits}f}" + ("*" if row["noisy"] else "")),
         best,
         label,
         Cell(f"{row['ratio']:.2f}×", ratio_mood(row)),
         Cell(f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}", "dim"),
         Cell(f"{row['gflops']:.0f}"),
-        Cell(f"{row['gbps']:.1f}"),
+        Cell(f"{row['gbps']:.{0 if machine.is_gpu(row) else 1}f}"),
         Cell(f"{gemm_percent(row):.0f}"),
         Cell(f"{row['roof_percent']:.0f}"),
     ]
@@ -244,7 +264,8 @@ def _cells(row: dict) -> list[Cell]:
 
 def run(options: Options) -> Run:
     """Checks and times every layer of the options and shows the rows as they come."""
-    facts = machine.facts()
+    device = options.device
+    facts = machine.facts(device)
     where = records.where(facts)
     dtype = DTYPES[options.dtype]
     rows: list[dict] = []
@@ -252,30 +273,34 @@ def run(options: Options) -> Run:
     models = [shape.model for shape in options.shapes]
     title = (
         f"conv 3x3 + BN + ReLU, {whose(models)}, "
-        f"batch {options.batch}, {options.dtype}, "
-        f"{facts['threads']} threads of {facts['device']} ({facts['isa'] or 'no extension'})"
+        f"batch {options.batch}, {options.dtype}, {machine.describe(facts)}"
     )
     count = len(options.shapes) * len(options.modes)
     columns, drop = (_COLUMNS, 0) if len(set(models)) > 1 else (_COLUMNS[1:], 1)
     with Screen(title, columns, count, "layers", _OPTIONAL) as screen, warnings.catch_warnings():
         warnings.simplefilter("ignore", gconv.FallbackWarning)  # the note of a row says it
         screen.step("roofs: copy and GEMM")
-        measured = roofs.measure(dtype)
+        device.set_up()
+        measured = roofs.measure(dtype, device=device)
         for mode in options.modes:
             group, results = [], []
             for shape in options.shapes:
+                if options.budget.over:
+                    skipped[f"{shape.layer} {mode}"] = options.budget.text
+                    continue
                 row, result = _measure(shape, mode, options, screen, skipped)
                 group.append(where | row)
                 results.append(result)
                 _against_roofs(group[-1:], measured)
                 screen.row(_cells(group[-1])[drop:])
-            summed = total(group, results) if is_whole(options.shapes) else None
+            whole = is_whole(options.shapes) and len(group) == len(options.shapes)
+            summed = total(group, results) if whole else None
             if summed:
                 group.append(where | summed)
                 _against_roofs(group, measured)
                 screen.row(_cells(group[-1])[drop:])
             rows += group
         screen.step("roofs again")
-        measured = measured.better(roofs.measure(dtype))
+        measured = measured.better(roofs.measure(dtype, device=device))
     _against_roofs(rows, measured)
     return Run(rows, measured, facts, skipped)

@@ -12,7 +12,9 @@ import torch
 
 from gconv import info
 
-__all__ = ["checkout", "commit", "facts", "name"]
+from .devices import CPU, Cpu, Cuda
+
+__all__ = ["checkout", "commit", "describe", "facts", "is_gpu", "name"]
 
 SOURCES = ("csrc", "gconv", "kernels", "models", "bench/*.py", "setup.py")
 
@@ -48,28 +50,41 @@ def commit() -> str:
     return sha + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", *sources) else "")
 
 
-def name(cpu: str, cores: int, isa: str | None) -> str:
-    """A file name for the records of machines like this one: "intel-xeon-processor-2-cores-avx512"."""
-    words = re.sub(r"\((r|tm|c)\)|cpu|@.*$", " ", cpu.lower())
+def is_gpu(row: dict) -> bool:
+    """Whether a row of a record, or a machine's facts, are of a GPU."""
+    return row["isa"].startswith("sm_")
+
+
+def describe(row: dict) -> str:
+    """The machine of a row in words: "2 threads of AMD EPYC (avx512)", "NVIDIA H200 (sm_90)"."""
+    if is_gpu(row):
+        return f"{row['device']} ({row['isa']})"
+    return f"{row['threads']} threads of {row['device']} ({row['isa'] or 'no extension'})"
+
+
+def name(device: str, cores: int, isa: str | None) -> str:
+    """A file name for the records of machines like this one: "intel-xeon-processor-2-cores-avx512",
+    "nvidia-h200-132-cores-sm-90" (of a GPU its multiprocessors)."""
+    words = re.sub(r"\((r|tm|c)\)|cpu|@.*$", " ", device.lower())
     slug = re.sub(r"[^a-z0-9]+", "-", f"{words} {cores} cores {isa or 'no-extension'}").strip("-")
     return slug
 
 
-def facts() -> dict:
+def facts(device: Cpu | Cuda = CPU) -> dict:
     """What a record and the report say about where they were measured."""
-    collected = info.collect()
-    cpu, versions = collected["cpu"], collected["versions"]
+    versions = info.collect()["versions"]
+    found = device.facts()
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
-        "machine": name(cpu["model"], cpu["cores usable"], cpu["isa in use"]),
-        "device": cpu["model"],
-        "cores": cpu["cores usable"],
-        "isa": cpu["isa in use"] or "",
+        "machine": name(found["device"], found["cores"], found["isa"]),
+        "device": found["device"],
+        "cores": found["cores"],
+        "isa": found["isa"],
         "threads": torch.get_num_threads(),
         "gconv": versions["gconv"],
         "torch": versions["torch"],
         "python": versions["python"],
-        "compiler": versions["compiler"] or "",
+        "libraries": found["libraries"],
         "system": versions["system"],
     }

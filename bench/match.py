@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from .shapes import ConvShape
 
-__all__ = ["ALLOWED", "NONSENSE", "Problem", "Verdict", "compare", "exact_results", "results"]
+__all__ = [
+    "ALLOWED", "NONSENSE", "Problem", "Verdict", "compare", "exact_results", "plain_cudnn", "results",
+]  # fmt: skip
 
 ALLOWED = 2.0  # our error may be this many times torch's own, plus one unit in the last place
 NONSENSE = 100.0  # a rival is left out only if it is plainly wrong
@@ -38,13 +41,20 @@ class Problem:
     dy: Tensor
 
     @classmethod
-    def make(cls, shape: ConvShape, batch: int, dtype: torch.dtype, seed: int = 0) -> Problem:
-        """Random weights, data and batch norm parameters; the convolution's weight and the activations have
-        `dtype`."""
-        generator = torch.Generator().manual_seed(seed)
+    def make(
+        cls,
+        shape: ConvShape,
+        batch: int,
+        dtype: torch.dtype,
+        seed: int = 0,
+        where: torch.device | str = "cpu",
+    ) -> Problem:
+        """Random weights, data and batch norm parameters on the device `where`; the convolution's weight and
+        the activations have `dtype`."""
+        generator = torch.Generator(where).manual_seed(seed)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator)
+            return torch.randn(*size, generator=generator, device=where)
 
         bn = nn.BatchNorm2d(shape.out_channels)
         conv = nn.Conv2d(
@@ -62,7 +72,7 @@ class Problem:
             bn.bias.copy_(0.2 * normal(shape.out_channels))
             bn.running_mean.copy_(0.1 * normal(shape.out_channels))
             bn.running_var.copy_((1 + 0.2 * normal(shape.out_channels)).abs() + 0.1)
-        stock = nn.Sequential(OrderedDict(conv=conv.to(dtype), bn=bn, relu=nn.ReLU()))
+        stock = nn.Sequential(OrderedDict(conv=conv.to(dtype), bn=bn, relu=nn.ReLU())).to(where)
         x = normal(batch, shape.in_channels, shape.size, shape.size).to(dtype)
         dy = normal(batch, shape.out_channels, shape.out_size, shape.out_size).to(dtype)
         return cls(shape, batch, dtype, stock, x, dy)
@@ -71,7 +81,7 @@ class Problem:
         """The same problem with the upstream gradient zeroed where the exact input of the ReLU is next to
         0."""
         exact = _double(self.stock).train()
-        with torch.no_grad():
+        with torch.no_grad(), plain_cudnn():
             near = exact.bn(exact.conv(self.x.double())).abs() < KINK[self.dtype]
         return Problem(self.shape, self.batch, self.dtype, self.stock, self.x, self.dy.masked_fill(near, 0))
 
@@ -95,7 +105,7 @@ def _double(module: nn.Module) -> nn.Sequential:
         )
     ).double()
     copy.load_state_dict(module.state_dict())
-    return copy
+    return copy.to(conv.weight.device)
 
 
 def results(
@@ -133,7 +143,18 @@ def results(
 
 def exact_results(problem: Problem, mode: str) -> dict[str, Tensor]:
     """The float64 answer, in plain torch.nn."""
-    return results(_double(problem.stock), problem, mode, torch.contiguous_format)
+    with plain_cudnn():
+        return results(_double(problem.stock), problem, mode, torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def plain_cudnn():
+    """cuDNN tries no algorithms in the block, for what is not timed."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -14,9 +14,11 @@ import torch
 from gconv.models import get_model_builder
 
 from . import entries, machine, networks, records, roofs
+from .budget import Budget
+from .devices import CPU, Cpu, Cuda
 from .entries import Entry
 from .layers import MODES, Run, ratio_mood
-from .networks import CONTESTANTS, DTYPES, EAGER, Job, is_ours
+from .networks import CONTESTANTS, DTYPES, EAGER, PARTS, Job, is_ours
 from .screen import Cell, Screen
 from .timing import Plan, Result, Turn, interleave, ratio_interval
 from .workers import WorkerDied
@@ -31,8 +33,12 @@ _COLUMNS = (
     ("ms/image", "right", 8), ("images/s", "right", 8), ("speed", "right", 6), ("95 %", "right", 11),
     ("% GEMM", "right", 6), ("MB a step", "right", 9), ("memory", "right", 6), ("MB in all", "right", 9),
     ("MB kept", "right", 7), ("per image", "right", 9), ("compiled", "right", 8),
+    *((f"ms {part}", "right", 11) for part in PARTS),
 )  # fmt: skip
-_OPTIONAL = ("% GEMM", "95 %", "MB in all", "compiled", "precision", "MB kept", "images/s")
+_OPTIONAL = (
+    *(f"ms {part}" for part in PARTS), "% GEMM", "95 %", "MB in all", "compiled", "precision", "MB kept",
+    "images/s",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,9 +50,15 @@ class Options:
     modes: tuple[str, ...] = MODES
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
     plan: Plan = field(default_factory=lambda: Plan(min_rounds=5, seconds=60.0))
+    device: Cpu | Cuda = CPU
+    budget: Budget = field(default_factory=Budget)
 
     def job(self, mode: str) -> Job:
-        return Job(self.model, self.size, self.batch, self.dtype, mode)
+        return Job(self.model, self.size, self.batch, self.dtype, mode, device=self.device.name)
+
+    @property
+    def conditions(self) -> str:
+        return ", ".join(filter(None, (CONDITIONS, self.device.precision(DTYPES[self.dtype]))))
 
 
 def default_size(model: str) -> int:
@@ -55,13 +67,16 @@ def default_size(model: str) -> int:
 
 
 def pick(
-    model: str, without: str | None = None, among: Sequence[str] = tuple(CONTESTANTS)
+    model: str,
+    without: str | None = None,
+    among: Sequence[str] = tuple(CONTESTANTS),
+    device: str = "cpu",
 ) -> tuple[str, ...]:
-    """The contestants for a model, less those of the comma-separated `without` (names or labels). ValueError
-    names what exists."""
+    """The contestants for a model on a device, less those of the comma-separated `without` (names or labels).
+    ValueError names what exists."""
     if model not in networks.FAMILIES:
         get_model_builder(model)
-    suitable = {name: CONTESTANTS[name] for name in among if CONTESTANTS[name].suits(model)}
+    suitable = {name: CONTESTANTS[name] for name in among if CONTESTANTS[name].suits(model, device)}
     names = {key.lower(): name for name, c in suitable.items() for key in (name, c.label) if not c.ours}
     parts = {part.strip().lower() for part in (without or "").split(",") if part.strip()}
     if not parts <= set(names):
@@ -86,10 +101,17 @@ def _enter(
     mode: str, options: Options, folder: str, screen: Screen, skipped: dict[str, str], entered: list[Entry]
 ) -> None:
     """Fills `entered` with those that can run the mode, each set up, its results in the folder."""
-    for contestant in (CONTESTANTS[name] for name in options.contestants):
+    # What compiles comes last: it may take as long as the budget has left.
+    for contestant in sorted(
+        (CONTESTANTS[name] for name in options.contestants), key=lambda contestant: contestant.compiles
+    ):
         missing = contestant.missing(options.job(mode))
         if missing:
             skipped[contestant.label] = missing
+            continue
+        limit = options.budget.compile_seconds if contestant.compiles else None
+        if limit == 0:
+            skipped[f"{contestant.label}, {mode}"] = options.budget.text
             continue
         who = ("--contestant", contestant.name)
         threads = torch.get_num_threads()
@@ -97,9 +119,9 @@ def _enter(
         entry = Entry(contestant, worker, {})
         entered.append(entry)
         try:
-            entry.ready = entries.await_ready(worker, screen, f"{mode}, {contestant.label}")
+            entry.ready = entries.await_ready(worker, screen, f"{mode}, {contestant.label}", limit)
         except WorkerDied as died:
-            if not contestant.compiles:
+            if not contestant.compiles and contestant.backend is None:
                 raise
             skipped[f"{contestant.label}, {mode}"] = entry.failed(died)
             entered.remove(entry)
@@ -133,7 +155,7 @@ def _row(entry: Entry, mode: str, options: Options, result: Result, best: str, l
         "batch": options.batch,
         "dtype": options.dtype,
         "mode": mode,
-        "conditions": CONDITIONS,
+        "conditions": options.conditions,
         "contestant": entry.name,
         "precision": entry.ready["precision"],
         "kernel": ", ".join(f"{kernel} ×{calls}" for kernel, calls in sorted(kernels.items())),
@@ -164,6 +186,7 @@ def _row(entry: Entry, mode: str, options: Options, result: Result, best: str, l
         row["peak_mb"] = entry.ready["peak_mb"]
         row["step_mb"] = max(0.0, entry.ready["peak_mb"] - entry.ready["before_mb"])
     row["kept_mb"] = entry.ready["kept_mb"]
+    row |= {f"{part}_ms": ms for part, ms in last["parts"].items()}
     return row
 
 
@@ -175,7 +198,8 @@ def _measure(mode: str, options: Options, folder: str, screen: Screen, skipped: 
         entries.check(mode, folder, entered, skipped)
         timed = [entry for entry in entered if entry.verdict.ok]
         screen.step(f"{mode}: timing", options.plan.min_rounds)
-        result = interleave(timed, options.plan, screen.tick, _take)
+        plan = replace(options.plan, seconds=min(options.plan.seconds, max(options.budget.left, 0.0)))
+        result = interleave(timed, plan, screen.tick, _take, options.device)
         best = min(
             (name for name in result.timings if not CONTESTANTS[name].ours),
             key=lambda name: result.timings[name].p50,
@@ -211,7 +235,7 @@ def _cells(row: dict) -> list[Cell]:
     return [
         *head,
         match,
-        Cell(f"{row['ms_per_image']:.2f}" + ("*" if row["noisy"] else "")),
+        Cell(f"{row['ms_per_image']:.{3 if machine.is_gpu(row) else 2}f}" + ("*" if row["noisy"] else "")),
         number("images_per_s", 1),
         Cell(f"{row['ratio']:.2f}×", ratio_mood(row) if is_ours(row) else ""),
         Cell("best other" if is_best else f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}", "dim"),
@@ -222,17 +246,19 @@ def _cells(row: dict) -> list[Cell]:
         number("kept_mb", 0),
         Cell("–" if row.get("kept_mb") is None else f"{row['kept_mb'] / row['batch']:.1f}"),
         number("compile_s", 0, " s"),
+        *(number(f"{part}_ms", 1) for part in PARTS),
     ]
 
 
 def run(options: Options) -> Run:
     """Checks and times a network in every mode of the options and shows the rows as they come."""
-    facts = machine.facts()
+    device = options.device
+    facts = machine.facts(device)
     rows: list[dict] = []
     skipped: dict[str, str] = {}
     title = (
         f"{options.model}, {options.size}×{options.size}, batch {options.batch}, {options.dtype}, "
-        f"{facts['threads']} threads of {facts['device']} ({facts['isa'] or 'no extension'})"
+        f"{machine.describe(facts)}"
     )
 
     def against(measured: roofs.Roofs, of: list[dict]) -> None:
@@ -245,7 +271,8 @@ def run(options: Options) -> Run:
         Screen(title, _COLUMNS, total, "rows", _OPTIONAL) as screen,
     ):
         screen.step("roofs: copy and GEMM")
-        measured = roofs.measure(DTYPES[options.dtype])
+        measured = roofs.measure(DTYPES[options.dtype], device=device)
+        device.release()
         modes = ",".join(options.modes)
         job, threads = options.job(options.modes[0]), torch.get_num_threads()
         exact = entries.start("the float64 reference", job, modes, folder, threads, "--exact")
@@ -254,12 +281,15 @@ def run(options: Options) -> Run:
         finally:
             exact.close()
         for mode in options.modes:
+            if options.budget.over:
+                skipped[mode] = options.budget.text
+                continue
             found = _measure(mode, options, folder, screen, skipped)
             against(measured, found)
             rows += [records.where(facts) | row for row in found]
             for row in rows[-len(found) :]:
                 screen.row(_cells(row))
         screen.step("roofs again")
-        measured = measured.better(roofs.measure(DTYPES[options.dtype]))
+        measured = measured.better(roofs.measure(DTYPES[options.dtype], device=device))
     against(measured, rows)
     return Run(rows, measured, facts, skipped)

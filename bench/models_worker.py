@@ -22,8 +22,7 @@ from torch import nn
 
 import gconv
 
-from . import networks, timing
-from .allocations import allocations_of
+from . import devices, networks, timing
 from .networks import CONTESTANTS, Job, Network
 from .workers import tell
 
@@ -39,7 +38,9 @@ def summary(network: Network) -> dict:
     for row in trace:
         kernels[row.kernel] = kernels.get(row.kernel, 0) + row.calls
     by_design = ("by design", "use_backend")
-    reasons = {row.reason for row in trace if row.reason and not row.reason.startswith(by_design)}
+    # A note beside gconv's own kernels says which of its backends was meant to run.
+    others = [row for row in trace if row.reason and not row.kernel.startswith(("cuda.", "triton."))]
+    reasons = {row.reason for row in others if not row.reason.startswith(by_design)}
     return {
         "kernels": kernels,
         "convolutions": sum(isinstance(m, nn.Conv2d) for m in network.module.modules()),
@@ -47,20 +48,27 @@ def summary(network: Network) -> dict:
     }
 
 
-def fastest(contestant: networks.Contestant, job: Job, state: dict) -> tuple[Network, dict[str, float]]:
+def fastest(
+    contestant: networks.Contestant, job: Job, state: dict, device: devices.Cpu | devices.Cuda = devices.CPU
+) -> tuple[Network, dict[str, float]]:
     """The contestant in its fastest precision, and where it has several the seconds of a call in each."""
     best, seconds = None, {}
     precisions = contestant.precisions(job)
     for precision in precisions:
         tell(event="step", text=f"{precision}: first call")
-        network = Network(contestant, job, precision, state)
+        network = Network(contestant, job, precision, state, device)
         if len(precisions) > 1:
-            seconds[precision] = float(timing.turn(network, 0, TRIES).ms.min()) / 1e3
+            taken = timing.turn(network, 0, TRIES, device=device).ms
+            seconds[precision] = float(taken.min()) / 1e3
         if best is None or seconds[precision] < seconds[best.precision]:
             best = network
         del network
     gc.collect()
     return best, seconds
+
+
+def _save(results: dict, path: str) -> None:
+    torch.save({name: tensor.cpu() for name, tensor in results.items()}, path)
 
 
 def _exact(options: argparse.Namespace, job: Job) -> None:
@@ -69,25 +77,27 @@ def _exact(options: argparse.Namespace, job: Job) -> None:
     for mode in options.modes.split(","):
         tell(event="step", text=f"{mode}: float64 reference")
         one = replace(job, mode=mode)
-        torch.save(networks.exact_results(one, state), os.path.join(options.folder, f"exact-{mode}.pt"))
+        _save(networks.exact_results(one, state), os.path.join(options.folder, f"exact-{mode}.pt"))
     tell(event="ready")
 
 
 def _compete(options: argparse.Namespace, job: Job) -> None:
     contestant = CONTESTANTS[options.contestant]
+    device = devices.get(job.device)
+    device.set_up()
     state = torch.load(options.state, weights_only=True)
-    network, seconds = fastest(contestant, job, state)
+    network, seconds = fastest(contestant, job, state, device)
     tell(event="step", text="check")
-    torch.save(network.results(state), os.path.join(options.folder, f"{contestant.name}-{job.mode}.pt"))
+    _save(network.results(state), os.path.join(options.folder, f"{contestant.name}-{job.mode}.pt"))
     found = summary(network)
     del state
     gc.collect()
-    timing.turn(network, 0, 1)
+    timing.turn(network, 0, 1, device=device)
     network.prepare(0)
-    memory = timing.memory_of(network.run)
+    memory = device.memory_of(network.run)
     network.prepare(0)
     training = job.mode == "training"
-    allocated = allocations_of(network.forward, network.backward) if training else None
+    allocated = device.allocations_of(network.forward, network.backward) if training else None
     network.prepare(0)
     tell(
         event="ready",
@@ -101,16 +111,19 @@ def _compete(options: argparse.Namespace, job: Job) -> None:
         allocated_mb=allocated and allocated.peak,
         **found,
     )
+    network.stamps.clear()
+    device.release()
     for line in sys.stdin:
         if line.strip() == "stop":
             break
-        turn = timing.turn(network, **json.loads(line))
+        turn = timing.turn(network, **json.loads(line), device=device)
         # While others take their turns this process keeps no more memory than it needs; the untimed call of
         # its next turn faults it in again.
         network.prepare(0)
-        timing.trim()
+        device.release()
         tell(event="turn", ms=turn.ms.tolist(), disturbed=turn.disturbed)
-    tell(event="done", finite=network.loss is None or math.isfinite(float(network.loss)))
+    finite = network.loss is None or math.isfinite(float(network.loss))
+    tell(event="done", finite=finite, parts=network.parts())
 
 
 def main() -> None:
@@ -124,6 +137,7 @@ def main() -> None:
     parser.add_argument("--state", required=True, help="the file of the weights")
     parser.add_argument("--folder", required=True, help="where results go")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=devices.DEVICES, required=True)
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--contestant", choices=tuple(CONTESTANTS))
     who.add_argument("--exact", action="store_true")
@@ -131,7 +145,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # what fell back is reported; exporters warn at length
     arguments = tuple(options.arguments.items())
-    job = Job(options.model, options.size, options.batch, options.dtype, options.modes, arguments)
+    job = Job(
+        options.model, options.size, options.batch, options.dtype, options.modes, arguments, options.device
+    )
     _exact(options, job) if options.exact else _compete(options, job)
 
 

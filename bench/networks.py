@@ -7,6 +7,8 @@ memory layout, and what turns the module into the call that is timed.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,25 +20,30 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import models
+from gconv.backend import BACKENDS
 from gconv.dense_layers import DenseLayer
 
 from .checkpointed import checkpoint_layers
+from .devices import CPU, DEVICES, Cpu, Cuda
+from .match import plain_cudnn
 from .rivals import (
     LABELS as LAYER_LABELS,
 )
 from .rivals import (
     ONNXRUNTIME,
     OPENVINO,
+    VARIANTS,
     buffers,
     compiled,
     missing_package,
+    on_backend,
     onnxruntime_call,
     openvino_call,
 )
 from .shapes import TRAINING_FLOPS
 
 __all__ = [
-    "CONTESTANTS", "DTYPES", "EAGER", "FAMILIES", "OURS", "Contestant", "Job", "Network", "data",
+    "CONTESTANTS", "DTYPES", "EAGER", "FAMILIES", "OURS", "PARTS", "Contestant", "Job", "Network", "data",
     "exact_results", "flops", "is_ours", "make_state", "results",
 ]  # fmt: skip
 
@@ -53,11 +60,12 @@ SHIFT = 1.0  # of the batch norms in a dense layer, see make_state
 MOVED = 0.1  # how far the running statistics are from those of the images, see make_state
 EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
 
-OURS = ("gconv", "gconv_shared", "gconv_ultra")
+OURS = ("gconv", *VARIANTS, "gconv_shared", "gconv_ultra")
 DENSENETS = "densenet*"  # their layers can be told what to keep for the backward
 
 MODEL, AUTOCAST, HINT = "model in bfloat16", "autocast", "bfloat16 hint"  # precisions
 FLOAT32 = "float32"
+PARTS = ("forward", "backward", "update")  # of a training step
 
 
 def _densenet_bc(depth: int, growth_rate: int, **options) -> nn.Module:
@@ -72,7 +80,7 @@ FAMILIES = {"densenet_bc": _densenet_bc}  # more than one model each, by their a
 @dataclass(frozen=True)
 class Job:
     """What every contestant is given: N = batch images of [size, size] for the model of that name, one of
-    gconv.models or FAMILIES, built with these arguments."""
+    gconv.models or FAMILIES, built with these arguments, on a device of that name."""
 
     model: str
     size: int
@@ -80,6 +88,7 @@ class Job:
     dtype: str
     mode: str
     arguments: tuple[tuple[str, int], ...] = ()
+    device: str = "cpu"
 
     def build(self, **options) -> nn.Module:
         build = FAMILIES.get(self.model) or models.get_model_builder(self.model)
@@ -125,7 +134,7 @@ class Contestant:
     the call that is timed. bfloat16: the ways to run a mode in that dtype, of which the fastest counts; a
     mode without any is float32 only. packages: what has to be installed. models: for which models, as a
     shell pattern, less those of the pattern `but`. twice: its step updates running statistics twice, so they
-    are not compared."""
+    are not compared. devices: where it runs. backend: gconv's, if it is not to choose by itself."""
 
     name: str
     label: str
@@ -141,6 +150,8 @@ class Contestant:
     models: str = "*"
     but: str = ""
     twice: bool = False
+    devices: tuple[str, ...] = DEVICES
+    backend: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -156,21 +167,27 @@ class Contestant:
         return not (self.twice and ".running_" in key)
 
     def precisions(self, job: Job) -> tuple[str, ...]:
-        return (FLOAT32,) if job.dtype == "float32" else dict(self.bfloat16).get(job.mode, ())
+        if job.dtype == "float32":
+            return (FLOAT32,)
+        ways = dict(self.bfloat16).get(job.mode, ())
+        # On a GPU autocast is never the faster one, and every way costs a compilation.
+        return ways[:1] if job.device == "cuda" else ways
 
     @property
     def compiles(self) -> bool:
         """Whether the first call does more than run."""
         return self.make is not _as_it_is
 
-    def suits(self, model: str) -> bool:
-        return fnmatchcase(model, self.models) and not fnmatchcase(model, self.but)
+    def suits(self, model: str, device: str = "cpu") -> bool:
+        return device in self.devices and fnmatchcase(model, self.models) and not fnmatchcase(model, self.but)
 
     def missing(self, job: Job) -> str | None:
         """Why it cannot run this job here, in one line, or None."""
         missing = missing_package(*self.packages)
         if missing:
             return missing
+        if self.backend is not None and self.backend not in BACKENDS:
+            return f"there is no backend {self.backend}"
         if job.mode not in self.modes:
             return f"{job.mode}: runs {' and '.join(self.modes)} only"
         return None if self.precisions(job) else f"{job.mode} runs in float32 only"
@@ -182,13 +199,22 @@ def is_ours(row: dict) -> bool:
 
 
 def _engine(name: str, **options) -> Contestant:
-    return Contestant(name, LABELS[name], layout="NCHW", modes=("inference",), **options)
+    return Contestant(name, LABELS[name], layout="NCHW", modes=("inference",), devices=("cpu",), **options)
+
+
+def _backends() -> tuple[Contestant, ...]:
+    """gconv's backends on a GPU, each on its own."""
+    return tuple(
+        Contestant(name, LABELS[name], build=Job.build, but=DENSENETS, devices=("cuda",), backend=backend)
+        for name, backend in VARIANTS.items()
+    )
 
 
 CONTESTANTS: dict[str, Contestant] = {
     contestant.name: contestant
     for contestant in (
         Contestant("gconv", LABELS["gconv"], build=Job.build, but=DENSENETS),
+        *_backends(),
         Contestant("gconv_shared", LABELS["gconv_shared"], build=_memory("shared"), models=DENSENETS),
         Contestant(
             "gconv_ultra",
@@ -252,6 +278,7 @@ def make_state(job: Job) -> dict[str, Tensor]:
     """
     torch.manual_seed(0)
     module = _stock(job)
+    images = data(job, module)[0].to(job.device)
     generator = torch.Generator().manual_seed(2)
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
@@ -269,7 +296,9 @@ def make_state(job: Job) -> dict[str, Tensor]:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
-    module.train()(data(job, module)[0])
+    with plain_cudnn():
+        module.to(job.device).train()(images)
+    module.cpu()
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         norm.num_batches_tracked.zero_()
@@ -307,26 +336,39 @@ def exact_results(job: Job, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The float64 answer, in plain torch.nn."""
     module = _stock(job).double()
     module.load_state_dict(state)
-    images, labels = data(job, module)
-    return results(module, module, job.mode, images.double(), labels, contextlib.nullcontext)
+    images, labels = (t.to(job.device) for t in data(job, module))
+    module.to(job.device)
+    with plain_cudnn():
+        return results(module, module, job.mode, images.double(), labels, contextlib.nullcontext)
 
 
 class Network:
     """A contestant at its job in one precision, with rotating images.
 
     Training is a whole step: forward, cross-entropy, backward, SGD with momentum; the gradients of the step
-    before are dropped by `prepare`. `first_seconds` is what the first call took, compiling included.
+    before are dropped by `prepare`. `first_seconds` is what the first call took, compiling included. `stamps`
+    has the device's time at the start and after each of PARTS of every step since it was last emptied.
     """
 
-    def __init__(self, contestant: Contestant, job: Job, precision: str, state: dict[str, Tensor]):
+    def __init__(
+        self,
+        contestant: Contestant,
+        job: Job,
+        precision: str,
+        state: dict[str, Tensor],
+        device: Cpu | Cuda = CPU,
+    ):
         self.name, self.job, self.precision = contestant.name, job, precision
+        self.backend, self.device = contestant.backend, device
+        self.stamps: list[list] = []
         self.layout = LAYOUTS[contestant.layout]
         self.module = contestant.build(job)
         self.module.load_state_dict(state)
-        self.module.to(memory_format=self.layout)
+        self.module.to(device.where, memory_format=self.layout)
         self.dtype = torch.bfloat16 if precision == MODEL else torch.float32
         self.module.to(self.dtype).train(job.mode == "training")
-        images, self.labels = data(job, self.module)
+        images, labels = data(job, self.module)
+        self.labels = labels.to(device.where)
         self.images = self._as_input(images)
         self.xs = [
             self.images,
@@ -338,14 +380,15 @@ class Network:
         began = time.perf_counter()
         self.call = contestant.make(self.module, self)
         self.run()
+        device.synchronise()
         self.first_seconds = time.perf_counter() - began
 
     def _as_input(self, images: Tensor) -> Tensor:
-        return images.to(self.dtype).contiguous(memory_format=self.layout)
+        return images.to(self.device.where, self.dtype).contiguous(memory_format=self.layout)
 
     def context(self):
         if self.precision == AUTOCAST:
-            return torch.autocast("cpu", torch.bfloat16)
+            return torch.autocast(self.device.where.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def prepare(self, i: int) -> None:
@@ -354,19 +397,37 @@ class Network:
 
     def run(self) -> Tensor:
         if self.job.mode == "inference":
-            with torch.no_grad(), self.context():
+            with torch.no_grad(), self.context(), on_backend(self.backend):
                 return self.call(self.x)
+        self.stamps.append([self.device.stamp()])
         return self.backward(self.forward())
+
+    def _done(self) -> None:
+        """A part of the step is."""
+        if self.stamps:
+            self.stamps[-1].append(self.device.stamp())
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of each of PARTS, medians over the steps that `stamps` has; empties it."""
+        steps, self.stamps = self.stamps, []
+        self.device.synchronise()
+        spans = [[self.device.ms(*pair) for pair in itertools.pairwise(step)] for step in steps]
+        return {part: statistics.median(taken) for part, taken in zip(PARTS, zip(*spans))}
 
     def forward(self) -> Tensor:
         """The first half of a training step, to the loss."""
-        with self.context():
-            return F.cross_entropy(self.call(self.x), self.labels)
+        with self.context(), on_backend(self.backend):
+            loss = F.cross_entropy(self.call(self.x), self.labels)
+        self._done()
+        return loss
 
     def backward(self, loss: Tensor) -> Tensor:
         """The second half: gradients, and the step of the optimizer."""
-        loss.backward()
+        with on_backend(self.backend):
+            loss.backward()
+        self._done()
         self.optimizer.step()
+        self._done()
         self.loss = loss.detach()
         return self.loss
 
@@ -374,7 +435,8 @@ class Network:
         """As the function of that name, from these weights."""
         self.module.load_state_dict(state)
         self.optimizer.state.clear()
-        found = results(self.module, self.call, self.job.mode, self.images, self.labels, self.context)
+        with on_backend(self.backend):
+            found = results(self.module, self.call, self.job.mode, self.images, self.labels, self.context)
         self.module.train(self.job.mode == "training")
         self.prepare(0)
         return found

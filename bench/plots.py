@@ -7,8 +7,9 @@ import io
 
 import numpy as np
 
+from .machine import is_gpu
 from .networks import CONTESTANTS, is_ours
-from .rivals import LABELS, RIVALS
+from .rivals import LABELS, RIVALS, VARIANTS
 from .shapes import whose
 from .train import Training
 
@@ -18,11 +19,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#767676"
 )  # fmt: skip
 COLOURS = {
-    "gconv": BLUE, "eager_nchw": GREY, "eager_channels_last": ORANGE, "compile": RED, "onnxruntime": GREEN,
+    "gconv": BLUE, "gconv_triton": SKY, "gconv_cuda": BLACK,
+    "eager_nchw": GREY, "eager_channels_last": ORANGE, "compile": RED, "onnxruntime": GREEN,
     "openvino": PURPLE, "gconv_shared": BLUE, "gconv_ultra": SKY, "checkpoint": BLACK,
 }  # fmt: skip
 MARKERS = {
-    "gconv": "D", "eager_nchw": "v", "eager_channels_last": "s", "compile": "o", "onnxruntime": "^",
+    "gconv": "D", "gconv_triton": "<", "gconv_cuda": ">",
+    "eager_nchw": "v", "eager_channels_last": "s", "compile": "o", "onnxruntime": "^",
     "openvino": "P", "gconv_shared": "D", "gconv_ultra": "X", "checkpoint": "^",
 }  # fmt: skip
 DPI = 160
@@ -60,6 +63,7 @@ def _png(figure) -> bytes:
 def _titled(figure, what: str, row: dict, end: str = "") -> bytes:
     """The finished picture under the title of the run that a row is from."""
     threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+    threads = row["device"] if is_gpu(row) else threads
     figure.suptitle(f"{what}, batch {row['batch']}, {row['dtype']}, {threads}{end}", fontsize=12)
     return _png(figure)
 
@@ -202,7 +206,7 @@ def times(rows: list[dict]) -> bytes:
     """Median time of every contestant by layer with a p20 to p80 whisker, the roof, and the speed-up
     above."""
     modes = by_mode(rows)
-    names = [n for n in (*RIVALS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
+    names = [n for n in (*RIVALS, *VARIANTS, "gconv") if any(r.get(f"{n}_ms") for r in rows)]
     several = _of_several(rows)
     # Names of networks need more room than those of one network's layers.
     width = max(10.0, 1.1 * max(map(len, modes.values()))) if several else 10.0

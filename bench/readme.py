@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import records
 from .layers import best_ms, describe, gemm_percent
+from .machine import describe as describe_machine
+from .machine import is_gpu
 from .networks import CONTESTANTS, is_ours
 from .rivals import LABELS
 from .shapes import whose
 
-__all__ = ["MARKERS", "depth_table", "layers_part", "layers_table", "models_table", "rows_of", "update"]
+__all__ = [
+    "MARKERS",
+    "depth_table",
+    "kernels_table",
+    "layers_part",
+    "layers_table",
+    "models_table",
+    "rows_of",
+    "update",
+]
 
 MODEL, SEVERAL = "resnext50_32x4d", "several"
 
@@ -40,20 +53,18 @@ def _shape(row: dict) -> str:
 def _cells(row: dict) -> str:
     if not row["match"]:
         return "wrong result | – | – | – | –"
-    best = f"{best_ms(row):.2f}"
+    digits = 3 if is_gpu(row) else 2
+    best = f"{best_ms(row):.{digits}f}"
     if not records.is_total(row):
         best += f" ({LABELS[row['best']]})"
     return (
-        f"{row['gconv_ms']:.2f}{_star(row)} | {best} | **{row['ratio']:.2f}×** | {gemm_percent(row):.0f} % | "
-        f"{row['roof_percent']:.0f} %"
+        f"{row['gconv_ms']:.{digits}f}{_star(row)} | {best} | **{row['ratio']:.2f}×** | "
+        f"{gemm_percent(row):.0f} % | {row['roof_percent']:.0f} %"
     )
 
 
 def _where(row: dict) -> str:
-    return (
-        f"{row['threads']} threads of {row['device']} ({row['isa']}), torch {row['torch']}, "
-        f"{row['date'][:10]}, commit {row['commit']}"
-    )
+    return f"{describe_machine(row)}, torch {row['torch']}, {row['date'][:10]}, commit {row['commit']}"
 
 
 def layers_table(rows: list[dict]) -> str:
@@ -94,7 +105,7 @@ def _model_cells(row: dict) -> str:
     speed = f"**{row['ratio']:.2f}×**" if is_ours(row) else f"{row['ratio']:.2f}×"
     memory = "–" if row.get("memory_ratio") is None else f"{row['memory_ratio']:.2f}×"
     megabytes = "–" if row["step_mb"] is None else f"{row['step_mb']:.0f}"
-    time = f"{row['ms_per_image']:.1f}{_star(row)}"
+    time = f"{row['ms_per_image']:.{3 if is_gpu(row) else 1}f}{_star(row)}"
     return f"{time} | {row['images_per_s']:.1f} | {speed} | {megabytes} | {memory}"
 
 
@@ -105,8 +116,8 @@ def models_table(rows: list[dict]) -> str:
         return "No run has been recorded yet: `python -m gconv.bench models --record`."
     lines, run = [], None
     kinds: dict[tuple, dict[str, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: list(STEPS).index(row["mode"])):
-        kind = tuple(row[key] for key in ("model", "size", "batch", "dtype"))
+    for row in sorted(rows, key=lambda row: (is_gpu(row), list(STEPS).index(row["mode"]))):
+        kind = (*(row[key] for key in ("model", "size", "batch", "dtype")), is_gpu(row))
         kinds.setdefault(kind, {}).setdefault(row["mode"], []).append(row)
     for of_kind in kinds.values():
         for mode, of_mode in of_kind.items():
@@ -180,9 +191,51 @@ def totals_line(rows: list[dict]) -> str:
     )
 
 
+def kernels_table(rows: list[dict]) -> str:
+    """Markdown for the newest run of every model and dtype: gconv's kernels and the fastest other's time; no
+    text without rows."""
+    newest: dict[tuple, list[dict]] = {}
+    for row in rows:
+        newest.setdefault((row["model"], row["dtype"]), []).append(row)
+    parts = []
+    for of_kind in newest.values():
+        run = records.latest_run(of_kind)
+        first, times = run[0], {(r["layer"], r["op"], r["contestant"]): r["ms"] for r in run}
+        lines = [
+            f"Kernels one by one: {first['model']}, {first['dtype']}, batch {first['batch']}, "
+            f"{_where(first)}. A copy reached {first['copy_gbps']:.0f} GB/s in the same run. Medians in ms, "
+            f"{first['conditions']}.",
+            "",
+            "| kernel | layer | contestant | ms | best other | speed-up | GB/s | of a copy | of the floor |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in run:
+            if row["kernel"] and row["match"]:
+                other = times[row["layer"], row["op"], row["best"]]
+                lines.append(
+                    f"| {row['op']} | {row['layer']} | {LABELS[row['contestant']]} | {row['ms']:.4f}"
+                    f"{_star(row)} | {other:.4f} | **{row['ratio']:.2f}×** | {row['gbps']:.0f} | "
+                    f"{row['copy_percent']:.0f} % | {row['floor_percent']:.0f} % |"
+                )
+        parts.append("\n".join([*lines, *_legend(run)]))
+    return "\n\n".join(parts)
+
+
 def layers_part(rows: list[dict]) -> str:
-    """What README.md says of a record of layers: the newest float32 run of ResNeXt-50, or of another model
-    where there is none; the sums of its other dtypes; and the newest run of several networks' layers."""
+    """What README.md says of records of layers: of CPUs, and after it of GPUs where there are any."""
+    parts = [_device_part([row for row in rows if not is_gpu(row)], "float32")]
+    by_model: dict[str, list[dict]] = {}
+    for row in filter(is_gpu, rows):
+        by_model.setdefault(row["model"], []).append(row)
+    for of_model in by_model.values():
+        dtypes = {row["dtype"] for row in of_model}
+        parts.append(_device_part(of_model, "bfloat16" if "bfloat16" in dtypes else min(dtypes)))
+    return "\n\n".join(parts)
+
+
+def _device_part(rows: list[dict], dtype: str) -> str:
+    """The newest run of ResNeXt-50 in this dtype, or of another model where there is none; the sums of its
+    other dtypes; and the newest run of several networks' layers."""
     runs: dict[str, list[dict]] = {}
     for row in rows:
         runs.setdefault(row["date"], []).append(row)
@@ -190,20 +243,27 @@ def layers_part(rows: list[dict]) -> str:
     for _, run in sorted(runs.items()):
         names = {row["model"] for row in run}
         newest[SEVERAL if len(names) > 1 else names.pop(), run[0]["dtype"]] = run
-    singles = [key for key in newest if key[0] != SEVERAL and key[1] == "float32"]
-    head = (MODEL, "float32") if (MODEL, "float32") in newest else singles[-1] if singles else None
+    singles = [key for key in newest if key[0] != SEVERAL and key[1] == dtype]
+    head = (MODEL, dtype) if (MODEL, dtype) in newest else singles[-1] if singles else None
     parts = [layers_table(newest[head] if head else [])]
     others = (run for key, run in newest.items() if head and key[0] == head[0] and key != head)
     parts += filter(None, map(totals_line, others))
-    if (SEVERAL, "float32") in newest:
-        parts.append(layers_table(newest[SEVERAL, "float32"]))
+    if (SEVERAL, dtype) in newest:
+        parts.append(layers_table(newest[SEVERAL, dtype]))
     return "\n\n".join(parts)
 
 
-def update(text: str, layers: list[dict], networks: list[dict], depths: list[dict]) -> str:
-    """`text` with what stands between the markers replaced, from the rows of a record of each. ValueError if
-    a pair of markers is not there once, in order."""
-    parts = {"layers": layers_part(layers), "models": models_table(networks), "depth": depth_table(depths)}
+def update(
+    text: str, layers: list[dict], networks: list[dict], depths: list[dict], kernels: Sequence[dict] = ()
+) -> str:
+    """`text` with what stands between the markers replaced, from the rows of records of each; of kernels
+    those of GPUs, behind the layers. ValueError if a pair of markers is not there once, in order."""
+    of_kernels = kernels_table([row for row in kernels if is_gpu(row)])
+    parts = {
+        "layers": "\n\n".join(filter(None, (layers_part(layers), of_kernels))),
+        "models": models_table(networks),
+        "depth": depth_table(depths),
+    }
     for part, table in parts.items():
         start, end = MARKERS[part]
         if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
@@ -215,6 +275,7 @@ def update(text: str, layers: list[dict], networks: list[dict], depths: list[dic
 
 
 def rows_of(record: str | None, columns: tuple[str, ...]) -> list[dict]:
-    """All rows of a record, or of the newest one with these columns; none where there is no record."""
-    path = record or records.newest_record(columns=columns)
-    return records.load(path, columns) if path else []
+    """All rows of a record, or of the newest one of a CPU and the newest one of a GPU with these columns;
+    none where there is no record."""
+    paths = [record] if record else [records.newest_record(columns=columns, gpu=gpu) for gpu in (False, True)]
+    return [row for path in paths if path for row in records.load(path, columns)]

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable, Sequence
 
 from . import machine
-from .rivals import RIVALS
+from .rivals import RIVALS, VARIANTS
 
 __all__ = [
-    "ALL", "COLUMNS", "DEPTH_COLUMNS", "EACH", "FOLDER", "MODEL_COLUMNS", "SWEEP_COLUMNS", "append",
-    "is_total", "latest_run", "load", "newest_record", "path_of", "where",
+    "ALL", "COLUMNS", "DEPTH_COLUMNS", "EACH", "FOLDER", "KERNEL_COLUMNS", "MODEL_COLUMNS", "SWEEP_COLUMNS",
+    "append", "is_total", "latest_run", "load", "newest_record", "path_of", "where",
 ]  # fmt: skip
 
 # An installed copy inside a checkout records into the checkout.
@@ -35,13 +35,19 @@ _CONCLUSION = (
     "bound", "copy_gbps", "gemm_gflops", "gconv_peak_mb", "best_peak_mb", "rounds", "dropped", "noisy",
     "note",
 )  # fmt: skip
-COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION)
+# gconv's backends on a GPU, beside gconv, which is what it chooses by itself; what the host takes to launch a
+# call there; and what else ran: versions of CUDA and so on.
+_VARIANT_TIMES = tuple(f"{name}_ms{suffix}" for name in VARIANTS for suffix in ("", "_p20", "_p80"))
+_LIBRARIES = ("libraries",)
+_GPU = (*_VARIANT_TIMES, "gconv_host_ms", "best_host_ms")
+COLUMNS = (*_WHERE, *_WHAT, *_HOW, *_TIMES, *_CONCLUSION, *_LIBRARIES, *_GPU)
 # The layer of a row that sums up all layers of its model, each as often as the model has it. Its `count` is
 # their number, and its `best` is EACH: for every layer the best of the others there.
 ALL, EACH = "all", "each"
 
-# Columns of MODEL_COLUMNS that older records do not have. New ones come last, and are listed here.
-_ADDED = ("kept_mb",)
+# Columns that older records do not have. New ones come last, and are listed here.
+_PARTS = ("forward_ms", "backward_ms", "update_ms")  # of a training step, medians
+_ADDED = ("kept_mb", *_LIBRARIES, *_GPU, *_PARTS)
 
 # ratio: the time of the fastest contestant other than gconv, `best`, over this one's. step_mb: the peak of
 # one step above what was resident before it; memory_ratio: this one's over that of `best`. kept_mb: what a
@@ -51,31 +57,42 @@ MODEL_COLUMNS = (
     "own_convolutions", "convolutions", "fallbacks", "match", "error_ratio", "worst", "ms", "ms_p20",
     "ms_p80", "ms_per_image", "images_per_s", "best", "ratio", "ratio_low", "ratio_high", "step_mb",
     "peak_mb", "memory_ratio", "compile_s", "gflop", "gflops", "copy_gbps", "gemm_gflops", "rounds",
-    "dropped", "noisy", "note", *_ADDED,
+    "dropped", "noisy", "note", "kept_mb", *_LIBRARIES, *_PARTS,
 )  # fmt: skip
 # Of one training step: kept_mb as above, allocated_mb the peak of what is allocated on top of what there was
 # before it, step_mb and peak_mb resident memory.
 DEPTH_COLUMNS = (
     *_WHERE, "model", "depth", "growth", "size", "batch", "dtype", "mode", "contestant", "parameters",
     "kernel", "match", "error_ratio", "worst", "kept_mb", "allocated_mb", "step_mb", "peak_mb", "compile_s",
-    "note",
+    "note", *_LIBRARIES,
 )  # fmt: skip
 # relative: images per second over those of the same layer at the reference batch and as many threads.
 SWEEP_COLUMNS = (
     *_WHERE, *_WHAT, "contestant", "kernel", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80",
     "images_per_s", "reference", "relative", "relative_low", "relative_high", "rounds", "dropped", "noisy",
+    *_LIBRARIES,
+)  # fmt: skip
+# Of one kernel: bytes are those none can avoid, copy_percent their rate as a share of the copy's, floor_ms
+# the least time by bytes and operations, and floor_percent its share of ms.
+KERNEL_COLUMNS = (
+    *_WHERE, "model", "layer", "op", "in_channels", "out_channels", "groups", "size", "stride", "batch",
+    "dtype", "conditions", "contestant", "kernel", "match", "error_ratio", "worst", "ms", "ms_p20", "ms_p80",
+    "best", "ratio", "ratio_low", "ratio_high", "gflops", "gbps", "flops", "bytes", "copy_percent",
+    "floor_ms", "floor_percent", "bound", "copy_gbps", "gemm_gflops", "host_ms", "rounds", "dropped",
+    "noisy", "note", *_LIBRARIES,
 )  # fmt: skip
 SCHEMAS = {  # by the end of the file's name
     "": COLUMNS,
     "-models": MODEL_COLUMNS,
     "-sweep": SWEEP_COLUMNS,
     "-depth": DEPTH_COLUMNS,
+    "-kernels": KERNEL_COLUMNS,
 }
 
 _TEXT = {
     "date", "commit", "machine", "device", "isa", "gconv", "torch", "python", "model", "layer", "dtype",
     "mode", "conditions", "kernel", "match", "worst", "best", "bound", "note", "contestant", "precision",
-    "fallbacks",
+    "fallbacks", "libraries", "op",
 }  # fmt: skip
 _FLAGS = {"match": ("no", "yes"), "noisy": ("no", "yes")}
 
@@ -107,7 +124,7 @@ def path_of(machine_name: str, columns: Sequence[str] = COLUMNS, folder: str = F
 
 def where(facts: dict) -> dict:
     """What the rows of a run say about the machine, from `machine.facts()`."""
-    return {key: facts[key] for key in _WHERE}
+    return {key: facts[key] for key in (*_WHERE, *_LIBRARIES)}
 
 
 def is_total(row: dict) -> bool:
@@ -184,14 +201,19 @@ def latest_run(rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if row["date"] == newest]
 
 
-def newest_record(folder: str = FOLDER, columns: Sequence[str] = COLUMNS) -> str | None:
-    """The record of these columns whose newest run is the newest of all, or None if there is none."""
+def newest_record(
+    folder: str = FOLDER, columns: Sequence[str] = COLUMNS, gpu: bool | None = None
+) -> str | None:
+    """The record of these columns, of a GPU or of a CPU if `gpu` says so, whose newest run is the newest of
+    all, or None if there is none."""
     if not os.path.isdir(folder):
         return None
     paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".csv")]
-    dated = [
-        (max((row["date"] for row in load(path, columns)), default=""), path)
-        for path in paths
-        if not _missing(_heading(path), columns)
-    ]
+    dated = []
+    for path in paths:
+        if _missing(_heading(path), columns):
+            continue
+        rows = load(path, columns)
+        if gpu is None or {machine.is_gpu(row) for row in rows} <= {gpu}:
+            dated.append((max((row["date"] for row in rows), default=""), path))
     return max(dated)[1] if dated else None

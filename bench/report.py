@@ -9,10 +9,10 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 
-from . import depth, layers, models, plots, records, shapes, sweep
+from . import depth, kernels, layers, machine, models, plots, records, shapes, sweep
 from .agreement import FACTOR
 from .networks import CONTESTANTS, OURS
-from .rivals import LABELS, RIVALS
+from .rivals import LABELS, RIVALS, VARIANTS
 from .roofs import Roofs
 from .train import Training
 
@@ -44,6 +44,9 @@ METHOD = (
     "A round in which the kernel took the cores away (involuntary context switches, steal time), or in "
     "which a call jumped 4 ms and 25 % above its own median, is dropped for all contestants alike. A "
     "star marks rows in which more than half of the rounds were so disturbed that all of them were kept.",
+    "On a GPU times are between events on the stream, so the GPU's own: before every call its L2 cache is "
+    "overwritten, for longer than the host takes to launch the call. Memory is torch's allocator's. cuDNN "
+    "tries its algorithms (cudnn.benchmark) for everyone.",
     "The interval of a speed-up comes from resampling whole rounds. The roof is the larger of arithmetic "
     "at the rate of a matrix product and compulsory traffic at the rate of a copy, both measured in this "
     "run, their fastest repeat.",
@@ -60,11 +63,12 @@ class Findings:
     networks: layers.Run | None = None
     sweep: sweep.Run | None = None
     depths: depth.Run | None = None
+    kernels: layers.Run | None = None
 
     @property
     def bad(self) -> bool:
         """Whether a result is wrong or two loss curves part."""
-        runs = (self.layers, self.networks, self.sweep, self.depths)
+        runs = (self.layers, self.networks, self.sweep, self.depths, self.kernels)
         return any(run and run.wrong for run in runs) or bool(self.training and not self.training.ok)
 
 
@@ -81,6 +85,7 @@ def save(folder: str, found: Findings) -> None:
         "networks": plain(found.networks),
         "sweep": found.sweep and {"rows": found.sweep.rows},
         "depths": found.depths and {"rows": found.depths.rows, "skipped": found.depths.skipped},
+        "kernels": plain(found.kernels),
     }
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, RESULTS), "w", encoding="utf-8") as file:
@@ -103,6 +108,7 @@ def load(folder: str) -> Findings:
         run(data["networks"]),
         data["sweep"] and sweep.Run(data["sweep"]["rows"], facts),
         data["depths"] and depth.Run(data["depths"]["rows"], facts, data["depths"]["skipped"]),
+        run(data["kernels"]),
     )
 
 
@@ -252,12 +258,14 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
     rows = rows_of(found.layers, records.COLUMNS)
     of_networks = rows_of(found.networks, records.MODEL_COLUMNS)
     skipped = {}
-    for run in (found.layers, found.networks, found.depths):
+    for run in (found.layers, found.networks, found.depths, found.kernels):
         skipped |= run.skipped if run else {}
     if plots.missing():
         skipped["the pictures"] = plots.missing()
 
-    def number(value: float | None, digits: int = 2, after: str = "") -> str:
+    usual = 3 if machine.is_gpu(found.facts) else 2
+
+    def number(value: float | None, digits: int = usual, after: str = "") -> str:
         return "–" if value is None else f"{value:.{digits}f}{after}"
 
     training = found.training
@@ -271,6 +279,9 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         sweep=plots.by_mode(rows_of(found.sweep, records.SWEEP_COLUMNS)),
         cliff=sweep.CLIFF,
         depths=rows_of(found.depths, records.DEPTH_COLUMNS),
+        kernels=rows_of(found.kernels, records.KERNEL_COLUMNS),
+        kernel_names=kernels.NAMES,
+        machine=machine.describe(found.facts),
         rows=rows,
         whose=shapes.whose(row["model"] for row in rows) if rows else None,
         several=len({row["model"] for row in rows}) > 1,
@@ -278,7 +289,7 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         titles=plots.TITLES,
         steps=plots.STEPS,
         ran={
-            mode: [name for name in RIVALS if any(row[f"{name}_ms"] for row in group)]
+            mode: [name for name in (*VARIANTS, *RIVALS) if any(row.get(f"{name}_ms") for row in group)]
             for mode, group in plots.by_mode(rows).items()
         },
         ours=OURS,
@@ -288,7 +299,7 @@ def page(found: Findings, drawn: dict[str, bytes]) -> str:
         skipped=skipped,
         method=METHOD,
         mean=statistics.fmean,
-        kernels=_kernels,
+        ran_kernels=_kernels,
         is_total=records.is_total,
         describe=layers.describe,
         gemm_percent=layers.gemm_percent,

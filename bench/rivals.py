@@ -3,6 +3,7 @@ data."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
@@ -12,25 +13,33 @@ import torch
 from torch import Tensor, nn
 
 import gconv
+from gconv.backend import BACKENDS
 
 from .match import Problem, results
 
 __all__ = [
     "LABELS",
     "RIVALS",
+    "VARIANTS",
     "Rival",
     "Unavailable",
     "buffers",
     "build",
     "compiled",
     "missing_package",
+    "on_backend",
     "onnxruntime_call",
     "openvino_call",
+    "ours_on",
 ]  # fmt: skip
 
 RIVALS = ("eager_nchw", "eager_channels_last", "compile", "onnxruntime", "openvino")
+# gconv's backends one by one, on a GPU; "gconv" is what it chooses by itself.
+VARIANTS = {"gconv_triton": "triton", "gconv_cuda": "cuda"}
 LABELS = {
     "gconv": "gconv",
+    "gconv_triton": "gconv triton",
+    "gconv_cuda": "gconv cuda",
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager channels_last",
     "compile": "torch.compile",
@@ -53,6 +62,11 @@ def buffers(x: Tensor) -> int:
     return max(2, min(MAX_BUFFERS, ROTATE_BYTES // (x.numel() * x.element_size())))
 
 
+def on_backend(name: str | None):
+    """A block in which gconv runs on that backend, forward and backward; None: on what it chooses."""
+    return contextlib.nullcontext() if name is None else gconv.use_backend(name)
+
+
 class Rival:
     """A callable with its rotating inputs. Training is a whole step of the layer: forward, then backward to
     the gradients of x, weight, gamma and beta, running statistics updated, gradients of the step before
@@ -63,10 +77,12 @@ class Rival:
     ):
         self.name, self.module, self.problem, self.mode, self.layout = name, module, problem, mode, layout
         self.call: Callable[[Tensor], Tensor] = module
-        generator = torch.Generator().manual_seed(1)
+        self.backend: str | None = None  # gconv's, if it is not to choose by itself
+        where = problem.x.device
+        generator = torch.Generator(where).manual_seed(1)
 
         def like(t: Tensor) -> Tensor:
-            made = torch.randn(t.shape, generator=generator).to(t.dtype)
+            made = torch.randn(t.shape, generator=generator, device=where).to(t.dtype)
             return made.contiguous(memory_format=layout)
 
         turns = range(buffers(problem.x))
@@ -86,15 +102,17 @@ class Rival:
                 parameter.grad = None
 
     def run(self) -> Tensor:
-        if self.mode == "inference":
-            with torch.no_grad():
-                return self.call(self.x)
-        y = self.call(self.x)
-        y.backward(self.dy)
-        return y
+        with on_backend(self.backend):
+            if self.mode == "inference":
+                with torch.no_grad():
+                    return self.call(self.x)
+            y = self.call(self.x)
+            y.backward(self.dy)
+            return y
 
     def results(self, problem: Problem) -> dict[str, Tensor]:
-        found = results(self.module, problem, self.mode, self.layout, self.call)
+        with on_backend(self.backend):
+            found = results(self.module, problem, self.mode, self.layout, self.call)
         self.module.train(self.mode == "training")
         return found
 
@@ -110,14 +128,30 @@ def _eager(name: str, layout: torch.memory_format):
     return make
 
 
+def ours_on(device: str) -> tuple[str, ...]:
+    """gconv on a device, as it chooses by itself and with each of its backends there."""
+    there = [name for name, which in VARIANTS.items() if which in BACKENDS and device == "cuda"]
+    return ("gconv", *there)
+
+
 def _gconv(problem: Problem, mode: str) -> Rival:
     shape = problem.shape
     module = gconv.ConvBNReLU(
         shape.in_channels, shape.out_channels, 3, shape.stride, shape.padding, groups=shape.groups
     )
     module.conv.to(problem.dtype)
-    module.load_state_dict(problem.stock.state_dict())
+    module.to(problem.x.device).load_state_dict(problem.stock.state_dict())
     return Rival("gconv", module, problem, mode, torch.channels_last)
+
+
+def _variant(name: str):
+    def make(problem: Problem, mode: str) -> Rival:
+        rival = _gconv(problem, mode)
+        rival.name, rival.backend = name, VARIANTS[name]
+        rival.run()
+        return rival
+
+    return make
 
 
 def compiled(module: nn.Module, mode: str, run: Callable[[Callable[[Tensor], Tensor]], object]) -> Callable:
@@ -158,6 +192,8 @@ def _require(problem: Problem, mode: str, *packages: str) -> None:
     missing = missing_package(*packages)
     if missing:
         raise Unavailable(missing)
+    if problem.x.device.type != "cpu":
+        raise Unavailable("runs on the CPU only here")
     if mode != "inference":
         raise Unavailable("runs inference only")
     if problem.dtype != torch.float32:
@@ -206,6 +242,7 @@ def _engine(name: str, packages: tuple[str, ...], make: Callable[[nn.Module, Ten
 
 _BUILDERS = {
     "gconv": _gconv,
+    **{name: _variant(name) for name in VARIANTS},
     "eager_nchw": _eager("eager_nchw", torch.contiguous_format),
     "eager_channels_last": _eager("eager_channels_last", torch.channels_last),
     "compile": _compile,

@@ -3,15 +3,14 @@ from them."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+from .devices import CPU, Cpu, Cuda
+
 __all__ = ["Roofs", "measure", "roof_ms"]
 
-COPY_MIB = (16, 64)  # the size of one layer's activations, and one that outgrows every private cache
-GEMM_SIZE = 2048
 REPEATS = 7
 
 
@@ -30,29 +29,43 @@ class Roofs:
         )
 
 
-def _best_seconds(call, repeats: int = REPEATS) -> float:
+def _best_seconds(call, device: Cpu | Cuda, repeats: int = REPEATS) -> float:
     call()
-    best = float("inf")
+    stamps = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = device.stamp()
         call()
-        best = min(best, time.perf_counter() - start)
-    return best
+        stamps.append((start, device.stamp()))
+    device.synchronise()
+    return min(device.ms(*pair) for pair in stamps) / 1e3
 
 
-def measure(dtype: torch.dtype, gemm_size: int = GEMM_SIZE, copy_mib: tuple[int, ...] = COPY_MIB) -> Roofs:
+def measure(
+    dtype: torch.dtype,
+    gemm_size: int | None = None,
+    copy_mib: tuple[int, ...] | None = None,
+    device: Cpu | Cuda = CPU,
+) -> Roofs:
     """The fastest of a few repeats: a roof is an upper bound, and interference only ever lowers what one
-    sees."""
+    sees. A matrix product in float32 is rounded as convolutions are. Sizes: the device's, if not given."""
+    gemm_size, where = gemm_size or device.gemm_size, device.where
     copy = 0.0
-    for mib in copy_mib:
-        source = torch.ones(mib << 20, dtype=torch.uint8)
+    for mib in copy_mib or device.copy_mib:
+        source = torch.ones(mib << 20, dtype=torch.uint8, device=where).view(torch.int32)
         target = torch.zeros_like(source)
-        seconds = _best_seconds(lambda s=source, t=target: t.copy_(s))
-        copy = max(copy, 2 * source.numel() / seconds / 1e9)
-    a = torch.randn(gemm_size, gemm_size).to(dtype)
-    b = torch.randn(gemm_size, gemm_size).to(dtype)
+        for way in device.copies():
+            seconds = _best_seconds(lambda s=source, t=target, way=way: way(s, t), device)
+            copy = max(copy, 2 * source.nbytes / seconds / 1e9)
+    a = torch.randn(gemm_size, gemm_size, device=where).to(dtype)
+    b = torch.randn(gemm_size, gemm_size, device=where).to(dtype)
     c = torch.empty_like(a)
-    seconds = _best_seconds(lambda: torch.mm(a, b, out=c))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    if device.precision(dtype):
+        matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    try:
+        seconds = _best_seconds(lambda: torch.mm(a, b, out=c), device)
+    finally:
+        matmul.fp32_precision = before
     return Roofs(copy, 2 * gemm_size**3 / seconds / 1e9, str(dtype).removeprefix("torch."))
 
 

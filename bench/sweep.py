@@ -12,7 +12,8 @@ import torch
 import gconv
 
 from . import machine, records
-from .layers import DTYPES, MODES, describe, kernel_of
+from .devices import CPU, Cpu, Cuda
+from .layers import DTYPES, MODES, conditions, describe, kernel_of
 from .match import Problem, compare, exact_results
 from .rivals import LABELS, Rival, build
 from .screen import Cell, Screen
@@ -34,6 +35,7 @@ class Options:
     modes: tuple[str, ...] = MODES
     contestant: str = "gconv"
     plan: Plan = field(default_factory=Plan)
+    device: Cpu | Cuda = CPU
 
 
 @dataclass
@@ -68,7 +70,7 @@ class _At:
 
 def _checked(shape: ConvShape, mode: str, batch: int, options: Options) -> tuple[Rival, dict]:
     """The rival at this batch, and what its row says of its result."""
-    problem = Problem.make(shape, batch, DTYPES[options.dtype])
+    problem = Problem.make(shape, batch, DTYPES[options.dtype], where=options.device.where)
     checked = problem.without_kinks() if mode == "training" else problem
     rival = build(options.contestant, problem, mode)
     eager = ("eager_nchw", "eager_channels_last")
@@ -87,7 +89,7 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen) -> l
         entrants += [_At(rival, batch, threads) for threads in options.threads]
     timed = [entrant for entrant in entrants if found[entrant.batch]["match"]]
     screen.step(f"{what}: timing", options.plan.min_rounds)
-    result = interleave(timed, options.plan, screen.tick)
+    result = interleave(timed, options.plan, screen.tick, device=options.device)
     rows = []
     for entrant in entrants:
         row = {
@@ -96,7 +98,7 @@ def _measure(shape: ConvShape, mode: str, options: Options, screen: Screen) -> l
             "threads": entrant.threads,
             "dtype": options.dtype,
             "mode": mode,
-            "conditions": options.plan.conditions,
+            "conditions": conditions(options.plan, options.device, DTYPES[options.dtype]),
             "contestant": options.contestant,
             "reference": options.reference,
             **found[entrant.batch],
@@ -137,7 +139,7 @@ def _line(rows: list[dict], batches: list[int], reference: int) -> list[Cell]:
 
 def run(options: Options) -> Run:
     """Checks and times the layers at every batch and number of threads, and shows the rates as they come."""
-    facts = machine.facts()
+    facts = machine.facts(options.device)
     where = records.where(facts)
     batches = sorted({*options.batches} - {options.reference})
     columns = (
@@ -157,6 +159,7 @@ def run(options: Options) -> Run:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", gconv.FallbackWarning)
+        options.device.set_up()
         try:
             for mode in options.modes:
                 for shape in options.shapes:

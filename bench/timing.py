@@ -7,16 +7,13 @@ A rival may be an object of this process or live in another one, where `turn` ru
 
 Interference is recognised by its cause first: the kernel counts how often it took a core away from the
 process of a turn (involuntary context switches) and for how long the host did (steal time). A round in which
-either moved by more than a little for its length is dropped for all rivals alike. Jumps the guest cannot see
-(a call more than JUMP_MS and JUMP_RATIO above its rival's own median) drop their round too. If too few rounds
-survive, all are kept and the result is marked noisy.
+either moved by more than a little for its length is dropped for all rivals alike. Jumps that nothing counts
+(a call more than the device's jump_ms and JUMP_RATIO above its rival's own median; on a GPU all there is)
+drop their round too. If too few rounds survive, all are kept and the result is marked noisy.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +21,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .devices import CPU, Cpu, Cuda
+
 __all__ = [
-    "Memory", "Plan", "Result", "Rival", "Timing", "Turn", "interleave", "memory_of", "peak_memory_mb",
-    "ratio_interval", "redrawn_medians", "status_mb", "trim", "turn",
+    "Plan", "Result", "Rival", "Timing", "Turn", "interleave", "ratio_interval", "redrawn_medians", "turn",
 ]  # fmt: skip
 
 TURN_MS = 6.0  # the timed calls of a fast rival's turn take about this together
 MAX_CALLS_PER_TURN = 8
-# Involuntary context switches that a turn may see, the scheduler's own tick work: so many for each call, and
-# so many a second where calls are long.
-SWITCHES_PER_CALL = 1
-SWITCHES_PER_SECOND = 50
-STOLEN_TICKS = 1  # of 10 ms, for every turn; and this share of a long one
-STOLEN_SHARE = 0.01
-JUMP_MS = 4.0  # a scheduler's time slice on a busy host is 4 to 8 ms
 JUMP_RATIO = 1.25
 MIN_KEPT = 0.5  # of the rounds
 
@@ -98,10 +89,12 @@ class Timing:
 
 @dataclass
 class Turn:
-    """Milliseconds of the timed calls of a turn, and whether something else had the cores meanwhile."""
+    """Milliseconds of the timed calls of a turn, whether something else had the cores meanwhile, and what the
+    host took to launch the calls where that is not the same."""
 
     ms: np.ndarray
     disturbed: bool
+    host_ms: np.ndarray | None = None
 
 
 @dataclass
@@ -110,64 +103,45 @@ class Result:
     rounds: int  # kept
     dropped: int
     noisy: bool  # more than half of the rounds were disturbed: all of them are in the figures
+    host_ms: dict[str, float] = field(default_factory=dict)  # median; of rivals whose host is not the device
 
 
-def _stolen_ticks() -> int:
-    """Clock ticks the host took from this machine's cores, or 0 where the kernel does not tell."""
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            return int(file.readline().split()[8])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def _disturbances() -> tuple[int, int]:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, _stolen_ticks()
-
-
-def _is_disturbed(switches: int, stolen: int, calls: int, seconds: float) -> bool:
-    """Whether this many involuntary switches and stolen ticks are more than a turn of `calls` calls that took
-    `seconds` sees on a quiet machine."""
-    switches_allowed = max(SWITCHES_PER_CALL * calls, SWITCHES_PER_SECOND * seconds)
-    stolen_allowed = max(STOLEN_TICKS, STOLEN_SHARE * seconds * os.sysconf("SC_CLK_TCK"))
-    return switches > switches_allowed or stolen > stolen_allowed
-
-
-class _Flush:
-    """Evicts the caches by writing a buffer of `megabytes`."""
-
-    def __init__(self, megabytes: int = 64):
-        self.buffer = np.zeros(megabytes << 20, dtype=np.uint8)
-
-    def __call__(self) -> None:
-        self.buffer += 1
-
-
-def trim() -> None:
-    """Gives freed heap pages back to the kernel (glibc's malloc_trim); the next call has to fault them in."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def turn(rival: Rival, index: int, calls: int, before: Sequence[Callable[[], None]] = ()) -> Turn:
+def turn(
+    rival: Rival,
+    index: int,
+    calls: int,
+    before: Sequence[Callable[[], None]] = (),
+    device: Cpu | Cuda = CPU,
+    ahead: bool = False,
+) -> Turn:
     """One untimed call and `calls` timed ones, each after the actions `before`, which are not timed. Inputs
-    from the index-th on."""
-    times = np.empty(calls)
-    switches, stolen = _disturbances()
+    from the index-th on. ahead: the device is given work until the host has launched the call, so that its
+    time is the device's alone."""
+    stamps, host = [], []
+    last_ms = 0.0
+    start_state = device.disturbances()
     began = time.perf_counter()
     for k in range(-1, calls):
         rival.prepare(index + k + 1)
         for action in before:
             action()
-        start = time.perf_counter_ns()
+        if ahead and k >= 0:
+            device.keep_busy(last_ms)
+        launched = time.perf_counter_ns()
+        start = device.stamp()
         output = rival.run()
-        stop = time.perf_counter_ns()
+        stop = device.stamp()
+        last_ms = (time.perf_counter_ns() - launched) / 1e6
         # Freed outside the clock for everyone, but before the next call, which reuses the memory.
         del output
         if k >= 0:
-            times[k] = (stop - start) / 1e6
+            stamps.append((start, stop))
+            host.append(last_ms)
+    device.synchronise()
     seconds = time.perf_counter() - began
-    switches_after, stolen_after = _disturbances()
-    return Turn(times, _is_disturbed(switches_after - switches, stolen_after - stolen, calls + 1, seconds))
+    disturbed = device.disturbed(start_state, device.disturbances(), calls + 1, seconds)
+    times = np.array([device.ms(*pair) for pair in stamps])
+    return Turn(times, disturbed, None if device.name == "cpu" else np.array(host))
 
 
 def interleave(
@@ -175,6 +149,7 @@ def interleave(
     plan: Plan,
     on_round: Callable[[int, int], None] | None = None,
     take: Callable[[Any, int, int], Turn] | None = None,
+    device: Cpu | Cuda = CPU,
 ) -> Result:
     """Times the rivals in turns; `on_round(done, expected)` is called between rounds, outside every clock.
 
@@ -182,12 +157,12 @@ def interleave(
     the plan's flush and fresh are for `take` to honour.
     """
     if take is None:
-        before: list[Callable[[], None]] = [_Flush()] if plan.flush else []
+        before: list[Callable[[], None]] = [device.flush] if plan.flush else []
         if plan.fresh:
-            before.append(trim)
+            before.append(device.release)
 
         def take(rival: Rival, index: int, calls: int) -> Turn:
-            return turn(rival, index, calls, before)
+            return turn(rival, index, calls, before, device, ahead=plan.flush)
 
     estimates = {rival.name: float(take(rival, 0, max(2, plan.warmup)).ms.min()) for rival in rivals}
     calls = {
@@ -195,6 +170,7 @@ def interleave(
     }
 
     samples: dict[str, list[np.ndarray]] = {rival.name: [] for rival in rivals}
+    hosts: dict[str, list[np.ndarray]] = {rival.name: [] for rival in rivals}
     disturbed: list[bool] = []
     began = time.perf_counter()
     expected = plan.min_rounds
@@ -207,27 +183,32 @@ def interleave(
             n = calls[rival.name]
             taken = take(rival, done * n, n)
             samples[rival.name].append(taken.ms)
+            if taken.host_ms is not None:
+                hosts[rival.name].append(taken.host_ms)
             bad |= taken.disturbed
         disturbed.append(bad)
         if on_round:
             elapsed = (time.perf_counter() - began) / len(disturbed)
             expected = int(np.clip(plan.seconds / max(elapsed, 1e-6), plan.min_rounds, plan.max_rounds))
             on_round(len(disturbed), max(expected, len(disturbed)))
-    keep = _kept_rounds(samples, disturbed)
+    keep = _kept_rounds(samples, disturbed, device.jump_ms)
     noisy = sum(keep) < max(3, MIN_KEPT * len(keep))
     if noisy:
         keep = [True] * len(keep)
     timings = {
         name: Timing(name, [r for r, kept in zip(rounds, keep) if kept]) for name, rounds in samples.items()
     }
-    return Result(timings, sum(keep), len(keep) - sum(keep), noisy)
+    host_ms = {name: float(np.median(np.concatenate(taken))) for name, taken in hosts.items() if taken}
+    return Result(timings, sum(keep), len(keep) - sum(keep), noisy, host_ms)
 
 
-def _kept_rounds(samples: dict[str, list[np.ndarray]], disturbed: Sequence[bool]) -> list[bool]:
+def _kept_rounds(
+    samples: dict[str, list[np.ndarray]], disturbed: Sequence[bool], jump_ms: float = CPU.jump_ms
+) -> list[bool]:
     keep = [not bad for bad in disturbed]
     for rounds in samples.values():
         median = float(np.median(np.concatenate(rounds)))
-        limit = max(median + JUMP_MS, median * JUMP_RATIO)
+        limit = max(median + jump_ms, median * JUMP_RATIO)
         for i, times in enumerate(rounds):
             keep[i] = keep[i] and bool(times.max() <= limit)
     return keep
@@ -249,52 +230,3 @@ def ratio_interval(
     tail = (1 - confidence) / 2 * 100
     low, high = np.percentile(ratios, [tail, 100 - tail])
     return float(low), float(high)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Resident memory in MiB: of the process before a call, and at the call's peak."""
-
-    before: float
-    peak: float
-
-    @property
-    def above(self) -> float:
-        return max(0.0, self.peak - self.before)
-
-
-def memory_of(call: Callable[[], Any]) -> Memory | None:
-    """Resident memory around one call, or None where Linux does not tell.
-
-    Free heap pages go back to the kernel first, so memory that the call merely reuses
-    counts too.
-    """
-    try:
-        trim()
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # resets the high-water mark of resident memory
-    except (OSError, AttributeError):
-        return None
-    before = status_mb("VmRSS")
-    output = call()
-    peak = status_mb("VmHWM")
-    del output
-    return None if before is None or peak is None else Memory(before, peak)
-
-
-def peak_memory_mb(call: Callable[[], Any]) -> float | None:
-    """Memory one call needs at its peak above what was resident before it; None as from `memory_of`."""
-    memory = memory_of(call)
-    return memory and memory.above
-
-
-def status_mb(key: str) -> float | None:
-    """A field of /proc/self/status in MiB."""
-    try:
-        with open(f"/proc/{os.getpid()}/status", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return None

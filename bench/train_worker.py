@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from .timing import status_mb
+from .devices import status_mb
 from .workers import tell
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}

@@ -262,10 +262,16 @@ def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool) -> Tile:
     """Tile of a convolution; rows are the most it takes at a time."""
     small = cut.block_c == UNIT and cut.block_k == UNIT
     if dtype is torch.float32:
-        # Without a matrix unit both operands of 32x32 tiles lie in registers: 32 lanes would spill.
-        return Tile(2, 32, 2) if small else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
+        # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
+        # would two rows that are finished on load or summed over several chunks.
+        one = finish or cut.chunks > 1
+        return (
+            Tile(1 if one else 2, 32, 2)
+            if small
+            else Tile(1, 16 if cut.block_c * cut.block_k > 512 else 32, 4)
+        )
     if small:
-        rows = 2 if finish and cut.chunks > 1 else 4
+        rows = 2 if cut.chunks > 1 else 4
         return Tile(rows, 32, 2)  # with 64 lanes the compiler would take to wgmma, which reads shared memory
     return Tile(2 if cut.block_c * cut.block_k <= 1024 and not finish else 1, 64, 4)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from gconv.bench import (
     agreement,
     compare,
+    devices,
     layers,
     match,
     readme,
@@ -54,7 +56,8 @@ def test_resnext50_layers_are_the_papers():
     [
         ((22, 24, 24.48, 2.54, 16), (32, 64, 160, 400), (1, 2, 7, 12)),  # RegNetX-400MF
         ((25, 88, 26.31, 2.25, 48), (96, 192, 432, 1008), (2, 6, 15, 2)),  # RegNetX-3.2GF
-        ((17, 192, 76.82, 2.19, 56), (224, 448, 896, 2016), (2, 4, 10, 1)),  # RegNetY-8GF
+        ((22, 96, 31.41, 2.24, 64), (128, 192, 512, 1088), (2, 6, 12, 2)),  # RegNetY-4GF
+        ((17, 192, 76.82, 2.19, 56), (168, 448, 896, 2016), (2, 4, 10, 1)),  # RegNetY-8GF
         ((18, 200, 106.23, 2.48, 112), (224, 448, 1232, 3024), (2, 4, 11, 1)),  # RegNetY-16GF
     ],
 )
@@ -229,15 +232,19 @@ def test_a_jump_or_a_disturbance_drops_the_round_for_everyone():
     ],
 )
 def test_switches_allowed_grow_with_time_from_one_a_call(switches, calls, seconds, disturbed):
-    assert timing._is_disturbed(switches, 0, calls, seconds) is disturbed
+    assert devices.CPU.disturbed((7, 1), (7 + switches, 1), calls, seconds) is disturbed
 
 
 def test_stolen_ticks_allowed_grow_with_time():
-    ticks = 1 / timing.os.sysconf("SC_CLK_TCK")
-    assert not timing._is_disturbed(0, 1, 2, 5 * ticks)
-    assert timing._is_disturbed(0, 2, 2, 5 * ticks)
-    assert not timing._is_disturbed(0, 3, 2, 300 * ticks)
-    assert timing._is_disturbed(0, 4, 2, 300 * ticks)
+    ticks = 1 / os.sysconf("SC_CLK_TCK")
+
+    def disturbed(stolen, seconds):
+        return devices.CPU.disturbed((0, 0), (0, stolen), 2, seconds)
+
+    assert not disturbed(1, 5 * ticks)
+    assert disturbed(2, 5 * ticks)
+    assert not disturbed(3, 300 * ticks)
+    assert disturbed(4, 300 * ticks)
 
 
 def test_rivals_of_other_processes_take_their_turns_there():
@@ -269,7 +276,7 @@ def test_ratio_interval_encloses_the_ratio():
 
 
 def test_peak_memory_sees_an_allocation():
-    peak = timing.peak_memory_mb(lambda: torch.ones(32 << 20, dtype=torch.uint8))
+    peak = devices.peak_memory_mb(lambda: torch.ones(32 << 20, dtype=torch.uint8))
     if peak is None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert 30 < peak < 48
@@ -295,9 +302,8 @@ def test_layer_run_fills_every_column(run):
         assert row["kernel"].startswith("cpu."), row["kernel"]
         assert set(row) <= set(records.COLUMNS)
         absent = {key for key in records.COLUMNS if row.get(key) is None}
-        expected = {
-            c for c in records.COLUMNS if c.startswith(("compile_ms", "onnxruntime_ms", "openvino_ms"))
-        }
+        others = ("compile_ms", "onnxruntime_ms", "openvino_ms", "gconv_triton_ms", "gconv_cuda_ms")
+        expected = {c for c in records.COLUMNS if c.startswith(others)} | {"gconv_host_ms", "best_host_ms"}
         assert absent - {"gconv_peak_mb", "best_peak_mb"} == expected
         best = min(row["eager_nchw_ms"], row["eager_channels_last_ms"])
         assert row["ratio"] == pytest.approx(best / row["gconv_ms"])

@@ -224,6 +224,8 @@ def test_run_of_a_network(run):
         if row.get("peak_mb") is not None:
             assert row["peak_mb"] > row["step_mb"] >= 0
         assert (row["kept_mb"] is not None) == (row["mode"] == "training")
+        parts = [row[f"{part}_ms"] for part in networks.PARTS if f"{part}_ms" in row]
+        assert len(parts) == (3 if row["mode"] == "training" else 0) and all(part > 0 for part in parts)
         assert ours["own_convolutions"] >= 6 and ours["convolutions"] == 19
         assert "own_convolutions" not in best and best["ratio"] == 1
 
@@ -261,7 +263,8 @@ def test_a_wrong_result_gets_no_figure(state, tmp_path):
     assert "wrong result: ✗ logits" in skipped["torch.compile, training"]
     times = timing.Timing("eager_nchw", [np.array([2.0])] * 3)
     result = timing.Result({"eager_nchw": times}, 3, 0, False)
-    row = models._row(competing[0], "training", models.Options(MODEL), result, "eager_nchw", {"finite": True})
+    last = {"finite": True, "parts": {}}
+    row = models._row(competing[0], "training", models.Options(MODEL), result, "eager_nchw", last)
     assert row["match"] is False and "ms" not in row and "ratio" not in row and "logits" in row["note"]
     facts = {"date": "2001-01-01T00:00:00Z"}
     assert report.Findings(facts, networks=layers.Run([row], None, facts, {})).bad
