@@ -41,8 +41,11 @@ def not_built(monkeypatch):
     monkeypatch.setattr(gpu, "_missing_cuda", NOT_BUILT)
 
 
+MODE = FakeTensorMode()
+
+
 def on_gpu(*size, dtype=torch.bfloat16):
-    with FakeTensorMode():
+    with MODE:
         return torch.empty(size, dtype=dtype, device="cuda:0")
 
 
@@ -157,6 +160,23 @@ def test_a_gpu_that_the_extension_is_not_built_for_goes_to_triton(monkeypatch):
         gpu._unfit.cache_clear()
     assert decision.backend == "triton"
     assert decision.reason == "gconv._cuda is built for sm_80, sm_90a, but the GPU has compute capability 7.5"
+
+
+def test_a_call_is_traced_and_exported_as_on_a_gpu():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            return gconv.functional.grouped_conv(x, weight, None, 1, 1, 1, 2)
+
+    weight = conv()[1]
+    with MODE, torch.no_grad():
+        x = torch.empty_like(conv()[0], memory_format=torch.channels_last)
+        with gconv.trace() as trace:
+            y = Layer()(x, weight)
+        program = torch.export.export(Layer(), (x, weight))
+    assert [(row.kernel, row.reason) for row in trace] == [("cuda.grouped_conv", None)]
+    assert y.shape == x.shape and y.device == x.device
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert torch.ops.gconv.grouped_conv_fwd.default in calls
 
 
 # ---------------------------------------------------------------------------------------------- the launchers
@@ -402,7 +422,8 @@ for name, args in (
 def test_builds_for_one_gpu_and_loads_beside_any_torch(ops, tmp_path):
     """The whole of gconv._cuda: compiled, linked, loaded, and of no use to tensors on a CPU."""
     env = os.environ | {"GCONV_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
-    script, folders = tmp_path / "build.py", [str(tmp_path / name) for name in ("lib", "temp")]
+    # Objects are kept as `make build` keeps its own: nvcc takes a minute for them.
+    script, folders = tmp_path / "build.py", [str(tmp_path / "lib"), str(ROOT / "build" / "cuda_backend")]
     script.write_text(BUILD)
     command = [sys.executable, script, *folders]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
