@@ -121,19 +121,17 @@ class CudaObjects:
     def objects(self, folder):
         """Compiles what changed into `folder`, side by side; returns all objects."""
         os.makedirs(folder, exist_ok=True)
-        jobs = int(os.environ["MAX_JOBS"])
-        args = [*CUDA_ARGS, f"--threads={max(1, jobs // len(self.sources))}"]
-        for code in self.codes:  # sm_90a: machine code; compute_90: PTX
-            args.append(f"-gencode=arch=compute_{code.partition('_')[2]},code={code}")
-        with ThreadPoolExecutor(jobs) as pool:
+        args = [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in self.codes]
+        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             return list(pool.map(lambda source: self._object(folder, source, args), self.sources))
 
     def _object(self, folder, source, args):
         stem = os.path.join(folder, os.path.basename(source))
-        command = [self.nvcc, *args, "-c", source, "-o", stem + ".o", "-MD", "-MF", stem + ".d"]
+        command = [self.nvcc, *CUDA_ARGS, *args, "-c", source, "-o", stem + ".o", "-MD", "-MF", stem + ".d"]
         if not _up_to_date(stem, shlex.join(command)):
             print(shlex.join(command), flush=True)
-            if subprocess.run(command).returncode != 0:
+            threads = f"--threads={os.environ['MAX_JOBS']}"  # one GPU beside the other
+            if subprocess.run([*command, threads]).returncode != 0:
                 raise SystemExit(f"gconv: {source} does not compile (GCONV_CUDA=0 builds without it)")
             with open(stem + ".command", "w", encoding="utf-8") as file:
                 file.write(shlex.join(command))
