@@ -25,7 +25,7 @@ WORKERS = $(shell $(INSTALLED) $(PY) -c "import xdist" 2>/dev/null && echo "-n a
 
 LINTERS = PATH=$$PATH:$(dir $(PY)); type ruff clang-format >/dev/null || { echo "gconv: pip install ruff clang-format"; exit 1; }
 
-.PHONY: help build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot gpu lint format clean
+.PHONY: help build cuda-build develop demo test bench bench-models rivals sanitize aarch64-check triton-aot cuda-check gpu lint format clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ build: ## build the extension and install gconv into build/site
 	@mkdir -p $(BUILD)
 	@echo "gconv: building with $(PY) (from nothing about a minute on 2 cores)"
 	@$(LOCK) .ci/install $(PY) $(BUILD)/site
+
+cuda-build: ## build with the CUDA C++ kernels too, for every GPU or TORCH_CUDA_ARCH_LIST; needs nvcc, no GPU
+	@GCONV_CUDA=1 $(MAKE) build
+	@$(INSTALLED) $(PY) -c "import torch; from gconv import gpu; missing = gpu.missing_cuda(); \
+	  print('gconv: beside torch', torch.__version__, '(CUDA', (torch.version.cuda or 'none') + '):', \
+	  missing or 'gconv._cuda loads, for ' + ', '.join(gpu.architectures())); raise SystemExit(bool(missing))"
 
 develop: ## install gconv into the Python in use in editable form, extension built in the checkout
 	@mkdir -p $(BUILD)
@@ -66,19 +72,24 @@ triton-aot: ## compile every configuration of the Triton kernels for sm_80 and s
 	@mkdir -p $(BUILD)
 	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/triton_aot.py $(ARGS)
 
-gpu: ## on a machine with a GPU: test the Triton kernels, then time them (PART=tests|kernels|layers|models)
+cuda-check: ## compile the CUDA kernels for sm_80 and sm_90a with nvcc: registers, shared memory, spills; no GPU
 	@mkdir -p $(BUILD)
-	@$(PYTHON) .ci/gpu.py check
-	@$(MAKE) build PYTHON=$(PYTHON)
+	@cd $(BUILD) && GCONV_FALLBACK=silent PYTHONPATH=$(CURDIR):$(BUILD)/deps $(PY) $(CURDIR)/tests/cuda_check.py $(ARGS)
+
+gpu: ## on a machine with a GPU: test the CUDA and Triton kernels, then time them (PART=tests|kernels|layers|models)
+	@mkdir -p $(BUILD)
+	@architectures=$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) .ci/gpu.py check)}; test -n "$$architectures"; \
+	  if command -v nvcc >/dev/null; then goal=cuda-build; else goal=build; fi; \
+	  TORCH_CUDA_ARCH_LIST=$$architectures $(MAKE) $$goal PYTHON=$(PYTHON)
 	@$(INSTALLED) $(PY) $(CURDIR)/.ci/gpu.py $(PART)
 
 lint: ## check style with ruff and clang-format
 	@$(LINTERS); ruff check . && ruff format --check .
-	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 format: ## rewrite the sources in the house style
 	@$(LINTERS); ruff check --fix . && ruff format .
-	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp')
+	@$(LINTERS); clang-format -i $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu')
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf build dist *.egg-info gconv/*.so gconv-report

@@ -1,9 +1,11 @@
 """What a machine with a GPU is asked: gpu.py check|tests|kernels|layers|models|all
 
-Runs the tests of the Triton kernels on the GPU, the smallest of them again under compute-sanitizer where
-that is on PATH, then the benchmarks of kernels one by one, of layers and of models, which go to bench/records
-too, and prints a table last. Needs no network. A part takes ten minutes at most, all of them 25.
-`check` only says whether there is a GPU; without one every part ends with one line and status 1.
+Runs the tests of the CUDA C++ and the Triton kernels on the GPU, the smallest of them again under
+compute-sanitizer (memory accesses, then races in shared memory) where that is on PATH, then the benchmarks of
+kernels one by one, of layers and of models, which go to bench/records too, and prints a table last. Needs no
+network. A part takes ten minutes at most, all of them 25.
+`check` only prints the compute capability that the kernels are built for here; without a GPU every part ends
+with one line and status 1.
 """
 
 import importlib.util
@@ -76,25 +78,37 @@ def run(name, command, limit, **environment):
     return name, result, time.monotonic() - start, status in (0, NO_TESTS)
 
 
+def built():
+    """The row that says what the CUDA C++ kernels are built for, or why they cannot run."""
+    import torch
+
+    from gconv import gpu
+
+    missing = gpu.missing_cuda(torch.device("cuda", torch.cuda.current_device()))
+    return "CUDA C++ kernels", missing or f"built for {', '.join(gpu.architectures())}", 0, missing is None
+
+
 def tests():
-    files = sorted((ROOT / "tests").glob("test_triton_*.py"))
+    files = sorted((ROOT / "tests").glob("test_triton_*.py"))  # on CUDA C++ too, where there are both
     others = [f"--ignore={file}" for file in files]
+    yield built()
     end = time.monotonic() + TEST_SECONDS
 
     def left():
         return max(1.0, end - time.monotonic())
 
     several = ["-n", WORKERS, "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    yield run("tests of the Triton kernels", [*PYTEST, *several, *files], left())
+    yield run("tests of the kernels", [*PYTEST, *several, *files], left())
     yield run("other tests that need a GPU", [*PYTEST, "-m", "needs_cuda", *others, ROOT / "tests"], left())
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        yield "memcheck", "compute-sanitizer is not on PATH", 0, True
+        yield "memcheck, racecheck", "compute-sanitizer is not on PATH", 0, True
         return
-    # Every tensor an allocation of its own: what is beyond one is then nobody's.
     small = ROOT / "tests" / "test_triton_models.py"
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, small]
-    yield run("memcheck", command, left(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    for tool, share in (("memcheck", 0.5), ("racecheck", 1.0)):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTEST, small]
+        # Every tensor an allocation of its own: what is beyond one is then nobody's.
+        yield run(tool, command, left() * share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 def benchmark(goal):
@@ -119,9 +133,12 @@ def main():
     reason = missing()
     if reason is not None:
         raise SystemExit(f"gconv: gpu: {reason}")
-    if sys.argv[1] == "check":
-        return
     import torch
+
+    if sys.argv[1] == "check":
+        capability = torch.cuda.get_device_capability()
+        print("9.0a" if capability == (9, 0) else "{}.{}".format(*capability))
+        return
 
     parts = PARTS if sys.argv[1] == "all" else (sys.argv[1],)
     rows = [row for part in parts for row in rows_of(part)]

@@ -28,8 +28,8 @@ inline Shape shape_of(const char* op, const char* name, const Ints& sizes) {
 
 // Its channels side by side; else a copy in which they are.
 inline Tensor activation(const char* op, const char* name, const Tensor& t, ScalarType type,
-                         const Shape& shape) {
-  check_tensor(op, name, t, type, shape);
+                         const Shape& shape, const Device& home = DeviceType::CPU) {
+  check_tensor(op, name, t, type, shape, home);
   return channels_adjacent(t);
 }
 
@@ -42,16 +42,16 @@ struct Output {
   // In `into` where it is given, else in a tensor of its own.
   void place(const char* op, const Tensor& x, const OptionalTensor& into) {
     const auto& s = p.shape;
-    if (into.has_value()) check_output(op, "y", *into, x.scalar_type(), {s.n, s.k, s.oh, s.ow});
+    if (into.has_value()) check_output(op, "y", *into, x.scalar_type(), {s.n, s.k, s.oh, s.ow}, x.device());
     y = into.has_value() ? *into : empty_channels_last({s.n, s.k, s.oh, s.ow}, x);
     p.y = writable_view_of(y);
   }
   void epilogue(const char* op, const OptionalTensor& affine, const OptionalTensor& residual, bool relu) {
     const auto& s = p.shape;
-    p.affine = channel_floats(op, "affine", affine, {2, s.k});
+    p.affine = channel_floats(op, "affine", affine, {2, s.k}, y.device());
     p.relu = relu;
     if (!residual.has_value()) return;
-    added = activation(op, "residual", *residual, y.scalar_type(), {s.n, s.k, s.oh, s.ow});
+    added = activation(op, "residual", *residual, y.scalar_type(), {s.n, s.k, s.oh, s.ow}, y.device());
     p.residual = view_of(added);
   }
   // After the epilogue, which they exclude.
@@ -77,16 +77,19 @@ struct Gradient {
   Params p{};
   Tensor dy, y, workspace;
 
-  void take(const char* op, const OutputGradient& from, ScalarType type) {
+  // `like` has the dtype and the device of all activations.
+  void take(const char* op, const OutputGradient& from, const Tensor& like) {
     const auto& s = p.shape;
+    const ScalarType type = like.scalar_type();
+    const Device home = like.device();
     const Shape output{s.n, s.k, s.oh, s.ow};
-    dy = activation(op, "dy", from.dy, type, output);
+    dy = activation(op, "dy", from.dy, type, output, home);
     p.dy = view_of(dy);
     check(from.finish.has_value() == from.y.has_value(), op, ": ", from.y.has_value() ? "finish" : "y",
           ": want finish and y together, got only ", from.y.has_value() ? "y" : "finish");
-    p.finish = channel_floats(op, "finish", from.finish, {6, s.k});
+    p.finish = channel_floats(op, "finish", from.finish, {6, s.k}, home);
     if (!from.y.has_value()) return;
-    y = activation(op, "y", *from.y, type, output);
+    y = activation(op, "y", *from.y, type, output, home);
     p.y = view_of(y);
   }
 };

@@ -36,6 +36,7 @@ struct GroupedConvFwdParams {
   DType dtype;          // of x, weight, residual and y
   Isa isa;              // which set of kernels runs
   Winograd winograd;    // whether Winograd's algorithm runs
+  bool tf32;            // on CUDA: products of float32 may be rounded to TF32
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C/groups, 3, 3]
   WeightLayout layout;  // of weight
@@ -54,6 +55,7 @@ struct GroupedConvBwdInputParams {
   DType dtype;  // of dy, y, weight, x and dx
   Isa isa;
   Winograd winograd;
+  bool tf32;
   Nhwc dy;              // incoming [N, K, OH, OW]
   Nhwc y;               // incoming, read with finish only
   const float* finish;  // incoming [6, K]: A, B, C, mean, a, b; null: dy as it is.
@@ -72,6 +74,7 @@ struct GroupedConvBwdWeightParams {
   DType dtype;  // of dy, y, x and dweight
   Isa isa;
   Winograd winograd;
+  bool tf32;
   Nhwc dy;              // incoming [N, K, OH, OW]
   Nhwc y;               // incoming, read with finish only
   const float* finish;  // incoming [6, K] as in GroupedConvBwdInputParams
@@ -107,5 +110,15 @@ void grouped_conv_bwd_weight_merge_cpu(const GroupedConvBwdWeightParams& p, int6
 
 // In place of grouped_conv_bwd_input_cpu and grouped_conv_bwd_weight_cpu.
 void grouped_conv_bwd_cpu(const GroupedConvBwdParams& p, int64_t ith, int64_t nth);
+
+// The same ops on the current CUDA device, all stages in one call: started on `stream`, a cudaStream_t, and
+// not waited for. isa and winograd are not looked at. The workspace, in floats, is 512-byte aligned. Throws
+// what a launch reports.
+int64_t grouped_conv_fwd_workspace_cuda(const GroupedConvFwdParams& p);
+void grouped_conv_fwd_cuda(const GroupedConvFwdParams& p, void* stream);
+int64_t grouped_conv_bwd_input_workspace_cuda(const GroupedConvBwdInputParams& p);
+void grouped_conv_bwd_input_cuda(const GroupedConvBwdInputParams& p, void* stream);
+int64_t grouped_conv_bwd_weight_workspace_cuda(const GroupedConvBwdWeightParams& p);
+void grouped_conv_bwd_weight_cuda(const GroupedConvBwdWeightParams& p, void* stream);
 
 }  // namespace gconv

@@ -69,10 +69,10 @@ struct Backward : Gradient<PointwiseConvBwdParams> {
     p.dtype = activation_dtype(op, "x", x);
     p.isa = isa_current();
     p.shape = conv_shape(op, x, weight, stride);
-    const ScalarType type = x.scalar_type();
-    take(op, from, type);
+    take(op, from, x);
     p.act = channel_floats(op, "act", act, {4, p.shape.c});
-    dx = empty({0}, type, x), dweight = empty({0}, type, x), sums = empty_floats({0}, x);
+    dx = empty({0}, x.scalar_type(), x), dweight = empty({0}, x.scalar_type(), x),
+    sums = empty_floats({0}, x);
   }
   Shape input_size() const { return {p.shape.n, p.shape.c, p.shape.h, p.shape.w}; }
 

@@ -18,8 +18,17 @@ namespace gconv {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
+using torch::stable::DeviceType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+inline std::ostream& operator<<(std::ostream& out, const Device& device) {
+  if (device.is_cpu()) return out << "cpu";
+  if (device.type() == DeviceType::Meta) return out << "meta";
+  out << (device.is_cuda() ? "cuda" : "another device");
+  return device.has_index() ? out << ':' << device.index() : out;
+}
 
 // One line naming the op, the argument, what it wants and what it got.
 template <typename... Parts>
@@ -70,7 +79,7 @@ struct Described {
 inline std::ostream& operator<<(std::ostream& out, const Described& d) {
   out << dtype_name(d.tensor.scalar_type()) << " [";
   for (int64_t i = 0; i < d.tensor.dim(); ++i) out << (i ? ", " : "") << d.tensor.size(i);
-  return out << ']' << (d.tensor.is_cpu() ? "" : " not on the CPU");
+  return out << ']';
 }
 
 inline bool has_shape(const Tensor& t, const Shape& shape) {
@@ -80,31 +89,36 @@ inline bool has_shape(const Tensor& t, const Shape& shape) {
   return true;
 }
 
-// The storage type of an op, taken from its first activation of rank 4.
-inline DType activation_dtype(const char* op, const char* name, const Tensor& x) {
+// The storage type of an op for tensors on such a device, taken from its first activation of rank 4.
+inline DType activation_dtype(const char* op, const char* name, const Tensor& x,
+                              DeviceType home = DeviceType::CPU) {
   const ScalarType type = x.scalar_type();
-  check(x.dim() == 4 && x.is_cpu(), op, ": ", name, ": want a CPU tensor [N, C, H, W], got ", Described{x});
+  check(x.dim() == 4 && x.device().type() == home, op, ": ", name, ": want a ",
+        home == DeviceType::CPU ? "CPU" : "CUDA", " tensor [N, C, H, W], got ", Described{x}, " on ",
+        x.device());
   check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
         ": want float32, bfloat16 or float16, got ", Described{x});
   return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
 
 inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType type,
-                         const Shape& shape) {
-  check(t.scalar_type() == type && has_shape(t, shape) && t.is_cpu(), op, ": ", name, ": want ",
-        dtype_name(type), " ", shape, ", got ", Described{t});
+                         const Shape& shape, const Device& home = DeviceType::CPU) {
+  check(t.scalar_type() == type && has_shape(t, shape), op, ": ", name, ": want ", dtype_name(type), " ",
+        shape, ", got ", Described{t});
+  check(t.device() == home, op, ": ", name, ": want a tensor on ", home, ", got one on ", t.device());
 }
 
 // A float32 vector or table of vectors, one entry per channel.
-inline const float* channel_floats(const char* op, const char* name, const Tensor& t, const Shape& shape) {
-  check_tensor(op, name, t, ScalarType::Float, shape);
+inline const float* channel_floats(const char* op, const char* name, const Tensor& t, const Shape& shape,
+                                   const Device& home = DeviceType::CPU) {
+  check_tensor(op, name, t, ScalarType::Float, shape, home);
   check(t.is_contiguous(), op, ": ", name, ": want a contiguous tensor, got strides of a view");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
 inline const float* channel_floats(const char* op, const char* name, const OptionalTensor& t,
-                                   const Shape& shape) {
-  return t.has_value() ? channel_floats(op, name, *t, shape) : nullptr;
+                                   const Shape& shape, const Device& home = DeviceType::CPU) {
+  return t.has_value() ? channel_floats(op, name, *t, shape, home) : nullptr;
 }
 
 // x itself where its channels lie side by side (any other strides, 0 included), else a channels_last copy.
@@ -123,8 +137,8 @@ inline Nhwc writable_view_of(const Tensor& x) {
 
 // A tensor that an op writes to: as it is, or not at all.
 inline void check_output(const char* op, const char* name, const Tensor& t, ScalarType type,
-                         const Shape& shape) {
-  check_tensor(op, name, t, type, shape);
+                         const Shape& shape, const Device& home = DeviceType::CPU) {
+  check_tensor(op, name, t, type, shape, home);
   bool apart = true;
   for (int64_t i : {0, 2, 3}) apart = apart && (t.size(i) <= 1 || t.stride(i) >= t.size(1));
   const bool adjacent = t.size(1) <= 1 || t.stride(1) == 1;

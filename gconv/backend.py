@@ -9,7 +9,6 @@ an error.
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -21,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gconv import gpu, schemas
+from gconv import extensions, gpu, schemas
 
-BACKENDS = ("auto", "cpu", "triton", "torch")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
 POLICIES = ("silent", "warn_once", "error")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
@@ -38,9 +37,12 @@ class FallbackWarning(UserWarning):
 
 
 class Decision(NamedTuple):
-    """What runs a call: `backend` "cpu" or "triton" (our kernels) or "torch", the `kernel`'s name as `counts`
-    and `trace` show it, the `reason` torch was chosen (None for our kernels), and whether that was a
-    `fallback`."""
+    """What runs a call: `backend` "cpu", "cuda" or "triton" (our kernels) or "torch", the `kernel`'s name as
+    `counts` and `trace` show it, the `reason` torch was chosen (or Triton where CUDA C++ would be the choice,
+    else None), and whether torch was a `fallback`.
+
+    What is made of several ops is named after the kernels of its 3x3 convolution: on a GPU the rest of
+    "cuda.conv_bn_relu" is Triton's."""
 
     backend: str
     kernel: str
@@ -56,22 +58,7 @@ class Decision(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the extension
 
 
-def _load_extension() -> str | None:
-    """Loads gconv._C, which registers torch.ops.gconv.*; returns None, or one line saying why it is
-    missing."""
-    try:
-        importlib.import_module("gconv._C")
-    except ModuleNotFoundError as error:
-        if error.name == "gconv._C":
-            return "the extension gconv._C is not built: run `make develop`"
-        return f"the extension gconv._C did not load ({error}): run `make develop`"
-    except ImportError as error:
-        first_line = str(error).partition("\n")[0]
-        return f"the extension gconv._C did not load ({first_line}): run `make develop`"
-    return None
-
-
-_missing_extension = _load_extension()
+_missing_extension = extensions.load("_C", "run `make develop`")
 if _missing_extension is not None:
     schemas.define()
 gpu.register()
@@ -112,22 +99,26 @@ _mode = _checked("GCONV_BACKEND", os.environ.get("GCONV_BACKEND") or "auto", BAC
 _policy = _checked("GCONV_FALLBACK", os.environ.get("GCONV_FALLBACK") or "warn_once", POLICIES)
 _explaining = False
 _warned: set[str] = set()
-gpu.interpret(_mode == "triton" and gpu.interpreting())
+gpu.follow(_mode)
 
 
 def _set_mode(name: str) -> None:
     global _mode
     _mode = name
-    gpu.interpret(name == "triton" and gpu.interpreting())
+    gpu.follow(name)
 
 
 class use_backend:
     """Chooses the backend of the calls that follow, in the whole process: "auto" (ours where it covers the
-    call, by the tensor's device), "cpu" or "triton" (that one, and an error where it does not cover the call)
-    or "torch" (always torch). "triton" takes CPU tensors where TRITON_INTERPRET=1 is set.
+    call, by the tensor's device), "cpu", "cuda" or "triton" (that one, and an error where it does not cover
+    the call) or "torch" (always torch). "triton" takes CPU tensors where TRITON_INTERPRET=1 is set.
+
+    On a GPU the 3x3 convolution has kernels in CUDA C++ and in Triton, all else in Triton alone: "auto" takes
+    for each layer those that should be faster, "cuda" wherever there are both CUDA C++.
 
     A plain call sets it for good; in a `with` statement it is set for the block. The backward of a call runs
-    on the backend its forward chose. Raises ValueError for another name.
+    on the kernels if its forward did; on a GPU the mode at that time says on which. Raises ValueError for
+    another name.
     """
 
     def __init__(self, name: str):
@@ -230,13 +221,33 @@ def backend_of(x) -> str:
     return "triton" if x.is_cuda else x.device.type
 
 
-def _backend_reason(name: str) -> str | None:
-    """Why this backend cannot run a call at all, or None."""
-    if name not in ("cpu", "triton"):
+def _kernels_of(x, weight, groups: int) -> tuple[str, str | None]:
+    """(backend, note): whose kernels run an op on x, one with a convolution where there is a weight, and why
+    not those in CUDA C++ where these would be the choice."""
+    ours = backend_of(x)
+    if ours != "triton" or x.is_cpu:
+        return ours, None
+    size = None if weight is None else weight.shape
+    call = (_mode, x.dtype, x.device, size, groups)
+    if size is not None and gpu.kernels(*call) == "cuda":
+        return "cuda", None
+    return "triton", gpu.why_triton(*call)
+
+
+def _backend_reason(name: str, op: str, x) -> str | None:
+    """Why this backend cannot run a call of `op` at all, or None."""
+    if name not in ("cpu", "cuda", "triton"):
         return f"device: want cpu or cuda, got {name}"
-    if _mode not in ("auto", "torch", name):
-        return f"device: want {'cpu' if _mode == 'cpu' else 'cuda, or TRITON_INTERPRET=1'}, got {name}"
-    return _missing_extension if name == "cpu" else gpu.missing_triton()
+    wanted = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda, or TRITON_INTERPRET=1"}.get(_mode)
+    if wanted is not None and (name == "cpu") != (_mode == "cpu"):
+        return f"device: want {wanted}, got {x.device.type}"
+    if name == "cpu":
+        return _missing_extension
+    if name == "cuda":
+        reason = gpu.missing_cuda(x.device)
+        if reason is not None or op.startswith("grouped_conv"):
+            return reason
+    return gpu.missing_triton()
 
 
 def _tensor_reason(x, weight) -> str | None:
@@ -306,8 +317,8 @@ def choose(
             1x1 one by its geometry, is expected here, so it is no fallback.
 
     Raises:
-        RuntimeError: the call is not covered, and `use_backend("cpu")`, `use_backend("triton")` or
-            `set_policy("error")` forbids torch.
+        RuntimeError: the call is not covered, and `use_backend("cpu")`, `use_backend("cuda")`,
+            `use_backend("triton")` or `set_policy("error")` forbids torch.
     """
     if kernel_size is None and weight is not None:
         kernel_size = (weight.shape[2], weight.shape[3])
@@ -319,9 +330,9 @@ def choose(
         return Decision("torch", _torch_kernel(op), f"by design: {reason}")
     if _mode == "torch":
         return Decision("torch", _torch_kernel(op), "use_backend('torch')")
-    ours = backend_of(x)
+    ours, note = _kernels_of(x, weight, groups)
     if reason is None:
-        reason = _backend_reason(ours) or _tensor_reason(x, weight)
+        reason = _backend_reason(ours, op, x) or _tensor_reason(x, weight)
     if reason is not None:
         return fall_back(op, reason)
     left = None
@@ -329,22 +340,23 @@ def choose(
         left = _left_to_torch(x, weight, kernel_size, groups)
     if left is not None:
         return Decision("torch", _torch_kernel(op), f"by design: {left}")
-    return Decision(ours, _our_kernel(ours, op, kernel_size))
+    return Decision(ours, _our_kernel(ours, op, kernel_size), note)
 
 
-def whole(op: str, x) -> Decision:
-    """The decision for a block that runs on the kernels as a whole."""
-    ours = backend_of(x)
-    return Decision(ours, f"{ours}.{op}")
+def whole(op: str, x, weight, groups: int) -> Decision:
+    """The decision for a block that runs on the kernels as a whole, with such a 3x3 convolution."""
+    ours, note = _kernels_of(x, weight, groups)
+    return Decision(ours, f"{ours}.{op}", note)
 
 
 def fall_back(op: str, reason: str) -> Decision:
     """The decision for a call of `op` that our kernels do not cover, and why.
 
     Raises:
-        RuntimeError: `use_backend("cpu")`, `use_backend("triton")` or `set_policy("error")` forbids torch.
+        RuntimeError: `use_backend("cpu")`, `use_backend("cuda")`, `use_backend("triton")` or
+            `set_policy("error")` forbids torch.
     """
-    if _mode in ("cpu", "triton") and not _explaining:
+    if _mode in ("cpu", "cuda", "triton") and not _explaining:
         raise RuntimeError(f"gconv.{op}: use_backend('{_mode}') does not cover this call: {reason}")
     if _policy == "error" and not _explaining:
         raise RuntimeError(

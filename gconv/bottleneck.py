@@ -574,7 +574,7 @@ def _run(x, layers, residual):
     if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
         raise ValueError(f"bottleneck: x: want {list(sizes[2])} as the output, got {list(x.shape)}")
     z = _chain(x, layers, sizes, residual)
-    backend.record(backend.whole("bottleneck", x), "bottleneck", x, z)
+    backend.record(backend.whole("bottleneck", x, layers[1].weight, layers[1].groups), "bottleneck", x, z)
     return z
 
 

@@ -517,7 +517,8 @@ def _run(x, layers, end, memory):
         not_shared(reason, x)
         return None
     out = _shared(x, layers, end, memory == "ultra")
-    backend.record(backend.whole("dense_block", x), "dense_block", x, out)
+    decision = backend.whole("dense_block", x, layers[0].weights[-1], layers[0].groups)
+    backend.record(decision, "dense_block", x, out)
     return out
 
 

@@ -14,11 +14,13 @@ import torch
 from gconv import backend, gpu
 
 VARIABLES = {
-    "GCONV_BACKEND": "auto | cpu | triton | torch: the backend at import (gconv.use_backend)",
+    "GCONV_BACKEND": "auto | cpu | cuda | triton | torch: the backend at import (gconv.use_backend)",
     "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
     "GCONV_ISA": "portable | avx2 | avx512 | avx512_bf16: the instruction set of the CPU kernels",
     "GCONV_WINOGRAD": "0: never Winograd's algorithm; otherwise the CPU kernels use it for wide groups",
     "GCONV_CPU": "1: a build without the C++ kernels is an error",
+    "GCONV_CUDA": "1: a build without the CUDA kernels is an error; 0: they are not built",
+    "TORCH_CUDA_ARCH_LIST": "the GPUs that the CUDA kernels are built for, such as 8.0;9.0a+PTX",
     "TRITON_INTERPRET": "1: Triton's interpreter runs the Triton kernels on the CPU under backend triton",
     "CXX": "the C++ compiler of the build",
     "OMP_NUM_THREADS": "threads of torch, which are the threads of gconv's kernels",
@@ -101,6 +103,17 @@ def _triton() -> str:
     return "interpreter" if gpu.interpreting() else "no GPU (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
 
 
+def _cuda() -> str:
+    """Whether the CUDA C++ kernels are there and have something to run on."""
+    missing = gpu.missing_cuda()
+    if missing is not None:
+        return missing
+    built = f"built for {', '.join(gpu.architectures())}"
+    if not torch.cuda.is_available():
+        return f"no GPU ({built})"
+    return gpu.missing_cuda(torch.device("cuda", torch.cuda.current_device())) or f"available ({built})"
+
+
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
@@ -133,6 +146,7 @@ def collect() -> dict:
         "gpus": _gpus(),
         "backends": {
             "cpu": backend.missing_extension() or "available",
+            "cuda": _cuda(),
             "triton": _triton(),
             "torch": "available",
             "mode": backend.backend_mode(),

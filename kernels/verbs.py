@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gconv import gpu
+
 # ------------------------------------------------------------------------------------------ on tiles
 
 
@@ -257,8 +259,7 @@ def dot_tile(*sizes: int) -> None:
 
 def dot_precision(x) -> str:
     """`input_precision` of a tl.dot: that of torch's own convolutions."""
-    tf32 = x.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if gpu.tf32(x) else "ieee"
 
 
 def operands(dtype: torch.dtype, precision: str) -> str:

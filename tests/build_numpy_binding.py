@@ -1,4 +1,4 @@
-"""Compiles tests/numpy_binding.cpp with the torch-free kernels into the module gconv_kernels_numpy.
+"""Compiles the torch-free kernels, with a binding to NumPy, into modules for their tests: MODULES.
 
 As a program: python tests/build_numpy_binding.py [--sanitize] [--run [pytest options]]. With --run the kernel
 tests follow, under AddressSanitizer and UndefinedBehaviorSanitizer if --sanitize is given.
@@ -14,10 +14,10 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "gconv_kernels_numpy"
 FLAGS = ["-std=c++20", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # as in setup.py
 OPTIMIZED = ["-O3"]
@@ -30,8 +30,41 @@ SANITIZED = [
 ]
 
 
+@dataclass(frozen=True)
+class Module:
+    """What one module is made of: folders and patterns of its sources, further include folders, how far to
+    optimise. A .cu file is compiled as C++."""
+
+    sources: tuple
+    includes: tuple = ()
+    optimized: tuple = tuple(OPTIMIZED)
+
+
+# The kernels of the GPU run on harness code that a higher optimisation does not speed up, only their build.
+CUDA_HOST = {"includes": ("csrc/cuda", "tests/cuda_host"), "optimized": ("-O2",)}
+CUDA_HOST_TESTS = ("tests/test_cuda_host.py", "tests/test_cuda_grouped_conv*.py")
+MODULES = {
+    "gconv_kernels_numpy": Module(("tests/numpy_binding.cpp", "csrc/cpu/*.cpp")),
+    "gconv_cuda_host": Module(
+        ("tests/cuda_host/binding.cpp", "tests/cuda_host/cuda_host.cpp", "csrc/cuda/*.cu"), **CUDA_HOST
+    ),
+    "gconv_cuda_verbs": Module(
+        (
+            "tests/cuda_host/verb_binding.cpp",
+            "tests/cuda_host/cuda_host.cpp",
+            "tests/cuda_host/verb_kernels.cu",
+        ),
+        **CUDA_HOST,
+    ),
+}
+
+
+def found(root, patterns):
+    return [path for pattern in patterns for path in sorted(root.glob(pattern))]
+
+
 def kernel_sources():
-    return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return found(ROOT, ["csrc/cpu/*.cpp"])
 
 
 def compiler():
@@ -47,43 +80,48 @@ def newer(target, sources):
     return target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in sources)
 
 
-def build(sanitize=False):
-    """Builds the module where it is missing or out of date; returns the path of the shared object."""
+def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT, optimized=None):
+    """Builds the module where it is missing or out of date; returns the path of the shared object. The
+    sources are in `root`, the checkout or a copy of it; `optimized` replaces the module's own flags."""
     import pybind11
 
-    sources = [ROOT / "tests" / "numpy_binding.cpp", *kernel_sources()]
-    folder = ROOT / "build" / ("numpy_binding_sanitized" if sanitize else "numpy_binding")
+    module = MODULES[name]
+    folder = root / "build" / ("numpy_binding_sanitized" if sanitize else "numpy_binding") / name
     folder.mkdir(parents=True, exist_ok=True)
-    flags = FLAGS + (SANITIZED if sanitize else OPTIMIZED)
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = FLAGS + (SANITIZED if sanitize else list(optimized or module.optimized))
+    includes = [root / "csrc", *(root / path for path in module.includes)]
+    includes += [pybind11.get_include(), sysconfig.get_path("include")]
     command = [*compiler(), *flags, *(f"-I{path}" for path in includes)]
     with open(folder / "lock", "w") as lock:  # two test runs in one checkout take turns
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build_in(folder, command, flags, sources)
+        target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        return build_in(target, command, flags, found(root, module.sources), root)
 
 
-def built_for_the_extension(source):
+def built_for_the_extension(source, root):
     """The object that the extension's build, with the same flags, left of a kernel source, or None."""
-    found = (ROOT / "build").glob(f"temp.*/{source.relative_to(ROOT).with_suffix('.o')}")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    objects = (root / "build").glob(f"temp.*/{source.relative_to(root).with_suffix('.o')}")
+    return max(objects, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def build_in(folder, command, flags, sources):
-    target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+def build_in(target, command, flags, sources, root):
+    folder = target.parent
     note = folder / "command.txt"
     if not note.exists() or note.read_text() != " ".join(command):
         for old in folder.glob("*.o"):
             old.unlink()
         note.write_text(" ".join(command))
-    headers = [path for inner in ("csrc", "csrc/cpu") for path in (ROOT / inner).glob("*.h")]
+    folders = ("csrc", "csrc/cpu", "csrc/cuda", "tests", "tests/cuda_host")
+    headers = found(root, [f"{folder}/*.h" for folder in folders])
 
     def compile_one(source):
-        built = built_for_the_extension(source)
+        built = built_for_the_extension(source, root) if source.suffix == ".cpp" else None
         if built is not None and "-O3" in flags and newer(built, [source, *headers]):
             return built
         result = folder / f"{source.stem}.o"
         if not newer(result, [source, *headers]):
-            subprocess.run([*command, "-c", source, "-o", result], check=True)
+            language = ["-x", "c++"] if source.suffix == ".cu" else []
+            subprocess.run([*command, "-c", *language, source, "-o", result], check=True)
         return result
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -96,15 +134,15 @@ def build_in(folder, command, flags, sources):
 @functools.cache
 def load(path):
     """Imports the module from its shared object, once: pybind11 registers its types but once."""
-    spec = importlib.util.spec_from_file_location(NAME, path)
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def run_tests(path, sanitize, options):
-    """The exit status of the kernel tests on the module at path."""
-    environment = dict(os.environ, GCONV_KERNELS_NUMPY=str(path))
+def run_tests(paths, sanitize, options):
+    """The exit status of the kernel tests on the modules at these paths."""
+    environment = dict(os.environ, GCONV_NUMPY_MODULES=os.pathsep.join(map(str, paths)))
     if sanitize:
         # Python itself is not instrumented, so the runtime must be there before anything else is loaded;
         # libstdc++ too, or AddressSanitizer does not find what throws. Python's own leaks are not ours.
@@ -115,8 +153,8 @@ def run_tests(path, sanitize, options):
         options = ["--capture=no", *options]  # pytest would swallow a report
     # No conftest: it imports torch, which need not be there and would slow the sanitizers down.
     pytest = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q"]
-    tests = map(str, Path(__file__).parent.glob("test_*_numpy.py"))
-    return subprocess.run([*pytest, *options, *tests], env=environment, cwd=path.parent).returncode
+    tests = map(str, found(ROOT, ["tests/test_*_numpy.py", *CUDA_HOST_TESTS]))
+    return subprocess.run([*pytest, *options, *tests], env=environment, cwd=ROOT / "build").returncode
 
 
 def library_path(name):
@@ -133,10 +171,10 @@ def main():
     sanitize = "--sanitize" in options
     if compiler() is None:
         raise SystemExit("gconv: the kernel tests need a C++ compiler: c++, g++ or clang++ on PATH, or CXX")
-    path = build(sanitize)
+    paths = [build(name, sanitize) for name in MODULES]
     if "--run" in options:
-        raise SystemExit(run_tests(path, sanitize, options[options.index("--run") + 1 :]))
-    print(path)
+        raise SystemExit(run_tests(paths, sanitize, options[options.index("--run") + 1 :]))
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: which instruction set runs, NaN in fresh memory, a known number of threads,
-the Triton kernels on a GPU or in Triton's interpreter."""
+the kernels for GPUs there or in Triton's interpreter."""
 
+import contextlib
 import os
 
 import pytest
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 
 def missing_cuda():
-    """Why Triton kernels do not run on a GPU here, or None."""
+    """Why no kernels run on a GPU here, or None."""
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     return "needs TRITON_INTERPRET=0" if os.environ.get("TRITON_INTERPRET") == "1" else None
@@ -104,20 +105,35 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def triton_backend():
-    """The Triton kernels run every op in this test; the device its tensors have to be on: the GPU, or the CPU
-    under Triton's interpreter."""
+@contextlib.contextmanager
+def _on_kernels(name):
     import gconv
     from gconv import gpu
 
     reason = gpu.missing_triton() or (None if gpu.interpreting() else missing_cuda())
+    if reason is None and name == "cuda":
+        reason = gpu.missing_cuda(torch.device("cuda", 0))
     if reason is not None:
         pytest.skip(reason)
     precision = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # on a GPU torch's default is TF32
     try:
-        with gconv.use_backend("triton"):
+        with gconv.use_backend(name):
             yield torch.device("cpu" if gpu.interpreting() else "cuda")
     finally:
         torch.backends.cudnn.conv.fp32_precision = precision
+
+
+@pytest.fixture
+def triton_backend():
+    """The Triton kernels run every op in this test; the device its tensors have to be on: the GPU, or the CPU
+    under Triton's interpreter."""
+    with _on_kernels("triton") as device:
+        yield device
+
+
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
+def gpu_backend(request):
+    """The same, and once more with those kernels in CUDA C++ that there are."""
+    with _on_kernels(request.param) as device:
+        yield device

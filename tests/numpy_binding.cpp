@@ -1,54 +1,30 @@
 // The torch-free kernels for NumPy, so that they can be tested on their own and under sanitizers.
 //
-// Activations are arrays [N, H, W, C] whose channels lie side by side, other strides as they come; bfloat16
-// travels as uint16. Outputs are written into the caller's arrays. The workspace is allocated here at its
-// exact size and filled with NaN, and a stage's shares run on threads of their own.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdlib>
-#include <limits>
-#include <new>
-#include <stdexcept>
-#include <string>
+// The workspace is allocated here at its exact size and filled with NaN, and a stage's shares run on threads
+// of their own.
 #include <thread>
 #include <vector>
 
 #include "batch_norm.h"
-#include "grouped_conv.h"
+#include "numpy_arrays.h"
 #include "pointwise_conv.h"
 
-namespace py = pybind11;
 using namespace gconv;
 
 namespace {
 
-using Pair = std::array<int64_t, 2>;
-
-struct Run {
+struct Run : Arrays {
   Isa isa;
-  DType dtype;
   int64_t threads;
   Winograd winograd;
   Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count,
       const std::string& winograd_text)
-      : threads(thread_count) {
+      : Arrays(dtype_text), threads(thread_count) {
     if (!winograd_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
     if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
       throw std::invalid_argument("isa: " + isa_text);
-    if (dtype_text == "float32")
-      dtype = DType::f32;
-    else if (dtype_text == "bfloat16")
-      dtype = DType::bf16;
-    else if (dtype_text == "float16")
-      dtype = DType::f16;
-    else
-      throw std::invalid_argument("dtype: " + dtype_text);
   }
-  py::ssize_t item_size() const { return dtype == DType::f32 ? 4 : 2; }
 
   template <typename Params>
   void stage(void (*f)(const Params&, int64_t, int64_t), const Params& p) const {
@@ -59,84 +35,25 @@ struct Run {
     for (std::thread& t : others) t.join();
   }
 
-  Nhwc activation(const char* name, const py::object& o, std::array<int64_t, 4> shape) const {
-    if (o.is_none()) return {};
-    const py::array a = o.cast<py::array>();
-    if (a.itemsize() != item_size() || a.ndim() != 4) throw std::invalid_argument(name);
-    for (int i = 0; i < 4; ++i)
-      if (a.shape(i) != shape[i]) throw std::invalid_argument(name);
-    if (a.shape(3) > 1 && a.size() > 0 && a.strides(3) != a.itemsize()) throw std::invalid_argument(name);
-    return {const_cast<void*>(a.data()), a.strides(0) / item_size(), a.strides(1) / item_size(),
-            a.strides(2) / item_size()};
-  }
-
-  void* contiguous(const char* name, const py::object& o, int64_t size) const {
-    const py::array a = o.cast<py::array>();
-    if (a.itemsize() != item_size() || a.size() != size || !(a.flags() & py::array::c_style))
-      throw std::invalid_argument(name);
-    return const_cast<void*>(a.data());
+  // The parameters with this run's kernels chosen.
+  template <typename Params>
+  Params chosen(Params p) const {
+    p.isa = isa, p.winograd = winograd;
+    return p;
   }
 };
 
-// A table of float32, one column per channel; null for None.
-float* floats(const char* name, const py::object& o, int64_t size) {
-  if (o.is_none()) return nullptr;
-  const py::array a = o.cast<py::array>();
-  if (!py::isinstance<py::array_t<float>>(a) || a.size() != size || !(a.flags() & py::array::c_style))
-    throw std::invalid_argument(name);
-  return const_cast<float*>(static_cast<const float*>(a.data()));
-}
-
-class Workspace {
- public:
-  explicit Workspace(int64_t floats) {
-    void* p = nullptr;
-    if (posix_memalign(&p, 64, static_cast<size_t>(floats) * sizeof(float)) != 0) throw std::bad_alloc();
-    data_ = static_cast<float*>(p);
-    for (int64_t i = 0; i < floats; ++i) data_[i] = std::numeric_limits<float>::quiet_NaN();
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { std::free(data_); }
-  float* data() const { return data_; }
-
- private:
-  float* data_;
+// A cache line's alignment, as the kernels are promised.
+struct Workspace : NanFilled {
+  explicit Workspace(int64_t floats) : NanFilled(floats, 64) {}
 };
-
-GroupedConvShape conv_shape(const std::array<int64_t, 4>& input, int64_t k, Pair stride, Pair pad,
-                            Pair dilation, int64_t groups) {
-  GroupedConvShape s{};
-  s.n = input[0], s.h = input[1], s.w = input[2], s.c = input[3];
-  s.k = k, s.groups = groups;
-  s.stride_h = stride[0], s.stride_w = stride[1];
-  s.pad_h = pad[0], s.pad_w = pad[1];
-  s.dil_h = dilation[0], s.dil_w = dilation[1];
-  s.oh = (s.h + 2 * s.pad_h - 2 * s.dil_h - 1) / s.stride_h + 1;
-  s.ow = (s.w + 2 * s.pad_w - 2 * s.dil_w - 1) / s.stride_w + 1;
-  return s;
-}
-
-std::array<int64_t, 4> in_shape(const GroupedConvShape& s) { return {s.n, s.h, s.w, s.c}; }
-std::array<int64_t, 4> out_shape(const GroupedConvShape& s) { return {s.n, s.oh, s.ow, s.k}; }
-int64_t weight_size(const GroupedConvShape& s) { return s.k * (s.c / s.groups) * 9; }
 
 void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad, Pair dilation,
               int64_t groups, py::object x, py::object weight, py::object act, py::object affine,
               py::object residual, bool relu, py::object y, py::object mean, py::object var) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
-  GroupedConvFwdParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
-  p.x = run.activation("x", x, in_shape(s));
-  p.weight = run.contiguous("weight", weight, weight_size(s));
-  p.layout = {9, 1};
-  p.act = floats("act", act, 2 * s.c);
-  p.affine = floats("affine", affine, 2 * s.k);
-  p.residual = run.activation("residual", residual, out_shape(s));
-  p.relu = relu;
-  p.y = run.activation("y", y, out_shape(s));
-  p.mean = floats("mean", mean, s.k);
-  p.var = floats("var", var, s.k);
+  GroupedConvFwdParams p =
+      run.chosen(fwd_params(run, s, x, weight, act, affine, residual, relu, y, mean, var));
   const Workspace workspace(grouped_conv_fwd_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_fwd_pack_cpu, p);
@@ -144,43 +61,11 @@ void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
   if (p.mean) run.stage(grouped_conv_fwd_merge_cpu, p);
 }
 
-GroupedConvBwdInputParams bwd_input_params(const Run& run, const GroupedConvShape& s, py::object dy,
-                                           py::object weight, py::object y, py::object finish, py::object x,
-                                           py::object act, py::object dx, py::object sums) {
-  GroupedConvBwdInputParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
-  p.dy = run.activation("dy", dy, out_shape(s));
-  p.y = run.activation("y", y, out_shape(s));
-  p.finish = floats("finish", finish, 6 * s.k);
-  p.weight = run.contiguous("weight", weight, weight_size(s));
-  p.layout = {9, 1};
-  p.x = run.activation("x", x, in_shape(s));
-  p.act = floats("act", act, 4 * s.c);
-  p.dx = run.activation("dx", dx, in_shape(s));
-  p.sums = floats("sums", sums, 2 * s.c);
-  return p;
-}
-
-GroupedConvBwdWeightParams bwd_weight_params(const Run& run, const GroupedConvShape& s, py::object dy,
-                                             py::object x, py::object y, py::object finish, py::object act,
-                                             py::object dweight) {
-  GroupedConvBwdWeightParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.winograd = run.winograd;
-  p.dy = run.activation("dy", dy, out_shape(s));
-  p.y = run.activation("y", y, out_shape(s));
-  p.finish = floats("finish", finish, 6 * s.k);
-  p.x = run.activation("x", x, in_shape(s));
-  p.act = floats("act", act, 2 * s.c);
-  p.dweight = run.contiguous("dweight", dweight, weight_size(s));
-  p.layout = {9, 1};
-  return p;
-}
-
 void conv_bwd_input(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad,
                     Pair dilation, int64_t groups, py::object dy, py::object weight, py::object y,
                     py::object finish, py::object x, py::object act, py::object dx, py::object sums) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
-  GroupedConvBwdInputParams p = bwd_input_params(run, s, dy, weight, y, finish, x, act, dx, sums);
+  GroupedConvBwdInputParams p = run.chosen(bwd_input_params(run, s, dy, weight, y, finish, x, act, dx, sums));
   const Workspace workspace(grouped_conv_bwd_input_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_bwd_input_pack_cpu, p);
@@ -192,7 +77,7 @@ void conv_bwd_weight(const Run& run, std::array<int64_t, 4> input, int64_t k, Pa
                      Pair dilation, int64_t groups, py::object dy, py::object x, py::object y,
                      py::object finish, py::object act, py::object dweight) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
-  GroupedConvBwdWeightParams p = bwd_weight_params(run, s, dy, x, y, finish, act, dweight);
+  GroupedConvBwdWeightParams p = run.chosen(bwd_weight_params(run, s, dy, x, y, finish, act, dweight));
   const Workspace workspace(grouped_conv_bwd_weight_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_bwd_weight_cpu, p);
@@ -204,8 +89,8 @@ void conv_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stri
               py::object act, py::object dx, py::object dweight, py::object sums) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
   const py::object raw = act.is_none() ? py::none() : x;
-  GroupedConvBwdParams p{bwd_input_params(run, s, dy, weight, y, finish, raw, act, dx, sums),
-                         bwd_weight_params(run, s, dy, x, y, finish, py::none(), dweight)};
+  GroupedConvBwdParams p{run.chosen(bwd_input_params(run, s, dy, weight, y, finish, raw, act, dx, sums)),
+                         run.chosen(bwd_weight_params(run, s, dy, x, y, finish, py::none(), dweight))};
   p.weight.act = p.input.act;
   const Workspace input_workspace(grouped_conv_bwd_input_workspace(p.input));
   const Workspace weight_workspace(grouped_conv_bwd_weight_workspace(p.weight));

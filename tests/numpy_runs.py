@@ -2,6 +2,8 @@
 test as fixtures, and each call done twice.
 """
 
+import dataclasses
+import functools
 import os
 import pathlib
 
@@ -13,16 +15,28 @@ from numpy_oracle import DTYPES, Exact, Guarded, bits
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
+def module(name):
+    """A module of build_numpy_binding: of those that GCONV_NUMPY_MODULES names, else built here."""
+    named = filter(None, os.environ.get("GCONV_NUMPY_MODULES", "").split(os.pathsep))
+    for path in map(pathlib.Path, named):
+        if path.name.startswith(f"{name}."):
+            return build_numpy_binding.load(path)
+    pytest.importorskip("pybind11", reason="the NumPy bindings of the kernels are written with pybind11")
+    if build_numpy_binding.compiler() is None:
+        pytest.skip("the NumPy bindings of the kernels need a C++ compiler")
+    return build_numpy_binding.load(build_numpy_binding.build(name))
+
+
 @pytest.fixture(scope="session")
 def kernels():
-    """The module of the kernels: the one GCONV_KERNELS_NUMPY names, else one built here."""
-    named = os.environ.get("GCONV_KERNELS_NUMPY")
-    if named:
-        return build_numpy_binding.load(pathlib.Path(named))
-    pytest.importorskip("pybind11", reason="the NumPy binding of the kernels is written with pybind11")
-    if build_numpy_binding.compiler() is None:
-        pytest.skip("the NumPy binding of the kernels needs a C++ compiler")
-    return build_numpy_binding.load(build_numpy_binding.build())
+    """The kernels of the CPU."""
+    return module("gconv_kernels_numpy")
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels():
+    """The kernels of the GPU, on the CPU."""
+    return module("gconv_cuda_host")
 
 
 @pytest.fixture(params=ISAS)
@@ -41,17 +55,41 @@ def integers(rng, low, high, shape):
     return rng.integers(low, high + 1, shape).astype(np.float64)
 
 
-def both_ways(kernels, isa, dtype, call, winograd="auto"):
-    """The outputs of call(run, arrays): the same on exact arrays with one thread and guarded with three."""
-    plain, guarded = Exact(dtype), Guarded(dtype)
-    first = call(kernels.Run(isa, dtype, 1, winograd), plain)
-    second = call(kernels.Run(isa, dtype, 3, winograd), guarded)
-    guarded.check()
-    for one, other in zip(first, second):
-        assert np.array_equal(bits(one), bits(other)), (
-            "the layout or the number of threads changed the result"
-        )
-    return first
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Which kernels run on arrays of a dtype, and two ways to run them that must agree."""
+
+    kernels: object
+    dtype: str
+    plain: object
+    other: object
+
+    def both(self, call):
+        """The outputs of call(run, arrays): the same on exact arrays and, the other way, on guarded ones."""
+        plain, guarded = Exact(self.dtype), Guarded(self.dtype)
+        first = call(self.plain, plain)
+        second = call(self.other, guarded)
+        guarded.check()
+        for one, other in zip(first, second):
+            assert np.array_equal(bits(one), bits(other)), (
+                "the layout or the order of work changed the result"
+            )
+        return first
+
+
+def cpu_runs(kernels, isa, dtype, winograd="never"):
+    """The kernels of the CPU, with one thread and with three."""
+    return Runs(kernels, dtype, *(kernels.Run(isa, dtype, threads, winograd) for threads in (1, 3)))
+
+
+def cuda_runs(cuda_kernels, dtype, seed=0, **options):
+    """The kernels of the GPU, their blocks and warps in the order of their numbers and shuffled."""
+    run = functools.partial(cuda_kernels.Run, dtype, **options)
+    return Runs(cuda_kernels, dtype, run(), run(order="shuffled", seed=seed))
+
+
+def both_ways(kernels, isa, dtype, call):
+    return cpu_runs(kernels, isa, dtype).both(call)
 
 
 def assert_same(got, want, what):

@@ -10,147 +10,53 @@ import itertools
 import numpy as np
 import numpy_runs
 import pytest
+from grouped_conv_numpy import (
+    BWD_OPTIONS,
+    FWD_OPTIONS,
+    GEOMETRIES,
+    WIDTHS,
+    Case,
+    check_bwd_input,
+    check_bwd_weight,
+    check_fwd,
+    check_fwd_stats,
+    check_real_values,
+    name,
+    run_bwd_input,
+    run_bwd_weight,
+    run_fwd,
+)
 from numpy_oracle import (
-    EPSILON,
     Exact,
     act,
     conv,
     conv_bwd_input,
     conv_bwd_weight,
-    finished,
     keep,
-    output_size,
     store,
     value,
 )
-from numpy_runs import assert_same, both_ways, integers, table
+from numpy_runs import assert_same, both_ways, cpu_runs, integers, table
 
 kernels, isa, dtype = numpy_runs.kernels, numpy_runs.isa, numpy_runs.dtype  # fixtures
 
-# (input, output) channels per group and how many groups: the widths of issue-size models, whole and odd.
-WIDTHS = [
-    (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (5, 5, 3), (8, 8, 4), (16, 16, 2), (24, 24, 2),
-    (32, 32, 2), (48, 48, 1), (56, 56, 1), (64, 64, 1), (112, 112, 1), (1, 2, 9), (2, 1, 9), (3, 5, 4),
-    (4, 8, 3), (8, 4, 3), (16, 24, 2), (5, 16, 2), (24, 8, 2), (3, 64, 1), (2, 32, 3),
-]  # fmt: skip
-# n, (h, w), stride, padding, dilation
-GEOMETRIES = [
-    (2, (7, 9), (1, 1), (1, 1), (1, 1)),
-    (1, (9, 31), (1, 1), (1, 1), (1, 1)),
-    (1, (8, 11), (2, 2), (1, 1), (1, 1)),
-    (2, (3, 3), (1, 1), (0, 0), (1, 1)),
-    (1, (1, 1), (1, 1), (1, 1), (1, 1)),
-    (1, (5, 17), (2, 1), (2, 0), (1, 1)),
-    (1, (6, 10), (1, 2), (0, 2), (1, 1)),
-    (1, (9, 12), (1, 1), (2, 2), (2, 2)),
-    (1, (11, 8), (2, 2), (2, 1), (3, 2)),
-    (2, (17, 15), (1, 1), (1, 1), (1, 1)),  # two stripes of rows, strips of several widths
-    (1, (33, 16), (2, 2), (1, 1), (1, 1)),
-    (2, (18, 29), (2, 2), (1, 1), (1, 1)),
-    (0, (5, 5), (1, 1), (1, 1), (1, 1)),
-]
 
-
-class Case:
-    """One convolution on small integers, with everything an epilogue or prologue may want."""
-
-    def __init__(self, width, geometry, seed=0, winograd="never"):
-        cg, kg, self.groups = width
-        self.winograd = winograd
-        n, size, self.stride, self.pad, self.dilation = geometry
-        rng = self.rng = np.random.default_rng(seed)
-        self.c, self.k = cg * self.groups, kg * self.groups
-        self.input = (n, *size, self.c)
-        self.output = (n, *output_size(size, self.stride, self.pad, self.dilation), self.k)
-        self.weight_shape = (self.k, cg, 3, 3)
-        self.geometry = (self.stride, self.pad, self.dilation, self.groups)
-        self.x = integers(rng, -3, 3, self.input)
-        self.weight = integers(rng, -1, 1, self.weight_shape)
-        self.y = integers(rng, -3, 3, self.output)
-        self.dy = integers(rng, -2, 2, self.output)
-        self.residual = integers(rng, -5, 5, self.output)
-        self.act = np.stack([integers(rng, -1, 2, self.c), integers(rng, -2, 2, self.c)])
-        self.affine = np.stack([integers(rng, -2, 2, self.k), integers(rng, -5, 5, self.k)])
-        halves = [integers(rng, -4, 4, self.k) / 2 for _ in range(3)]
-        self.finish = np.stack([*halves, *(integers(rng, -1, 1, self.k) for _ in range(3))])
-        self.mask = np.stack([*self.act, integers(rng, -1, 1, self.c), 2.0 ** integers(rng, -1, 1, self.c)])
-
-    def geometry_arguments(self):
-        return self.input, self.k, *self.geometry
-
-
-def run_fwd(kernels, isa, dtype, case, act_table, affine, residual, relu, stats):
-    def call(run, arrays):
-        y = arrays.output(case.output)
-        mean = arrays.table_output(case.k) if stats else None
-        var = arrays.table_output(case.k) if stats else None
-        kernels.grouped_conv_fwd(
-            run, *case.geometry_arguments(),
-            arrays.activation(store(case.x, dtype)), arrays.flat(store(case.weight, dtype)),
-            None if act_table is None else arrays.table(table(act_table)),
-            None if affine is None else arrays.table(table(affine)),
-            None if residual is None else arrays.activation(store(residual, dtype)),
-            relu, y, mean, var,
-        )  # fmt: skip
-        return [y, mean, var] if stats else [y]
-
-    return both_ways(kernels, isa, dtype, call, case.winograd)
-
-
-def run_bwd_input(kernels, isa, dtype, case, finish, mask):
-    def call(run, arrays):
-        dx = arrays.output(case.input)
-        sums = arrays.table_output(2, case.c) if mask is not None else None
-        kernels.grouped_conv_bwd_input(
-            run, *case.geometry_arguments(),
-            arrays.activation(store(case.dy, dtype)), arrays.flat(store(case.weight, dtype)),
-            None if finish is None else arrays.activation(store(case.y, dtype)),
-            None if finish is None else arrays.table(table(finish)),
-            None if mask is None else arrays.activation(store(case.x, dtype)),
-            None if mask is None else arrays.table(table(mask)),
-            dx, sums,
-        )  # fmt: skip
-        return [dx] if mask is None else [dx, sums]
-
-    return both_ways(kernels, isa, dtype, call, case.winograd)
-
-
-def run_bwd_weight(kernels, isa, dtype, case, finish, act_table):
-    def call(run, arrays):
-        dweight = arrays.flat_output(case.weight_shape)
-        kernels.grouped_conv_bwd_weight(
-            run, *case.geometry_arguments(),
-            arrays.activation(store(case.dy, dtype)), arrays.activation(store(case.x, dtype)),
-            None if finish is None else arrays.activation(store(case.y, dtype)),
-            None if finish is None else arrays.table(table(finish)),
-            None if act_table is None else arrays.table(table(act_table)),
-            dweight,
-        )  # fmt: skip
-        return [dweight]
-
-    return both_ways(kernels, isa, dtype, call, case.winograd)
-
-
-def run_bwd(kernels, isa, dtype, case, finish, mask):
+def run_bwd(runs, case, finish, mask):
     def call(run, arrays):
         dx, dweight = arrays.output(case.input), arrays.flat_output(case.weight_shape)
         sums = arrays.table_output(2, case.c) if mask is not None else None
-        kernels.grouped_conv_bwd(
+        runs.kernels.grouped_conv_bwd(
             run, *case.geometry_arguments(),
-            arrays.activation(store(case.dy, dtype)), arrays.activation(store(case.x, dtype)),
-            arrays.flat(store(case.weight, dtype)),
-            None if finish is None else arrays.activation(store(case.y, dtype)),
+            arrays.activation(store(case.dy, runs.dtype)), arrays.activation(store(case.x, runs.dtype)),
+            arrays.flat(store(case.weight, runs.dtype)),
+            None if finish is None else arrays.activation(store(case.y, runs.dtype)),
             None if finish is None else arrays.table(table(finish)),
             None if mask is None else arrays.table(table(mask)),
             dx, dweight, sums,
         )  # fmt: skip
         return [dx, dweight] if mask is None else [dx, dweight, sums]
 
-    return both_ways(kernels, isa, dtype, call, case.winograd)
-
-
-def name(width):
-    return "{}-{}x{}".format(*width)
+    return runs.both(call)
 
 
 # Each width directly, and by Winograd's algorithm where whole vectors of some instruction set fit its groups.
@@ -163,115 +69,64 @@ each_algorithm = pytest.mark.parametrize("width, winograd", ALGORITHMS)
 
 
 def cases(width, winograd):
-    """(geometry, case) of one width; Winograd's algorithm leaves strides and dilations to the direct one."""
+    """The cases of one width; Winograd's algorithm leaves strides and dilations to the direct one."""
     for seed, geometry in enumerate(GEOMETRIES):
         _, _, stride, _, dilation = geometry
         if winograd == "never" or stride == dilation == (1, 1):
-            yield geometry, Case(width, geometry, seed, winograd)
+            yield Case(width, geometry, seed)
 
 
 @each_algorithm
 def test_conv_fwd_exact(kernels, isa, dtype, width, winograd):
-    for geometry, case in cases(width, winograd):
-        for with_act, with_affine, with_residual, relu in [
-            (False, False, False, False),
-            (True, True, False, True),
-            (False, True, True, True),
-            (True, False, True, False),
-        ]:
-            got = run_fwd(
-                kernels, isa, dtype, case,
-                case.act if with_act else None, case.affine if with_affine else None,
-                case.residual if with_residual else None, relu, stats=False,
-            )[0]  # fmt: skip
-            want = conv(act(case.x, case.act) if with_act else case.x, case.weight, *case.geometry)
-            if with_affine:
-                want = case.affine[0] * want + case.affine[1]
-            if with_residual:
-                want = want + case.residual
-            if relu:
-                want = np.maximum(want, 0)
-            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"y at {geometry}")
+    runs = cpu_runs(kernels, isa, dtype, winograd)
+    for case in cases(width, winograd):
+        for options in FWD_OPTIONS:
+            check_fwd(runs, case, *options)
 
 
 @each_algorithm
 def test_conv_fwd_stats(kernels, isa, dtype, width, winograd):
-    for geometry, case in cases(width, winograd):
+    runs = cpu_runs(kernels, isa, dtype, winograd)
+    for case in cases(width, winograd):
         if 0 in case.output:
             continue  # no value, no moments
         for with_act in (False, True):
-            y, mean, var = run_fwd(
-                kernels, isa, dtype, case, case.act if with_act else None, None, None, False, stats=True
-            )
-            want = conv(act(case.x, case.act) if with_act else case.x, case.weight, *case.geometry)
-            stored = value(y, dtype)
-            assert_same(stored, value(store(want, dtype), dtype), f"y at {geometry}")
-            rows = stored.reshape(-1, case.k)
-            spread = rows.std(0)
-            np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6, atol=1e-6 * (spread.max() + 1e-30))
-            np.testing.assert_allclose(
-                var, rows.var(0), rtol=2e-5, atol=1e-6 * (rows.mean(0) ** 2).max() + 1e-30
-            )
+            check_fwd_stats(runs, case, with_act)
 
 
 @each_algorithm
 def test_conv_bwd_input_exact(kernels, isa, dtype, width, winograd):
-    for geometry, case in cases(width, winograd):
-        for with_finish, with_mask in [(False, False), (True, False), (False, True), (True, True)]:
-            got = run_bwd_input(
-                kernels,
-                isa,
-                dtype,
-                case,
-                case.finish if with_finish else None,
-                case.mask if with_mask else None,
-            )
-            dy = finished(case.dy, case.y, case.finish) if with_finish else case.dy
-            want = conv_bwd_input(dy, case.weight, case.input, *case.geometry)
-            if with_mask:
-                want = np.where(keep(case.mask[0] * case.x + case.mask[1]), want, 0.0)
-            assert_same(value(got[0], dtype), value(store(want, dtype), dtype), f"dx at {geometry}")
-            if with_mask:
-                terms = np.stack([want, want * (case.x - case.mask[2]) * case.mask[3]]).reshape(2, -1, case.c)
-                # A kernel may sum the gradient before or after it is rounded to storage.
-                slack = 0 if dtype == "float32" else EPSILON[dtype] * np.abs(terms).sum(1)
-                assert (np.abs(got[1] - terms.sum(1)) <= slack).all(), f"sums at {geometry}"
+    runs = cpu_runs(kernels, isa, dtype, winograd)
+    for case in cases(width, winograd):
+        for options in BWD_OPTIONS:
+            check_bwd_input(runs, case, *options)
 
 
 @each_algorithm
 def test_conv_bwd_weight_exact(kernels, isa, dtype, width, winograd):
-    for geometry, case in cases(width, winograd):
-        for with_finish, with_act in [(False, False), (True, False), (False, True), (True, True)]:
-            got = run_bwd_weight(
-                kernels,
-                isa,
-                dtype,
-                case,
-                case.finish if with_finish else None,
-                case.act if with_act else None,
-            )[0]
-            dy = finished(case.dy, case.y, case.finish) if with_finish else case.dy
-            x = act(case.x, case.act) if with_act else case.x
-            want = conv_bwd_weight(dy, x, case.weight_shape, *case.geometry)
-            assert_same(value(got, dtype), value(store(want, dtype), dtype), f"dweight at {geometry}")
+    runs = cpu_runs(kernels, isa, dtype, winograd)
+    for case in cases(width, winograd):
+        for options in BWD_OPTIONS:
+            check_bwd_weight(runs, case, *options)
 
 
 @each_algorithm
 def test_conv_bwd_is_both_gradients(kernels, isa, dtype, width, winograd):
-    for geometry, case in cases(width, winograd):
+    runs = cpu_runs(kernels, isa, dtype, winograd)
+    for case in cases(width, winograd):
         for finish, mask in ((None, None), (case.finish, None), (case.finish, case.mask)):
-            dx, dweight, *sums = run_bwd(kernels, isa, dtype, case, finish, mask)
-            want = run_bwd_input(kernels, isa, dtype, case, finish, mask)
+            dx, dweight, *sums = run_bwd(runs, case, finish, mask)
+            want = run_bwd_input(runs, case, finish, mask)
             for got, expected, what in zip((dx, *sums), want, ("dx", "sums"), strict=mask is not None):
-                assert_same(got, expected, f"{what} at {geometry}")
+                assert_same(got, expected, f"{what} of {case}")
             act_table = None if mask is None else mask[:2]
-            want = run_bwd_weight(kernels, isa, dtype, case, finish, act_table)[0]
-            assert_same(dweight, want, f"dweight at {geometry}")
+            want = run_bwd_weight(runs, case, finish, act_table)[0]
+            assert_same(dweight, want, f"dweight of {case}")
 
 
 @pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 9), (5, 5, 3), (16, 16, 2), (24, 24, 2)], ids=name)
 def test_conv_nan_and_infinity_stay_in_their_group(kernels, isa, dtype, width):
-    case = Case(width, GEOMETRIES[0], 5)
+    runs, case = cpu_runs(kernels, isa, dtype), Case(width, GEOMETRIES[0], 5)
     case.x[0, 3, 4, case.c // 2] = np.nan
     case.x[1, 0, 0, 0] = np.inf
     case.dy[0, 2, 2, case.k // 2] = np.nan
@@ -280,47 +135,19 @@ def test_conv_nan_and_infinity_stay_in_their_group(kernels, isa, dtype, width):
         want = act(conv(case.x, case.weight, *case.geometry), (1, 0))
         want_dx = conv_bwd_input(case.dy, case.weight, case.input, *case.geometry)
         want_dw = conv_bwd_weight(case.dy, case.x, case.weight_shape, *case.geometry)
-    got = value(run_fwd(kernels, isa, dtype, case, None, None, None, True, stats=False)[0], dtype)
+    got = value(run_fwd(runs, case, None, None, None, True, stats=False)[0], dtype)
     assert np.array_equal(np.isnan(got), np.isnan(want))
-    got = value(run_bwd_input(kernels, isa, dtype, case, None, None)[0], dtype)
+    got = value(run_bwd_input(runs, case, None, None)[0], dtype)
     assert np.array_equal(np.isnan(got), np.isnan(want_dx))
     # Of a weight gradient, which taps of a pair of channels are lost depends on how the border is computed.
-    got = value(run_bwd_weight(kernels, isa, dtype, case, None, None)[0], dtype)
+    got = value(run_bwd_weight(runs, case, None, None)[0], dtype)
     assert np.array_equal(np.isfinite(got).all((2, 3)), np.isfinite(want_dw).all((2, 3)))
 
 
 @pytest.mark.parametrize("winograd", ["never", "always"])
 @pytest.mark.parametrize("width", [(1, 1, 32), (4, 4, 8), (8, 8, 4), (24, 24, 2), (64, 64, 1)], ids=name)
 def test_conv_real_values(kernels, isa, dtype, width, winograd):
-    """Rounding alone: within the bound of a float32 sum of that length plus one rounding to storage."""
-    case = Case(width, GEOMETRIES[1], 7, winograd)
-    case.x, case.dy = case.rng.standard_normal(case.input), case.rng.standard_normal(case.output)
-    case.weight = case.rng.standard_normal(case.weight_shape)
-    for field in ("x", "dy", "weight"):
-        setattr(case, field, value(store(getattr(case, field), dtype), dtype))
-
-    def check(got, oracle, *operands, terms):
-        want, size = oracle(*operands), oracle(*map(np.abs, operands))
-        bound = EPSILON[dtype] * np.abs(want) * 1.01 + EPSILON["float32"] * 2 * np.sqrt(terms) * size
-        error = np.abs(value(got, dtype) - want)
-        assert (error <= bound).all(), f"{(error / bound).max():.2f} times the bound"
-
-    geometry = case.geometry
-    got = run_fwd(kernels, isa, dtype, case, None, None, None, False, stats=False)[0]
-    check(got, lambda x, w: conv(x, w, *geometry), case.x, case.weight, terms=9 * width[0])
-    got = run_bwd_input(kernels, isa, dtype, case, None, None)[0]
-    check(
-        got,
-        lambda g, w: conv_bwd_input(g, w, case.input, *geometry),
-        case.dy,
-        case.weight,
-        terms=9 * width[1],
-    )
-    got = run_bwd_weight(kernels, isa, dtype, case, None, None)[0]
-    pixels = np.prod(case.output[:3])
-    check(
-        got, lambda g, x: conv_bwd_weight(g, x, case.weight_shape, *geometry), case.dy, case.x, terms=pixels
-    )
+    check_real_values(cpu_runs(kernels, isa, dtype, winograd), Case(width, GEOMETRIES[1], 7))
 
 
 def test_conv_gradient_of_a_sum_is_read_in_place(kernels, isa, dtype):

@@ -1,4 +1,4 @@
-"""Fused operations and a training step on the Triton kernels, forward and backward, against torch's modules.
+"""Fused operations and a training step on the kernels for GPUs, forward and backward, against torch's own.
 
 All tiny: they run in Triton's interpreter, and on a GPU under compute-sanitizer.
 """
@@ -17,49 +17,54 @@ from torch import nn
 from triton_cases import DTYPES, on_device
 
 import gconv
-from gconv import models
+from gconv import backend, gpu, models
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def assert_ran(*kernels):
-    """These kernels ran, and no other."""
-    assert set(gconv.backend.counts()) == set(kernels), gconv.backend.counts()
+def kernel(op):
+    """The name of the kernels that have to run an op with a 3x3 convolution."""
+    return f"{backend.backend_mode()}.{op}"
+
+
+def assert_ran(op):
+    """The kernels of this op ran, and no other."""
+    assert set(backend.counts()) == {kernel(op)}, backend.counts()
 
 
 @modes
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_conv_bn_relu(triton_backend, training, residual):
+def test_conv_bn_relu(gpu_backend, training, residual):
     """Groups, strides, paddings and dilations that differ between rows and columns."""
     ours, stock = twins.twins()
-    ours, stock = on_device(ours.train(training), triton_backend), stock.train(training)
+    ours, stock = on_device(ours.train(training), gpu_backend), stock.train(training)
     x = twins.values(*twins.INPUT).requires_grad_()
     r = twins.values(*twins.OUTPUT, seed=3).requires_grad_() if residual else None
-    compare(stock, ours, x, r, key=("triton", training, residual))
-    assert_ran("triton.conv_bn_relu")
+    compare(stock, ours, x, r, key=("gpu", training, residual))
+    assert_ran("conv_bn_relu")
 
 
 @modes
 @pytest.mark.parametrize("case", bottleneck_blocks.SMALL_BLOCKS[1:3], ids=lambda c: "-".join(map(str, c[0])))
-def test_bottleneck(triton_backend, case, training):
+def test_bottleneck(gpu_backend, case, training):
     channels, options, size = case
     stock, ours = bottleneck_blocks.twins(str(case), channels, training=training, **options)
     x = bottleneck_blocks.block_input(stock, size, str(case))
-    compare(stock, on_device(ours, triton_backend), x, None, key=str(case))
-    assert_ran("triton.bottleneck")
+    compare(stock, on_device(ours, gpu_backend), x, None, key=str(case))
+    assert_ran("bottleneck")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_bottleneck_in_low_precision(triton_backend, dtype):
+def test_bottleneck_in_low_precision(gpu_backend, dtype):
     case = bottleneck_blocks.SMALL_BLOCKS[1]
     draws = []
     for draw in range(3):
         key = (str(case), draw)
         stock, ours = bottleneck_blocks.twins(key, case[0], **case[1])
         x = bottleneck_blocks.block_input(stock, case[2], key, dtype)
-        draws.append((stock.to(dtype), on_device(ours.to(dtype), triton_backend), x))
+        draws.append((stock.to(dtype), on_device(ours.to(dtype), gpu_backend), x))
     compare_draws(draws, dtype)
-    assert_ran("triton.bottleneck")
+    assert_ran("bottleneck")
 
 
 class Dense(nn.Module):
@@ -93,7 +98,7 @@ class Dense(nn.Module):
 
 @modes
 @pytest.mark.parametrize("memory", ["shared", "ultra"])
-def test_dense_block(triton_backend, memory, training):
+def test_dense_block(gpu_backend, memory, training):
     stock = Dense(memory).train(training)
     for i, layer in enumerate(stock.block.values()):
         randomize(layer.conv1, layer.norm1, (i, 1))
@@ -102,8 +107,8 @@ def test_dense_block(triton_backend, memory, training):
     ours = copy.deepcopy(stock)
     ours.stock = False
     x = twins.values(2, 8, 5, 4).requires_grad_()
-    compare(stock, on_device(ours, triton_backend), x, None, key=("dense", memory, training))
-    assert_ran("triton.dense_block")
+    compare(stock, on_device(ours, gpu_backend), x, None, key=("dense", memory, training))
+    assert_ran("dense_block")
 
 
 class Tiny(nn.Module):
@@ -121,7 +126,7 @@ class Tiny(nn.Module):
         return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
 
 
-def test_a_training_step_of_resnext_blocks(triton_backend):
+def test_a_training_step_of_resnext_blocks(gpu_backend):
     torch.manual_seed(0)
     images, labels = torch.randn(3, 12, 9, 7), torch.tensor([1, 4, 0])
     stock = lively(Tiny(stock=True), images)
@@ -130,17 +135,17 @@ def test_a_training_step_of_resnext_blocks(triton_backend):
     exact = training_step(copy.deepcopy(stock).double(), images.double(), labels)
     own = training_step(stock, images, labels)
     with gconv.trace() as trace:
-        got = training_step(on_device(ours, triton_backend), images, labels)
+        got = training_step(on_device(ours, gpu_backend), images, labels)
     assert got.keys() == exact.keys()
     for name, value in exact.items():
         if value.is_floating_point():
             assert_as_good(got[name], own[name], value, name)
         else:
             assert torch.equal(got[name], value), name
-    assert [row.kernel for row in trace] == 2 * ["triton.bottleneck"], trace
+    assert [row.kernel for row in trace] == 2 * [kernel("bottleneck")], trace
 
 
-def test_inference_of_resnext_blocks(triton_backend):
+def test_inference_of_resnext_blocks(gpu_backend):
     """Without gradients each normalisation is the epilogue of its convolution."""
     torch.manual_seed(1)
     images = torch.randn(2, 12, 7, 8)
@@ -148,7 +153,7 @@ def test_inference_of_resnext_blocks(triton_backend):
     ours = Tiny(stock=False).eval()
     ours.load_state_dict(stock.state_dict())
     with torch.no_grad():
-        got = on_device(ours, triton_backend)(images)
+        got = on_device(ours, gpu_backend)(images)
         want = copy.deepcopy(stock).double()(images.double())
         assert_as_good(got, stock(images), want)
 
@@ -157,27 +162,32 @@ SPOILED = ("grouped_conv_fwd_stats", "grouped_conv_bwd", "batch_norm_apply", "ba
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_the_comparison_would_notice(triton_backend, monkeypatch, name):
+def test_the_comparison_would_notice(gpu_backend, monkeypatch, name):
     """It is the launchers that run: with the first result of one a hundredth too large nothing agrees."""
-    module = importlib.import_module(f"gconv.kernels.{name[: name.index('_', name.index('_') + 1)]}")
-    launcher = getattr(module, name)
+    stem = name[: name.index("_", name.index("_") + 1)]
+    in_cuda = stem == "grouped_conv" and backend.backend_mode() == "cuda"
+    module, attribute = (
+        (gpu, "on_cuda") if in_cuda else (importlib.import_module(f"gconv.kernels.{stem}"), name)
+    )
+    launcher = getattr(module, attribute)
 
     def spoiled(*args):
         results = launcher(*args)
-        first = results if isinstance(results, torch.Tensor) else results[0]
-        first.mul_(1.01)
+        if not in_cuda or args[0] == name:
+            first = results if isinstance(results, torch.Tensor) else results[0]
+            first.mul_(1.01)
         return results
 
-    monkeypatch.setattr(module, name, spoiled)
+    monkeypatch.setattr(module, attribute, spoiled)
     ours, stock = twins.twins()
     x = twins.values(*twins.INPUT).requires_grad_()
     with pytest.raises(AssertionError):
-        compare(stock, on_device(ours, triton_backend), x, None, key="spoiled")
+        compare(stock, on_device(ours, gpu_backend), x, None, key="spoiled")
 
 
-def test_the_interpreter_refuses_bfloat16(triton_backend):
+def test_the_interpreter_refuses_bfloat16(gpu_backend):
     """It would compute it wrongly and say nothing."""
-    if triton_backend.type != "cpu":
+    if gpu_backend.type != "cpu":
         pytest.skip("on a GPU it is right")
     with pytest.raises(RuntimeError, match="dtype: want float32 or float16 in Triton's interpreter"):
         gconv.functional.batch_norm(torch.zeros(2, 4, 3, 3).bfloat16(), None, None, training=True)
