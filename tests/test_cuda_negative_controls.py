@@ -78,7 +78,7 @@ def in_the_source():
                 yield f"{path.name}:{number}"
 
 
-@pytest.mark.parametrize("place", in_the_source())
+@pytest.mark.parametrize("place", list(in_the_source()))
 def test_a_missing_barrier_or_wait_is_seen(cuda_kernels, reached, place):
     assert place in reached, "no problem of this file reaches it"
     for problem in reached[place]:
