@@ -142,11 +142,9 @@ GCONV_DEVICE Chunk unit_of(const float (&v)[UNIT<T>]) {
   return c;
 }
 
-// `channels` values from `from` on, at most a unit; the rest is 0.
 template <typename T>
-GCONV_DEVICE Chunk load_unit(const T* from, int channels, bool aligned) {
+GCONV_DEVICE_CALL Chunk load_elements(const T* from, int channels) {
   Chunk c{{0, 0, 0, 0}};
-  if (aligned && channels > 0) return load_chunk_constant(from);
   GCONV_UNROLL
   for (int i = 0; i < UNIT<T>; ++i)
     if (i < channels) {
@@ -159,11 +157,7 @@ GCONV_DEVICE Chunk load_unit(const T* from, int channels, bool aligned) {
 }
 
 template <typename T>
-GCONV_DEVICE void store_unit(T* to, const Chunk& c, int channels, bool aligned) {
-  if (aligned && channels > 0) {
-    store_chunk(to, c);
-    return;
-  }
+GCONV_DEVICE_CALL void store_elements(T* to, const Chunk c, int channels) {
   GCONV_UNROLL
   for (int i = 0; i < UNIT<T>; ++i)
     if (i < channels) {
@@ -172,6 +166,21 @@ GCONV_DEVICE void store_unit(T* to, const Chunk& c, int channels, bool aligned) 
       else
         to[i] = T{float_of(c.word[i])};
     }
+}
+
+// `channels` values from `from` on, at most a unit; the rest is 0.
+template <typename T>
+GCONV_DEVICE Chunk load_unit(const T* from, int channels, bool aligned) {
+  if (!aligned) return load_elements<T>(from, channels);
+  return channels > 0 ? load_chunk_constant(from) : Chunk{{0, 0, 0, 0}};
+}
+
+template <typename T>
+GCONV_DEVICE void store_unit(T* to, const Chunk& c, int channels, bool aligned) {
+  if (!aligned)
+    store_elements<T>(to, c, channels);
+  else if (channels > 0)
+    store_chunk(to, c);
 }
 
 // Rows 0.. of a table [rows, c] at the channels of a unit, 0 beyond the last.

@@ -37,11 +37,13 @@ constexpr int WARP = 32;
 
 }  // namespace gconv::cuda
 
-// Of functions that the host calls too.
+// Of functions that the host calls too; and of device functions that are called, for what is large and rare.
 #if defined(__CUDACC__)
 #define GCONV_HOST_DEVICE __host__ __device__ inline
+#define GCONV_DEVICE_CALL static __device__ __noinline__
 #else
 #define GCONV_HOST_DEVICE inline
+#define GCONV_DEVICE_CALL inline
 #endif
 
 #if !defined(__CUDACC__)

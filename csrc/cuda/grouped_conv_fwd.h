@@ -1,0 +1,166 @@
+// The kernel of a convolution: the forward of grouped_conv, and its input gradient, which is one (at stride 2
+// one for each parity of rows and columns) over dy.
+#pragma once
+#include "grouped_conv_results.h"
+
+namespace gconv::cuda {
+
+GCONV_DEVICE int divided(int a, int b) { return (a + b - 1) / b; }
+
+// One warp tile's products with `units` units of each strip, from unit `from_unit` of the strip on.
+template <typename T, int SHARE, int KH>
+GCONV_DEVICE void accumulate(Accumulators& acc, const ConvParams& p, const ConvPass& pass,
+                             const unsigned char* shared, const Chunk* strips, int strip, int pixel,
+                             int from_unit, int units) {
+  using P = Product<T>;
+  constexpr int STEP = SHARE * KH * P::WEIGHTS;
+  const int* offsets = reinterpret_cast<const int*>(shared + p.table_at) + pass.table;
+  const int half_steps = units * pass.taps;
+  GCONV_UNROLL
+  for (int s = 0; s < OCTETS / SHARE; ++s) {
+    const BlockStrip band = block_strip(strips, s);
+    if (band.count == 0) continue;
+    const unsigned char* from = shared + pixel + band.offset;
+    const int64_t first_step = int64_t(strip + s) * pass.steps + from_unit * pass.taps / P::HALF_STEPS;
+    const T* weights = static_cast<const T*>(p.packed) + (pass.packed + first_step * STEP);
+    int at = P::load_half();
+    for (; at + P::HALF_STEPS - 1 - P::load_half() < half_steps; at += P::HALF_STEPS, weights += STEP)
+      P::template step<SHARE, KH, false>(acc, s * SHARE, from + offsets[at], p.tile.row_pitch, weights);
+    if constexpr (P::HALF_STEPS == 2)
+      if (half_steps % 2 != 0)
+        P::template step<SHARE, KH, true>(acc, s * SHARE, from + offsets[half_steps - 1], p.tile.row_pitch,
+                                          weights);
+  }
+}
+
+// (mean, M2, count) of a channel over the block's warp tiles, or its two sums, in their order.
+template <typename T, int SHARE, bool BACKWARD>
+GCONV_DEVICE void store_partial(const ConvParams& p, const float* slots, const Chunk* strips, int lane_tiles,
+                                int64_t tile) {
+  using R = Results<T, SHARE, BACKWARD>;
+  using P = Product<T>;
+  for (int c = int(threadIdx.x); c < p.bands_per_block * R::CHANNELS; c += THREADS) {
+    const int band = c / R::CHANNELS, channel = c % R::CHANNELS, octet = c / P::OUT;
+    const BlockStrip s = block_strip(strips, octet / SHARE);
+    const int within = octet % SHARE * P::OUT + channel % P::OUT;
+    if (within >= s.count) continue;
+    const int k = s.first + within;
+    const float* slot = slots + band * lane_tiles * R::SLOT;
+    if constexpr (BACKWARD) {
+      float total = 0.0f, normal = 0.0f;
+      for (int i = 0; i < lane_tiles; ++i) {
+        total += slot[i * R::SLOT + channel];
+        normal += slot[i * R::SLOT + R::CHANNELS + channel];
+      }
+      p.partial[2 * tile * p.cut.out + k] = total;
+      p.partial[(2 * tile + 1) * p.cut.out + k] = normal;
+    } else {
+      // About the first warp tile's mean, so that nothing of the means' size is summed.
+      const float origin = slot[channel];
+      float count = 0.0f, shift = 0.0f, m2 = 0.0f;
+      for (int i = 0; i < lane_tiles; ++i) {
+        const float n = slot[i * R::SLOT + 2 * R::CHANNELS];
+        count += n;
+        shift += n > 0.0f ? n * (slot[i * R::SLOT + channel] - origin) : 0.0f;
+      }
+      shift = shift / count;
+      for (int i = 0; i < lane_tiles; ++i) {
+        const float n = slot[i * R::SLOT + 2 * R::CHANNELS];
+        const float d = slot[i * R::SLOT + channel] - origin - shift;
+        m2 += n > 0.0f ? slot[i * R::SLOT + R::CHANNELS + channel] + n * (d * d) : 0.0f;
+      }
+      p.partial[tile * p.cut.out + k] = origin + shift;
+      p.partial[(p.tiles + tile) * p.cut.out + k] = m2;
+      p.partial[2 * p.tiles * p.cut.out + tile] = count;  // the same from every block of the tile
+    }
+  }
+}
+
+// computes: y = conv(act(x), w), epilogue or statistics; or dx = conv_transpose(finish(dy), w), masked, sums
+// grid:     (tiles of pixels x blocks of channels, the latter next to each other)
+// tile:     bands of ROWS rows x columns x images; a warp has ROWS rows x 16 (float: 32) of its lanes x 4 octets
+// bytes:    x (dy, and y with finish) once with the tile's halo, the output once, residual or x once
+// accum.:   float, unit by unit, tap by tap; statistics by warp tile, block, then merge.h
+template <typename T, int SHARE, int KH, bool BACKWARD>
+GCONV_KERNEL(THREADS, BLOCKS<BACKWARD>) void grouped_conv_kernel(const ConvParams p) {
+  using P = Product<T>;
+  using R = Results<T, SHARE, BACKWARD>;
+  constexpr int STRIPS = OCTETS / SHARE;
+  unsigned char* const shared = shared_memory();
+  Chunk* const strips = reinterpret_cast<Chunk*>(shared + p.strips_at);
+  int* const offsets = reinterpret_cast<int*>(shared + p.table_at);
+  float* const slots = reinterpret_cast<float*>(shared + p.slots_at);
+
+  const int64_t tile = blockIdx.x / unsigned(p.channel_blocks);
+  const int first_strip = int(blockIdx.x % unsigned(p.channel_blocks)) * p.bands_per_block * STRIPS;
+  const int block_unit = strip_of<P::OUT, UNIT<T>>(p.cut, first_strip).unit;
+  const unsigned column_tile = unsigned(tile) % unsigned(p.columns), line = unsigned(tile) / unsigned(p.columns);
+  WarpTile at{};
+  at.image = int64_t(line / unsigned(p.row_tiles)) * p.tile.images;
+  at.row = int(line % unsigned(p.row_tiles)) * p.tile.h.count;
+  at.column = int(column_tile) * p.tile.w.count;
+
+  const bool whole = p.chunk >= p.block_units;
+  for (int i = int(threadIdx.x); i < p.bands_per_block * STRIPS; i += THREADS) {
+    Chunk c{{0, 0, 0, 0}};
+    if (first_strip + i < p.cut.strips) {
+      const Strip s = strip_of<P::OUT, UNIT<T>>(p.cut, first_strip + i);
+      if (s.end > s.first) c = {{uint32_t(s.first), uint32_t(s.end - s.first), uint32_t(s.unit - block_unit) * 16, 0}};
+    }
+    store_chunk(strips + i, c);
+  }
+  const int table_units = p.cut.units < p.chunk ? p.cut.units : p.chunk;
+  for (int pass = 0; pass < p.passes; ++pass) {
+    const int taps = p.pass[pass].taps;
+    for (int i = int(threadIdx.x); i < table_units * taps; i += THREADS)
+      offsets[p.pass[pass].table + i] = i / taps * 16 + p.pass[pass].offset[i % taps];
+  }
+
+  const int lane_tiles = divided(p.lanes, P::PIXELS), work = lane_tiles * p.bands_per_block;
+  for (int pass = 0; pass < p.passes; ++pass) {
+    const ConvPass& taps = p.pass[pass];
+    at.parity_h = taps.parity_h, at.parity_w = taps.parity_w;
+    for (int unit = 0; unit < p.block_units; unit += p.chunk) {
+      const int left = p.block_units - unit;
+      if (!whole || pass == 0) {
+        if (!whole) block_sync();
+        load_tile<T, THREADS>(p.source, p.tile, at.image, at.row, at.column, block_unit + unit,
+                              left < p.chunk ? left : p.chunk, shared);
+        copy_commit();
+        copy_wait<0>();
+        block_sync();
+      }
+      for (int begin = 0; begin < work; begin += WARPS) {
+        const int item = begin + warp(), band = item / lane_tiles;
+        at.lane_tile = item - band * lane_tiles;
+        at.strips = strips + band * STRIPS;
+        if (item >= work || block_strip(at.strips, 0).count == 0) continue;
+        const TilePixel pixel = tile_pixel(p, at.lane_tile * P::PIXELS + P::load_pixel());
+        const int pixel_at =
+            pixel.row * p.tile.row_pitch + (pixel.image * p.tile.w.size + pixel.column) * p.tile.pitch;
+        const int units = p.cut.units - unit < p.chunk ? p.cut.units - unit : p.chunk;
+        Accumulators acc = {};
+        float* const parked = reinterpret_cast<float*>(shared + p.parked_at) + threadIdx.x;
+        if (unit > 0) {
+          GCONV_UNROLL
+          for (int i = 0; i < ROWS * OCTETS * 4; ++i)
+            acc[i / (OCTETS * 4)][i / 4 % OCTETS][i % 4] = parked[i * THREADS];
+        }
+        accumulate<T, SHARE, KH>(acc, p, taps, shared, at.strips, first_strip + band * STRIPS, pixel_at, unit,
+                                 units);
+        if (left <= p.chunk) {
+          R(p, at).finish(acc, slots + item * R::SLOT, pass == 0);
+        } else {
+          GCONV_UNROLL
+          for (int i = 0; i < ROWS * OCTETS * 4; ++i)
+            parked[i * THREADS] = acc[i / (OCTETS * 4)][i / 4 % OCTETS][i % 4];
+        }
+      }
+    }
+  }
+  if (p.partial == nullptr) return;
+  block_sync();
+  store_partial<T, SHARE, BACKWARD>(p, slots, strips, lane_tiles, tile);
+}
+
+}  // namespace gconv::cuda
