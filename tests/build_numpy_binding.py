@@ -144,8 +144,10 @@ def build_in(target, command, flags, sources, root):
 
 @functools.cache
 def load(path):
-    """Imports the module from its shared object, once: pybind11 registers its types but once."""
-    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    """Imports the module from its shared object, once: pybind11 registers its types but once. pybind11 knows
+    modules by name, so the name says where the module comes from."""
+    name = f"{str(path.parent).replace('.', '_')}.{path.name.partition('.')[0]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
