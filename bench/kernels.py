@@ -22,7 +22,7 @@ import gconv
 from . import machine, records, roofs
 from .layers import DTYPES, Run, Subject, conditions
 from .match import ALLOWED, NONSENSE, compare, plain_cudnn
-from .rivals import LABELS, VARIANTS, buffers, on_backend, ours_on
+from .rivals import LABELS, VARIANTS, buffers, missing_variants, on_backend, ours_on
 from .screen import Cell, Screen
 from .shapes import ConvShape, PixelShape, pixel_shapes, whose
 from .timing import interleave, ratio_interval
@@ -363,7 +363,7 @@ def run(options: Options) -> Run:
     where = records.where(facts)
     todo = tasks(options)
     rows: list[dict] = []
-    skipped: dict[str, str] = {}
+    skipped = missing_variants(device.name)
     title = (
         f"kernels one by one, {whose(shape.model for shape in options.shapes)}, batch {options.batch}, "
         f"{options.dtype}, {machine.describe(facts)}"

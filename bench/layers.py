@@ -15,7 +15,7 @@ from . import machine, records, roofs
 from .budget import Budget
 from .devices import CPU, Cpu, Cuda, peak_memory_mb
 from .match import ALLOWED, NONSENSE, Problem, compare, exact_results
-from .rivals import LABELS, RIVALS, VARIANTS, Rival, Unavailable, build, ours_on
+from .rivals import LABELS, RIVALS, VARIANTS, Rival, Unavailable, build, missing_variants, ours_on
 from .screen import Cell, Screen
 from .shapes import ConvShape, is_whole, whose
 from .timing import Plan, Result, interleave, ratio_interval, redrawn_medians
@@ -275,7 +275,7 @@ def run(options: Options) -> Run:
     where = records.where(facts)
     dtype = DTYPES[options.dtype]
     rows: list[dict] = []
-    skipped: dict[str, str] = {}
+    skipped = missing_variants(device.name)
     models = [shape.model for shape in options.shapes]
     title = (
         f"conv 3x3 + BN + ReLU, {whose(models)}, "

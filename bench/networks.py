@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gconv import models
-from gconv.backend import BACKENDS
 from gconv.dense_layers import DenseLayer
 
 from .checkpointed import checkpoint_layers
@@ -35,6 +34,7 @@ from .rivals import (
     VARIANTS,
     buffers,
     compiled,
+    missing_backend,
     missing_package,
     on_backend,
     onnxruntime_call,
@@ -186,8 +186,8 @@ class Contestant:
         missing = missing_package(*self.packages)
         if missing:
             return missing
-        if self.backend is not None and self.backend not in BACKENDS:
-            return f"there is no backend {self.backend}"
+        if self.backend is not None and missing_backend(self.backend):
+            return missing_backend(self.backend)
         if job.mode not in self.modes:
             return f"{job.mode}: runs {' and '.join(self.modes)} only"
         return None if self.precisions(job) else f"{job.mode} runs in float32 only"

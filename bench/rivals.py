@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gconv
-from gconv.backend import BACKENDS
+from gconv import gpu
 
 from .match import Problem, results
 
@@ -26,7 +26,9 @@ __all__ = [
     "buffers",
     "build",
     "compiled",
+    "missing_backend",
     "missing_package",
+    "missing_variants",
     "on_backend",
     "onnxruntime_call",
     "openvino_call",
@@ -128,9 +130,20 @@ def _eager(name: str, layout: torch.memory_format):
     return make
 
 
+def missing_backend(name: str) -> str | None:
+    """Why a GPU's kernels cannot run here, in one line, or None."""
+    return {"triton": gpu.missing_triton, "cuda": gpu.missing_cuda}[name]()
+
+
+def missing_variants(device: str) -> dict[str, str]:
+    """By label, those of gconv's backends on a device that cannot run here, and why."""
+    reasons = {LABELS[name]: missing_backend(which) for name, which in VARIANTS.items() if device == "cuda"}
+    return {label: reason for label, reason in reasons.items() if reason is not None}
+
+
 def ours_on(device: str) -> tuple[str, ...]:
     """gconv on a device, as it chooses by itself and with each of its backends there."""
-    there = [name for name, which in VARIANTS.items() if which in BACKENDS and device == "cuda"]
+    there = [name for name, which in VARIANTS.items() if device == "cuda" and missing_backend(which) is None]
     return ("gconv", *there)
 
 
