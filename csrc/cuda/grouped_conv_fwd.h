@@ -78,34 +78,38 @@ GCONV_DEVICE void store_partial(const ConvParams& p, const float* slots, const C
 
 // computes: y = conv(act(x), w), epilogue or statistics; or dx = conv_transpose(finish(dy), w), masked, sums
 // grid:     (tiles of pixels x blocks of channels, the latter next to each other)
-// tile:     bands of ROWS rows x columns x images; a warp has ROWS rows x 16 (float: 32) of its lanes x 4 octets
-// bytes:    x (dy, and y with finish) once with the tile's halo, the output once, residual or x once
+// tile:     bands of ROWS rows x columns x images; a warp has ROWS rows x 16 (float: 32) of its lanes x 4
+// octets bytes:    x (dy, and y with finish) once with the tile's halo, the output once, residual or x once
 // accum.:   float, unit by unit, tap by tap; statistics by warp tile, block, then merge.h
 template <typename T, int SHARE, int KH, bool BACKWARD>
-GCONV_KERNEL(THREADS, BLOCKS<BACKWARD>) void grouped_conv_kernel(const ConvParams p) {
+GCONV_KERNEL(THREADS, (BLOCKS<T, BACKWARD>))
+void grouped_conv_kernel(const ConvParams p) {
   using P = Product<T>;
   using R = Results<T, SHARE, BACKWARD>;
   constexpr int STRIPS = OCTETS / SHARE;
   unsigned char* const shared = shared_memory();
-  Chunk* const strips = reinterpret_cast<Chunk*>(shared + p.strips_at);
+  Chunk* const strips = reinterpret_cast<Chunk*>(shared + p.strips_at) + 1;
   int* const offsets = reinterpret_cast<int*>(shared + p.table_at);
+  uint32_t* const lanes = reinterpret_cast<uint32_t*>(shared + p.lanes_at);
   float* const slots = reinterpret_cast<float*>(shared + p.slots_at);
 
   const int64_t tile = blockIdx.x / unsigned(p.channel_blocks);
   const int first_strip = int(blockIdx.x % unsigned(p.channel_blocks)) * p.bands_per_block * STRIPS;
   const int block_unit = strip_of<P::OUT, UNIT<T>>(p.cut, first_strip).unit;
-  const unsigned column_tile = unsigned(tile) % unsigned(p.columns), line = unsigned(tile) / unsigned(p.columns);
-  WarpTile at{};
-  at.image = int64_t(line / unsigned(p.row_tiles)) * p.tile.images;
-  at.row = int(line % unsigned(p.row_tiles)) * p.tile.h.count;
-  at.column = int(column_tile) * p.tile.w.count;
-
+  const unsigned column_tile = unsigned(tile) % unsigned(p.columns),
+                 line = unsigned(tile) / unsigned(p.columns);
+  const BlockTile at{int64_t(line / unsigned(p.row_tiles)) * p.tile.images,
+                     int(line % unsigned(p.row_tiles)) * p.tile.h.count, int(column_tile) * p.tile.w.count};
+  if (threadIdx.x == 0)
+    store_chunk(strips - 1,
+                {{uint32_t(at.image), uint32_t(at.image >> 32), uint32_t(at.row), uint32_t(at.column)}});
   const bool whole = p.chunk >= p.block_units;
   for (int i = int(threadIdx.x); i < p.bands_per_block * STRIPS; i += THREADS) {
     Chunk c{{0, 0, 0, 0}};
     if (first_strip + i < p.cut.strips) {
       const Strip s = strip_of<P::OUT, UNIT<T>>(p.cut, first_strip + i);
-      if (s.end > s.first) c = {{uint32_t(s.first), uint32_t(s.end - s.first), uint32_t(s.unit - block_unit) * 16, 0}};
+      if (s.end > s.first)
+        c = {{uint32_t(s.first), uint32_t(s.end - s.first), uint32_t(s.unit - block_unit) * 16, 0}};
     }
     store_chunk(strips + i, c);
   }
@@ -115,27 +119,27 @@ GCONV_KERNEL(THREADS, BLOCKS<BACKWARD>) void grouped_conv_kernel(const ConvParam
     for (int i = int(threadIdx.x); i < table_units * taps; i += THREADS)
       offsets[p.pass[pass].table + i] = i / taps * 16 + p.pass[pass].offset[i % taps];
   }
-
   const int lane_tiles = divided(p.lanes, P::PIXELS), work = lane_tiles * p.bands_per_block;
-  for (int pass = 0; pass < p.passes; ++pass) {
+  for (int i = int(threadIdx.x); i < lane_tiles * P::PIXELS; i += THREADS) lanes[i] = pixel_word(p, i);
+
+  for (int pass = 0; pass < (BACKWARD ? p.passes : 1); ++pass) {
     const ConvPass& taps = p.pass[pass];
-    at.parity_h = taps.parity_h, at.parity_w = taps.parity_w;
     for (int unit = 0; unit < p.block_units; unit += p.chunk) {
       const int left = p.block_units - unit;
       if (!whole || pass == 0) {
         if (!whole) block_sync();
-        load_tile<T, THREADS>(p.source, p.tile, at.image, at.row, at.column, block_unit + unit,
-                              left < p.chunk ? left : p.chunk, shared);
+        load_tile<T, THREADS, !BACKWARD, BACKWARD>(p.source, p.tile, at.image, at.row, at.column,
+                                                   block_unit + unit, left < p.chunk ? left : p.chunk,
+                                                   shared);
         copy_commit();
         copy_wait<0>();
         block_sync();
       }
       for (int begin = 0; begin < work; begin += WARPS) {
         const int item = begin + warp(), band = item / lane_tiles;
-        at.lane_tile = item - band * lane_tiles;
-        at.strips = strips + band * STRIPS;
-        if (item >= work || block_strip(at.strips, 0).count == 0) continue;
-        const TilePixel pixel = tile_pixel(p, at.lane_tile * P::PIXELS + P::load_pixel());
+        if (item >= work || block_strip(strips + band * STRIPS, 0).count == 0) continue;
+        const int lane_tile = item - band * lane_tiles;
+        const TilePixel pixel = tile_pixel(lanes, lane_tile * P::PIXELS + P::load_pixel());
         const int pixel_at =
             pixel.row * p.tile.row_pitch + (pixel.image * p.tile.w.size + pixel.column) * p.tile.pitch;
         const int units = p.cut.units - unit < p.chunk ? p.cut.units - unit : p.chunk;
@@ -146,10 +150,10 @@ GCONV_KERNEL(THREADS, BLOCKS<BACKWARD>) void grouped_conv_kernel(const ConvParam
           for (int i = 0; i < ROWS * OCTETS * 4; ++i)
             acc[i / (OCTETS * 4)][i / 4 % OCTETS][i % 4] = parked[i * THREADS];
         }
-        accumulate<T, SHARE, KH>(acc, p, taps, shared, at.strips, first_strip + band * STRIPS, pixel_at, unit,
-                                 units);
+        accumulate<T, SHARE, KH>(acc, p, taps, shared, strips + band * STRIPS, first_strip + band * STRIPS,
+                                 pixel_at, unit, units);
         if (left <= p.chunk) {
-          R(p, at).finish(acc, slots + item * R::SLOT, pass == 0);
+          R(p, taps, strips, band, lane_tile, lanes).finish(acc, slots + item * R::SLOT, pass == 0);
         } else {
           GCONV_UNROLL
           for (int i = 0; i < ROWS * OCTETS * 4; ++i)

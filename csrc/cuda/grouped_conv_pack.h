@@ -13,7 +13,8 @@ constexpr int PACK_THREADS = 256;
 // bytes:    weight once (or twice: to the groups of a span), packed once
 // accum.:   none
 template <typename T>
-GCONV_KERNEL(PACK_THREADS, 4) void pack_weight_kernel(const PackParams p) {
+GCONV_KERNEL(PACK_THREADS, 4)
+void pack_weight_kernel(const PackParams p) {
   using P = Product<T>;
   const ConvCut& cut = p.cut;
   const int64_t at = int64_t(blockIdx.x) * PACK_THREADS + threadIdx.x;
@@ -41,8 +42,8 @@ GCONV_KERNEL(PACK_THREADS, 4) void pack_weight_kernel(const PackParams p) {
     // The outer index of the weight counts the channels of all groups, the inner one those of a group.
     const int64_t outer = p.transposed ? in : out;
     const int64_t inner = p.transposed ? out % cut.group_out : in % cut.group_in;
-    value = to_float(
-        static_cast<const T*>(p.weight)[outer * p.stride_outer + inner * p.stride_inner + tap * p.stride_tap]);
+    value = to_float(static_cast<const T*>(
+        p.weight)[outer * p.stride_outer + inner * p.stride_inner + tap * p.stride_tap]);
   }
   if constexpr (sizeof(T) == 4 && P::HALF_STEPS == 2) value = float_of(tf32_bits(value));
   static_cast<T*>(p.packed)[at] = from_float<T>(value);

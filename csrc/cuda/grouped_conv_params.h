@@ -37,10 +37,10 @@ GCONV_HOST_DEVICE Strip strip_of(const ConvCut& cut, int index) {
 // Outputs of one parity of rows and of columns, and the taps that reach them.
 struct ConvPass {
   int parity_h, parity_w;
-  int taps, steps;          // steps: of a strip
-  int64_t packed;           // where its weights begin, in weights
-  int table;                // where its offsets begin
-  int offset[9];            // of a tap in the tile, in bytes
+  int taps, steps;           // steps: of a strip
+  int64_t packed;            // where its weights begin, in weights
+  int table;                 // where its offsets begin
+  int offset[9];             // of a tap in the tile, in bytes
   signed char weight[9][3];  // tap kh*3 + kw of the weight, for each row of weights that it meets
 };
 
@@ -60,9 +60,10 @@ struct ConvParams {
   int channel_blocks;      // blocks that share a tile of pixels
   int bands_per_block;     // of channels
   int block_units, chunk;  // units that a block reads, and how many of them at a time
-  // In shared memory: strips, offsets of half-steps, what warps leave for the block, and where units come in
-  // more than one chunk (then a warp has but one tile) the accumulators in between.
-  int strips_at, table_at, slots_at, parked_at;
+  // In shared memory: where the block is and its strips, the offsets of half-steps, where its lanes are, what
+  // warps leave for the block, and where units come in more than one chunk (then a warp has but one tile) the
+  // accumulators in between.
+  int strips_at, table_at, lanes_at, slots_at, parked_at;
 
   const void* packed;
   Nhwc out;

@@ -4,7 +4,7 @@
 
 #include "../grouped_conv.h"
 #include "grouped_conv_params.h"
-#include "grouped_conv_product.h"
+#include "grouped_conv_results.h"
 #include "merge.h"
 
 namespace gconv::cuda {
@@ -129,14 +129,16 @@ struct Planner {
   // Considers tiles of `bands` x `columns` x `side` images with so many bands of channels to a block.
   void consider(const ConvCut& cut, int bands_per_block, int block_units, int chunk, int bands, int columns,
                 int side) {
-    const TileAxis rows = tile_axis(h.step, h.offset, bands * ROWS), line = tile_axis(w.step, w.offset, columns);
+    const TileAxis rows = tile_axis(h.step, h.offset, bands * ROWS),
+                   line = tile_axis(w.step, w.offset, columns);
     const Tile tile = Tile::of(rows, line, side, chunk);
     const int lanes = side * bands * columns, lane_tiles = int(ceil_div(lanes, P::PIXELS));
     const int work = lane_tiles * bands_per_block;
     if (chunk < block_units && work > WARPS) return;
     const int64_t strips_at = tile.bytes();
-    const int64_t table_at = strips_at + int64_t(bands_per_block) * (OCTETS / cut.share) * 16;
-    const int64_t slots_at = table_at + int64_t(std::min(cut.units, chunk)) * taps * 4;
+    const int64_t table_at = strips_at + (1 + int64_t(bands_per_block) * (OCTETS / cut.share)) * 16;
+    const int64_t lanes_at = table_at + int64_t(std::min(cut.units, chunk)) * taps * 4;
+    const int64_t slots_at = lanes_at + int64_t(lane_tiles) * P::PIXELS * 4;
     const int64_t parked_at = slots_at + (sums ? int64_t(work) * (2 * OCTETS * P::OUT + 1) * 4 : 0);
     const int64_t bytes = parked_at + (chunk < block_units ? int64_t(THREADS) * ROWS * OCTETS * 16 : 0);
     if (bytes > device.shared_per_block || lanes > 1024) return;
@@ -148,17 +150,17 @@ struct Planner {
     if (blocks > INT32_MAX) return;
 
     // In cycles: 24 bytes each from L2, and the products.
-    const double read = double(side) * std::min(rows.size, h.in) * std::min(line.size, w.in) * block_units * 16 *
-                        (source.prologue == Prologue::finish ? 2 : 1) / 24;
+    const double read = double(side) * std::min(rows.size, h.in) * std::min(line.size, w.in) * block_units *
+                        16 * (source.prologue == Prologue::finish ? 2 : 1) / 24;
     const double compute = double(work) * (OCTETS / cut.share) * cut.units * taps / 2 *
                            strip_cost<T>(cut.share, plan.rows_of_weights == 3) * (P::PIXELS / 16);
     const double resident =
-        double(std::min<int64_t>(BLOCKS<BACKWARD>, device.shared_per_multiprocessor / (bytes + 1024)));
+        double(std::min<int64_t>(BLOCKS<T, BACKWARD>, device.shared_per_multiprocessor / (bytes + 1024)));
     const double waves = double(blocks) / (std::max(resident, 1.0) * device.multiprocessors);
     // One block alone neither loads while it multiplies nor multiplies while it loads.
     const double alone = 1.0 + 0.5 / (std::max(resident, 1.0) * std::max(resident, 1.0));
-    const double cost = (std::max(read, compute) + 0.3 * std::min(read, compute) + 500) * double(blocks) * alone *
-                        (double(int64_t(waves) + (waves > double(int64_t(waves)))) / waves);
+    const double cost = (std::max(read, compute) + 0.3 * std::min(read, compute) + 500) * double(blocks) *
+                        alone * (double(int64_t(waves) + (waves > double(int64_t(waves)))) / waves);
     if (plan.blocks != 0 && cost >= least) return;
     least = cost;
     ConvParams& p = plan.p;
@@ -167,21 +169,21 @@ struct Planner {
     p.row_tiles = int(row_tiles), p.columns = int(column_tiles), p.tiles = tiles;
     p.channel_blocks = int(channel_blocks), p.bands_per_block = bands_per_block;
     p.block_units = block_units, p.chunk = chunk;
-    p.strips_at = int(strips_at), p.table_at = int(table_at), p.slots_at = int(slots_at);
-    p.parked_at = int(parked_at);
+    p.strips_at = int(strips_at), p.table_at = int(table_at), p.lanes_at = int(lanes_at);
+    p.slots_at = int(slots_at), p.parked_at = int(parked_at);
     plan.blocks = blocks, plan.shared_bytes = bytes;
   }
 
   void consider_tiles(const ConvCut& cut, int bands_per_block, int block_units, int chunk) {
-    const int most_bands = int(std::min<int64_t>(8, ceil_div(h.count, ROWS)));
+    const int most_bands = int(std::min<int64_t>(MOST_BANDS, ceil_div(h.count, ROWS)));
     for (int parts = 1, last = 0; parts <= w.count; ++parts) {
       const int columns = int(ceil_div(w.count, parts));
       if (columns == last) continue;
       last = columns;
-      if (columns <= 256)
+      if (columns <= MOST_COLUMNS)
         for (int bands = 1; bands <= most_bands; ++bands) {
           const bool whole = columns == w.count && bands * ROWS >= h.count;
-          const int most = whole ? int(std::min<int64_t>(16, images)) : 1;
+          const int most = whole ? int(std::min<int64_t>(MOST_IMAGES, images)) : 1;
           for (int side = 1; side <= most; ++side)
             consider(cut, bands_per_block, block_units, chunk, bands, columns, side);
         }
@@ -207,7 +209,8 @@ struct Planner {
               const int tap_row = !reuse ? kh : p.tile.h.tap[0] == 0 ? row : 2 - row;
               pass.weight[pass.taps][row] = (signed char)(tap_row * 3 + kw);
             }
-            const int at = (reuse ? 0 : p.tile.h.tap[kh]) * p.tile.row_pitch + p.tile.w.tap[kw] * p.tile.pitch;
+            const int at =
+                (reuse ? 0 : p.tile.h.tap[kh]) * p.tile.row_pitch + p.tile.w.tap[kw] * p.tile.pitch;
             pass.offset[pass.taps++] = at;
           }
         const int units = p.cut.units;

@@ -4,6 +4,8 @@
 // A warp tile is ROWS output rows x PIXELS lanes x OCTETS octets (of OUT channels). A lane's accumulators are
 // [ROWS][OCTETS][HALVES * VALUES]: HALVES pixels, VALUES channels of each octet.
 #pragma once
+#include <type_traits>
+
 #include "grouped_conv_tile.h"
 
 namespace gconv::cuda {
@@ -11,9 +13,10 @@ namespace gconv::cuda {
 constexpr int THREADS = 128, WARPS = THREADS / WARP;  // of a block
 constexpr int ROWS = 4;
 constexpr int OCTETS = 4;
-// To a multiprocessor: what a thread has of registers. The sums of an input gradient take more of them.
-template <bool BACKWARD>
-constexpr int BLOCKS = BACKWARD ? 3 : 4;
+// To a multiprocessor: what a thread has of registers. The sums of an input gradient take more of them, and
+// so do products on the CUDA cores, which hold all rows of a tile at once.
+template <typename T, bool BACKWARD>
+constexpr int BLOCKS = (std::is_same_v<T, float> ? 3 : 4) - int(BACKWARD);
 
 using Accumulators = float[ROWS][OCTETS][4];
 
@@ -25,8 +28,8 @@ struct alignas(8) WordPair {
 template <typename T>
 struct MatrixProduct {
   static constexpr int PIXELS = 16, OUT = 8, HALVES = 2, VALUES = 2;
-  static constexpr int HALF_STEPS = 2;  // to a step
-  static constexpr int LOW_LANE = 4;    // from this bit on a lane's number tells pixels apart
+  static constexpr int HALF_STEPS = 2;                  // to a step
+  static constexpr int LOW_LANE = 4;                    // from this bit on a lane's number tells pixels apart
   static constexpr int WEIGHTS = 256 / int(sizeof(T));  // of a fragment
 
   // Which pixel of the tile a lane names to load_matrices, and which half-step of two.
@@ -54,8 +57,7 @@ struct MatrixProduct {
     const WordPair* pairs = reinterpret_cast<const WordPair*>(weights) + lane();
     WordPair w[SHARE][KH];
     GCONV_UNROLL
-    for (int o = 0; o < SHARE; ++o)
-      GCONV_UNROLL
+    for (int o = 0; o < SHARE; ++o) GCONV_UNROLL
     for (int kh = 0; kh < KH; ++kh) w[o][kh] = pairs[(o * KH + kh) * WARP];
     GCONV_UNROLL
     for (int i = 0; i < ROWS + KH - 1; ++i) {
@@ -176,15 +178,12 @@ struct Product<float> {
     GCONV_UNROLL
     for (int i = 0; i < ROWS + KH - 1; ++i) a[i] = load_chunk(from + i * row_pitch);
     GCONV_UNROLL
-    for (int o = 0; o < SHARE; ++o)
-      GCONV_UNROLL
-    for (int kh = 0; kh < KH; ++kh)
-      GCONV_UNROLL
+    for (int o = 0; o < SHARE; ++o) GCONV_UNROLL
+    for (int kh = 0; kh < KH; ++kh) GCONV_UNROLL
     for (int in = 0; in < 4; ++in) {
       const Chunk w = load_chunk(weights + ((o * KH + kh) * 4 + in) * 4);
       GCONV_UNROLL
-      for (int r = 0; r < ROWS; ++r)
-        GCONV_UNROLL
+      for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
       for (int out = 0; out < 4; ++out)
         acc[r][first + o][out] += float_of(a[r + kh].word[in]) * float_of(w.word[out]);
     }

@@ -21,6 +21,8 @@
 // channel, is 0, after the prologue too. For two stages leave the barrier and the wait until the next tile
 // has been started. A pixel's channels c of unit u are those from (first_unit + u) * UNIT<T>.
 #pragma once
+#include <type_traits>
+
 #include "verbs.h"
 
 namespace gconv::cuda {
@@ -245,12 +247,16 @@ GCONV_DEVICE void fill_column(const TileSource& source, const Tile& tile, int ro
   }
 }
 
+template <int N>
+using Batch = std::integral_constant<int, N>;
+
 struct TwoChunks {
   Chunk first, second;
 };
 
-// Each thread walks down a column of units, so that all but the row is worked out once.
-template <typename T, int THREADS>
+// Each thread walks down a column of units, so that all but the row is worked out once. ACT, FINISH: whether
+// the source may have that prologue.
+template <typename T, int THREADS, bool ACT = true, bool FINISH = true>
 GCONV_DEVICE void load_tile(const TileSource& source, const Tile& tile, int64_t image, int row, int column,
                             int first_unit, int units, unsigned char* shared) {
   const int slots = tile.images * tile.w.size * units;
@@ -265,33 +271,55 @@ GCONV_DEVICE void load_tile(const TileSource& source, const Tile& tile, int64_t 
     const bool inside = channels > 0 && n < source.images && w >= 0 && w < source.w;
     unsigned char* to = shared + pixel * tile.pitch + u * 16;
     const int64_t x_at = n * source.x.stride_n + w * source.x.stride_w + channel;
-    const auto read_x = [&](int h) {
-      return load_unit<T>(x_data + (h < 0 ? 0 : x_at + h * source.x.stride_h), h < 0 ? 0 : channels,
-                          source.aligned);
+    const int64_t y_at = n * source.y.stride_n + w * source.y.stride_w + channel;
+    const auto fill = [&](auto batch, const auto& read, const auto& make) {
+      fill_column<decltype(batch)::value>(source, tile, row, inside, to, read, make);
     };
-    if (source.prologue == Prologue::none && source.aligned) {
-      for (int at = 0; at < tile.h.size; ++at, to += tile.row_pitch) {
-        const int h = tile_input(tile.h, row, at);
-        const bool within = inside && h >= 0 && h < source.h;
-        copy_async(to, x_data + (within ? x_at + h * source.x.stride_h : 0), within);
+    // Reads what is there at row h of a tensor: whole units, or the last one's few channels.
+    const auto whole = [&](const T* data, int64_t at, int64_t stride_h, int h) {
+      return h < 0 ? Chunk{{0, 0, 0, 0}} : load_chunk_constant(data + at + h * stride_h);
+    };
+    const auto by_element = [&](const T* data, int64_t at, int64_t stride_h, int h) {
+      return load_elements<T>(data + (h < 0 ? 0 : at + h * stride_h), h < 0 ? 0 : channels);
+    };
+    if (source.prologue == Prologue::none) {
+      if (source.aligned) {
+        for (int begin = 0; begin < tile.h.size; begin += tile.h.length) {
+          int h = tile_input(tile.h, row, begin);
+          const T* from = x_data + (x_at + h * source.x.stride_h);
+          const int64_t further = tile.h.jump * source.x.stride_h;
+          for (int i = 0; i < tile.h.length; ++i) {
+            copy_async(to, from, inside && unsigned(h) < unsigned(source.h));
+            h += tile.h.jump, from += further, to += tile.row_pitch;
+          }
+        }
+      } else {
+        fill(
+            Batch<1>{}, [&](int h) { return by_element(x_data, x_at, source.x.stride_h, h); },
+            [](const Chunk& c) { return c; });
       }
-    } else if (source.prologue == Prologue::none) {
-      fill_column<1>(source, tile, row, inside, to, read_x, [](const Chunk& c) { return c; });
-    } else if (source.prologue == Prologue::act) {
+    } else if (ACT && (!FINISH || source.prologue == Prologue::act)) {
       float v[2][UNIT<T>];
       load_vectors<T>(v, source.table, source.c, channel);
-      fill_column<8>(source, tile, row, inside, to, read_x,
-                     [&](const Chunk& c) { return activated<T>(c, v); });
-    } else {
+      const auto make = [&](const Chunk& c) { return activated<T>(c, v); };
+      if (source.aligned)
+        fill(Batch<8>{}, [&](int h) { return whole(x_data, x_at, source.x.stride_h, h); }, make);
+      else
+        fill(Batch<1>{}, [&](int h) { return by_element(x_data, x_at, source.x.stride_h, h); }, make);
+    } else if constexpr (FINISH) {
       float v[6][UNIT<T>];
       load_vectors<T>(v, source.table, source.c, channel);
-      const int64_t y_at = n * source.y.stride_n + w * source.y.stride_w + channel;
-      const auto read_both = [&](int h) {
-        const T* y = y_data + (h < 0 ? 0 : y_at + h * source.y.stride_h);
-        return TwoChunks{read_x(h), load_unit<T>(y, h < 0 ? 0 : channels, source.aligned)};
+      const auto make = [&](const TwoChunks& c) { return finished<T>(c.first, c.second, v); };
+      const auto both = [&](const auto& read) {
+        return [&](int h) {
+          return TwoChunks{read(x_data, x_at, source.x.stride_h, h),
+                           read(y_data, y_at, source.y.stride_h, h)};
+        };
       };
-      fill_column<4>(source, tile, row, inside, to, read_both,
-                     [&](const TwoChunks& c) { return finished<T>(c.first, c.second, v); });
+      if (source.aligned)
+        fill(Batch<4>{}, both(whole), make);
+      else
+        fill(Batch<1>{}, both(by_element), make);
     }
   }
 }

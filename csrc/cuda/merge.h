@@ -35,7 +35,8 @@ GCONV_DEVICE double sum_lines(double v, double* shared) {
 // bytes:    partial once (its second half also in the first pass: the means, from L1)
 // accum.:   double, in the order of the tiles
 template <typename T, bool LAST>
-GCONV_KERNEL(MERGE_CHANNELS* MERGE_LINES, 1) void merge_statistics_kernel(const MergeParams p) {
+GCONV_KERNEL(MERGE_CHANNELS* MERGE_LINES, 1)
+void merge_statistics_kernel(const MergeParams p) {
   double* const shared = reinterpret_cast<double*>(shared_memory());
   const int64_t blocks = (p.c + MERGE_CHANNELS - 1) / MERGE_CHANNELS;
   const int64_t group = int64_t(blockIdx.x) / blocks;
@@ -78,7 +79,8 @@ GCONV_KERNEL(MERGE_CHANNELS* MERGE_LINES, 1) void merge_statistics_kernel(const 
 // bytes:    partial once
 // accum.:   double, in the order of the tiles
 template <typename T, typename Out>
-GCONV_KERNEL(MERGE_CHANNELS* MERGE_LINES, 1) void merge_sums_kernel(const MergeParams p) {
+GCONV_KERNEL(MERGE_CHANNELS* MERGE_LINES, 1)
+void merge_sums_kernel(const MergeParams p) {
   double* const shared = reinterpret_cast<double*>(shared_memory());
   const int64_t blocks = (p.c + MERGE_CHANNELS - 1) / MERGE_CHANNELS;
   const int64_t group = int64_t(blockIdx.x) / blocks;
@@ -113,8 +115,8 @@ inline int64_t sums_workspace(int64_t tiles, int64_t c) {
 
 constexpr int64_t MERGE_SHARED = MERGE_CHANNELS * MERGE_LINES * sizeof(double);
 
-inline void merge_statistics(const char* op, float* partial, int64_t tiles, int64_t c, float* mean, float* var,
-                             Stream stream) {
+inline void merge_statistics(const char* op, float* partial, int64_t tiles, int64_t c, float* mean,
+                             float* var, Stream stream) {
   const int64_t groups = merge_groups(tiles), blocks = (c + MERGE_CHANNELS - 1) / MERGE_CHANNELS;
   const int threads = MERGE_CHANNELS * MERGE_LINES;
   if (groups == 1) {
