@@ -28,11 +28,11 @@ FORMS = {"bfloat16": {}, "float16": {}, "tf32": {"tf32": True}, "float32": {}}
 # octet, blocks that hold some of a group only, unequal channels.
 WIDTHS = [
     (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (4, 4, 16), (5, 5, 3), (8, 8, 4), (12, 12, 2),
-    (16, 16, 2), (24, 24, 2), (32, 32, 2), (40, 40, 1), (56, 56, 1), (1, 2, 9), (2, 1, 9), (3, 5, 4), (4, 8, 3),
-    (8, 4, 3), (16, 24, 2), (5, 16, 2), (24, 8, 2), (3, 64, 1), (2, 32, 3), (96, 8, 1),
+    (16, 16, 2), (24, 24, 2), (32, 32, 2), (40, 40, 1), (56, 56, 1), (1, 2, 9), (2, 1, 9), (3, 5, 4),
+    (4, 8, 3), (8, 4, 3), (16, 24, 2), (5, 16, 2), (24, 8, 2), (3, 64, 1), (2, 32, 3), (96, 8, 1),
 ]  # fmt: skip
-# A row of tiles longer than 64 lanes, taps far apart (each row and column of taps is loaded for itself), images
-# side by side in a tile, strips whose last step is short.
+# A row of tiles longer than 64 lanes, taps far apart (each row and column of taps is loaded for itself),
+# images side by side in a tile, strips whose last step is short.
 FURTHER = [
     (1, (4, 70), (1, 1), (1, 1), (1, 1)),
     (1, (3, 131), (1, 2), (1, 1), (1, 1)),

@@ -283,7 +283,10 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
 // memory and loads from L2, and the barriers between the steps.
 inline double pixel_time(const WgradParams& p, const GroupedConvShape& s) {
   const WeightTiles& t = p.tiles;
-  const double rows_read = double(s.oh) * (p.rows_shared ? 2 : 3);
+  // Of two rows of dy that share what they meet four are read, of others three each.
+  const int last = int(s.oh) - (p.steps - 1) * p.step_rows;
+  const auto read = [&](int rows) { return p.rows_shared ? rows / 2 * 4 + rows % 2 * 3 : rows * 3; };
+  const double rows_read = double(p.steps - 1) * read(p.step_rows) + read(last);
   const double rows_loaded = p.rows.own ? 3.0 * double(s.oh) : double(p.rows.end(int(s.oh)));
   const double products = double(s.oh) * 3 * t.octets * t.pairs * 1.6;
   const double reads = rows_read * t.pairs * 4 + double(s.oh) * t.octets * 2;
@@ -344,14 +347,14 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
 
   p.channel_blocks = p.block.count(p.tiles);
   const int64_t steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
-  // As many splits as fill the device; half as many where what they leave to be summed would be more than a
-  // quarter of what they read.
+  // As many splits as fill the device; half as many where what they leave to be summed would be more than an
+  // eighth of what they read.
   const int64_t read = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k * (q.finish ? 2 : 1)) * element;
   const int64_t left = int64_t(p.parts) * p.tiles.fragments() * FRAGMENT * 4;
   const int64_t resident = p.shared_bytes <= half ? 2 : 1;
   const int64_t once = device.multiprocessors / p.channel_blocks;
   int64_t splits = resident * device.multiprocessors / p.channel_blocks;
-  if (splits > read / (4 * left)) splits = once > read / (4 * left) ? once : read / (4 * left);
+  if (splits > read / (8 * left)) splits = once > read / (8 * left) ? once : read / (8 * left);
   if (splits > steps) splits = steps;
   p.splits = splits < 1 ? 1 : int(splits);
   p.split_steps = int(steps / p.splits), p.longer_splits = int(steps % p.splits);
