@@ -210,6 +210,7 @@ struct Loader {
 
   GCONV_DEVICE Place* places() const { return reinterpret_cast<Place*>(shared + p.places_at); }
   GCONV_DEVICE Own& own() const { return reinterpret_cast<Own*>(shared + p.own_at)[threadIdx.x]; }
+  GCONV_DEVICE Step step(int index) const { return Step(p, own().begin, index); }
   GCONV_DEVICE unsigned char* finish_table() const {
     return shared + p.tables_at + (p.x.prologue == Prologue::act ? 2 * 4 * OCTET * p.x_octets : 0);
   }
@@ -432,24 +433,27 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
     const int block = channels.first_block + tile / p.block.chunks;
     const int chunk = channels.first_chunk + tile % p.block.chunks;
     const bool owns = block < p.tiles.blocks && chunk < p.tiles.chunks;
+    const int more = split < p.longer_splits, steps = p.split_steps + more;
+    const int begin = split * p.split_steps + (more ? split : p.longer_splits);
     const int tiles = (split * p.parts + part) * p.tiles.blocks * p.tiles.chunks;
-    loader.own() = {walk_start(p.x_deal), walk_start(p.dy_deal),
+    loader.own() = {walk_start(p.x_deal),
+                    walk_start(p.dy_deal),
                     owns ? (tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile() : -1,
                     (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T))),
-                    owns ? part : p.lane_groups};
+                    owns ? part : p.lane_groups,
+                    begin,
+                    steps};
     sums.aim(p, channels, owns ? block : channels.first_block, chunk);
   }
   const int* lanes_at = reinterpret_cast<const int*>(shared + p.lanes_at);
 
   // One step is multiplied while the next one is under way.
-  const int more = split < p.longer_splits, steps = p.split_steps + more;
-  const int begin = split * p.split_steps + (more ? split : p.longer_splits);
   loader.fill_tables();
-  for (int i = 0; i <= steps; ++i) {
-    if (i > 0) loader.arrive(Step(p, begin, i - 1));
+  for (int i = 0; i <= loader.own().steps; ++i) {
+    if (i > 0) loader.arrive(loader.step(i - 1));
     block_sync();
-    if (i < steps) {
-      const Step next(p, begin, i);
+    if (i < loader.own().steps) {
+      const Step next = loader.step(i);
       if (i == 0 || next.row == 0) {
         loader.fill_places(next.strip);
         block_sync();
@@ -457,7 +461,7 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
       loader.start(next);
     }
     if (i == 0) continue;
-    const Step arrived(p, begin, i - 1);
+    const Step arrived = loader.step(i - 1);
     const unsigned char* const stage = shared + p.dy_at + arrived.stage * p.step_rows * p.dy_row_pitch;
     for (int g = loader.own().first_group; g < p.lane_groups; g += p.parts) {
       int slot[F::SLOTS];
