@@ -91,37 +91,34 @@ struct Fragments<tf32> {
 // The same ownership of sums without a matrix unit.
 template <>
 struct Fragments<float> {
-  static constexpr int PIXELS = 2, SLOTS = 2, HALVES = 2;
+  static constexpr int PIXELS = 1, SLOTS = 1, HALVES = 2;
   struct X {
-    float v[2][2];  // pixel, half-step
+    float v[2];  // of a half-step each
   };
   template <int OCTETS>
   struct Dy {
-    float v[2][OCTETS][2];  // pixel, octet, channel
+    float v[OCTETS][2];  // two channels
   };
 
-  GCONV_DEVICE static int pixel(int slot) { return slot; }
+  GCONV_DEVICE static int pixel(int) { return 0; }
   GCONV_DEVICE static int half(int h) { return h; }
-  GCONV_DEVICE static void load_x(X& x, const unsigned char* row, const int (&slot)[2],
+  GCONV_DEVICE static void load_x(X& x, const unsigned char* row, const int (&slot)[1],
                                   const int (&offset)[2]) {
-    row += lane() / 4 * 4;
+    row += lane() / 4 * 4 + slot[0];
     GCONV_UNROLL
-    for (int i = 0; i < 4; ++i) x.v[i / 2][i % 2] = shared_float(row + slot[i / 2] + offset[i % 2]);
+    for (int h = 0; h < 2; ++h) x.v[h] = shared_float(row + offset[h]);
   }
   template <int OCTETS>
-  GCONV_DEVICE static void load_dy(Dy<OCTETS>& dy, const unsigned char* from, int pitch) {
+  GCONV_DEVICE static void load_dy(Dy<OCTETS>& dy, const unsigned char* from, int) {
     from += lane() % 4 * 8;
     GCONV_UNROLL
-    for (int i = 0; i < 4 * OCTETS; ++i)
-      dy.v[i / 2 / OCTETS][i / 2 % OCTETS][i % 2] =
-          shared_float(from + i / 2 / OCTETS * pitch + i / 2 % OCTETS * 32 + i % 2 * 4);
+    for (int i = 0; i < 2 * OCTETS; ++i) dy.v[i / 2][i % 2] = shared_float(from + i / 2 * 32 + i % 2 * 4);
   }
   template <int OCTETS>
   GCONV_DEVICE static void multiply(float (&sum)[OCTETS][4], const X& x, const Dy<OCTETS>& dy) {
     GCONV_UNROLL
-    for (int pixel = 0; pixel < 2; ++pixel) GCONV_UNROLL
     for (int o = 0; o < OCTETS; ++o) GCONV_UNROLL
-    for (int d = 0; d < 4; ++d) sum[o][d] += x.v[pixel][d / 2] * dy.v[pixel][o][d % 2];
+    for (int d = 0; d < 4; ++d) sum[o][d] += x.v[d / 2] * dy.v[o][d % 2];
   }
 };
 
@@ -145,34 +142,29 @@ GCONV_DEVICE void walk(uint32_t start, int rows, const Deal& deal, const F& f) {
   }
 }
 
-// What f makes of a unit, four channels at a time lest their vectors take too many registers: f(first of the
-// four, their values as floats).
+// What f makes of a unit, two channels at a time lest their vectors take too many registers: f(first of the
+// two) gives floats, of which the first two count.
 template <typename T, typename F>
-GCONV_DEVICE Chunk by_fours(const F& f) {
+GCONV_DEVICE Chunk by_twos(const F& f) {
   float v[UNIT<T>];
   GCONV_UNROLL
-  for (int i = 0; i < UNIT<T>; i += 4) {
-    const Chunk four = f(i);
-    GCONV_UNROLL
-    for (int j = 0; j < 4; ++j) v[i + j] = float_of(four.word[j]);
+  for (int i = 0; i < UNIT<T>; i += 2) {
+    const Chunk two = f(i);
+    v[i] = float_of(two.word[0]), v[i + 1] = float_of(two.word[1]);
   }
   return unit_of<T>(v);
 }
 template <typename T>
-GCONV_DEVICE Chunk floats_of(const Chunk& unit, int first) {
-  Chunk four;
-  GCONV_UNROLL
-  for (int j = 0; j < 4; ++j) four.word[j] = bits_of(unit_value<T>(unit, first + j));
-  return four;
+GCONV_DEVICE Chunk two_floats(const Chunk& unit, int first) {
+  return {{bits_of(unit_value<T>(unit, first)), bits_of(unit_value<T>(unit, first + 1)), 0, 0}};
 }
-// ROWS rows of a table in shared memory, `channels` floats each, at four channels.
+// ROWS rows of a table in shared memory, `channels` floats each, at two channels.
 template <int ROWS>
 GCONV_DEVICE void shared_vectors(float (&v)[ROWS][4], const unsigned char* table, int channels, int channel) {
   GCONV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const Chunk c = load_chunk(table + (r * channels + channel) * 4);
-    GCONV_UNROLL
-    for (int j = 0; j < 4; ++j) v[r][j] = float_of(c.word[j]);
+    const float* row = reinterpret_cast<const float*>(table) + r * channels + channel;
+    v[r][0] = row[0], v[r][1] = row[1], v[r][2] = v[r][3] = 0.0f;
   }
 }
 
@@ -200,16 +192,11 @@ template <typename T>
 struct Loader {
   const WgradParams& p;
   unsigned char* shared;
-  int x_channel, dy_channel;  // the block's first
-
-  GCONV_DEVICE Loader(const WgradParams& params, unsigned char* memory, const BlockTiles::Channels& channels)
-      : p(params),
-        shared(memory),
-        x_channel(channels.x.first * OCTET),
-        dy_channel(channels.dy.first * OCTET) {}
 
   GCONV_DEVICE Place* places() const { return reinterpret_cast<Place*>(shared + p.places_at); }
   GCONV_DEVICE Own& own() const { return reinterpret_cast<Own*>(shared + p.own_at)[threadIdx.x]; }
+  GCONV_DEVICE int x_channel() const { return own().x_channel; }
+  GCONV_DEVICE int dy_channel() const { return own().dy_channel; }
   GCONV_DEVICE Step step(int index) const { return Step(p, own().begin, index); }
   GCONV_DEVICE unsigned char* finish_table() const {
     return shared + p.tables_at + (p.x.prologue == Prologue::act ? 2 * 4 * OCTET * p.x_octets : 0);
@@ -232,16 +219,16 @@ struct Loader {
       lanes_at[i] = known / p.columns.count * p.x_image_pitch + known % p.columns.count * p.x_pitch;
     }
     if (p.x.prologue == Prologue::act)
-      copy_table(shared + p.tables_at, p.x.table, 2, p.x_octets, x_channel, p.x.c);
+      copy_table(shared + p.tables_at, p.x.table, 2, p.x_octets, x_channel(), p.x.c);
     if (p.dy.prologue == Prologue::finish)
-      copy_table(finish_table(), p.dy.table, 6, p.dy_octets, dy_channel, p.dy.c);
+      copy_table(finish_table(), p.dy.table, 6, p.dy_octets, dy_channel(), p.dy.c);
   }
 
   // What is the same for all steps of a strip.
   GCONV_DEVICE void fill_places(int strip) const {
     const int64_t image = int64_t(strip / p.column_tiles) * p.images;
     const int column = strip % p.column_tiles * p.columns.count;
-    for (int i = int(threadIdx.x); i < p.x_deal.slots + p.dy_deal.slots; i += p.threads) {
+    for (int i = int(threadIdx.x); i < p.x_deal.slots + p.dy_deal.slots; i += own().threads) {
       Place place{-1, 0};
       if (i < p.x_deal.slots) {
         const int m = i / p.columns.size, at = i % p.columns.size, w = tile_input(p.columns, column, at);
@@ -294,15 +281,15 @@ struct Loader {
 
   GCONV_DEVICE void start(const Step& step) const {
     over_x(step, [&](unsigned char* to, int h, const Place& place, int channel) {
-      const int64_t at = place.from + h * p.x.x.stride_h + x_channel + channel;
-      copy(to, p.x.x, p.x.aligned, at, place.from < 0 ? 0 : p.x.c - x_channel - channel);
+      const int64_t at = place.from + h * p.x.x.stride_h + x_channel() + channel;
+      copy(to, p.x.x, p.x.aligned, at, place.from < 0 ? 0 : p.x.c - x_channel() - channel);
     });
     over_dy(step, [&](unsigned char* to, int h, const Place& place, int channel) {
-      const int channels = place.from < 0 ? 0 : p.dy.c - dy_channel - channel;
-      copy(to, p.dy.x, p.dy.aligned, place.from + h * p.dy.x.stride_h + dy_channel + channel, channels);
+      const int channels = place.from < 0 ? 0 : p.dy.c - dy_channel() - channel;
+      copy(to, p.dy.x, p.dy.aligned, place.from + h * p.dy.x.stride_h + dy_channel() + channel, channels);
       if (p.dy.prologue == Prologue::finish)
         copy(to + (p.y_at - p.dy_at), p.dy.y, p.dy.aligned,
-             place.other + h * p.dy.y.stride_h + dy_channel + channel, channels);
+             place.other + h * p.dy.y.stride_h + dy_channel() + channel, channels);
     });
     copy_commit();
   }
@@ -314,20 +301,20 @@ struct Loader {
       over_x(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;  // outside the image stays 0
         const Chunk x = load_chunk(at);
-        store_chunk(at, by_fours<T>([&](int i) {
+        store_chunk(at, by_twos<T>([&](int i) {
                       float v[2][4];
                       shared_vectors(v, shared + p.tables_at, p.x_octets * OCTET, channel + i);
-                      return activated<float>(floats_of<T>(x, i), v);
+                      return activated<float>(two_floats<T>(x, i), v);
                     }));
       });
     if (p.dy.prologue == Prologue::finish)
       over_dy(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;
         const Chunk dy = load_chunk(at), y = load_chunk(at + (p.y_at - p.dy_at));
-        store_chunk(at, by_fours<T>([&](int i) {
+        store_chunk(at, by_twos<T>([&](int i) {
                       float v[6][4];
                       shared_vectors(v, finish_table(), p.dy_octets * OCTET, channel + i);
-                      return finished<float>(floats_of<T>(dy, i), floats_of<T>(y, i), v);
+                      return finished<float>(two_floats<T>(dy, i), two_floats<T>(y, i), v);
                     }));
       });
   }
@@ -354,14 +341,16 @@ struct Sums {
     }
   }
 
-  GCONV_DEVICE void load_x(typename F::X (&x)[PAIRS], const unsigned char* row,
-                           const int (&slot)[F::SLOTS]) const {
+  // f(pair, fragment of a row of x), the next pair's fragment on its way.
+  template <typename Add>
+  GCONV_DEVICE void over_pairs(const unsigned char* row, const int (&slot)[F::SLOTS], const Add& f) const {
+    typename F::X x[2];
+    F::load_x(x[0], row, slot, offset[0]);
     GCONV_UNROLL
-    for (int j = 0; j < PAIRS; ++j) F::load_x(x[j], row, slot, offset[j]);
-  }
-  GCONV_DEVICE void add(int kh, const typename F::X (&x)[PAIRS], const typename F::template Dy<OCTETS>& dy) {
-    GCONV_UNROLL
-    for (int j = 0; j < PAIRS; ++j) F::multiply(value[kh][j], x[j], dy);
+    for (int j = 0; j < PAIRS; ++j) {
+      if (j + 1 < PAIRS) F::load_x(x[(j + 1) % 2], row, slot, offset[j + 1]);
+      f(j, x[j % 2]);
+    }
   }
 
   // Adds one step for one group of lanes, two rows of dy at a time: the four rows of x that they meet are
@@ -379,10 +368,10 @@ struct Sums {
       for (int i = 0; i < 4; ++i) {
         const int h = step.row + r + i - p.rows.pad;
         if (h >= 0 && h < p.x.h && (i < 3 || two)) {
-          typename F::X x[PAIRS];
-          load_x(x, shared + at * p.x_row_pitch, slot);
-          if (i < 3) add(i, x, dy[0]);
-          if (i > 0 && two) add(i - 1, x, dy[1]);
+          over_pairs(shared + at * p.x_row_pitch, slot, [&](int j, const typename F::X& x) {
+            if (i < 3) F::multiply(value[i][j], x, dy[0]);
+            if (i > 0 && two) F::multiply(value[i - 1][j], x, dy[1]);
+          });
         }
         at = at + 1 == p.ring ? 0 : at + 1;
         if (i == 1) ring = at;
@@ -402,9 +391,8 @@ struct Sums {
         const int h = p.rows.image_row(step.row * p.rows.step + entry);
         if (h < 0 || h >= p.x.h) continue;
         const int ring = first + entry < p.ring ? first + entry : first + entry - p.ring;
-        typename F::X x[PAIRS];
-        load_x(x, shared + ring * p.x_row_pitch, slot);
-        add(kh, x, dy);
+        over_pairs(shared + ring * p.x_row_pitch, slot,
+                   [&](int j, const typename F::X& x) { F::multiply(value[kh][j], x, dy); });
       }
     }
   }
@@ -426,7 +414,7 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
   unsigned char* const shared = shared_memory();
   const int split = int(blockIdx.x) / p.channel_blocks;
   const auto channels = p.block.channels(p.tiles, int(blockIdx.x) % p.channel_blocks);
-  const Loader<T> loader(p, shared, channels);
+  const Loader<T> loader{p, shared};
   Sums<T, OCTETS, PAIRS> sums;
   {
     const int tile = warp() % p.warp_tiles, part = warp() / p.warp_tiles;
@@ -442,7 +430,10 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
                     (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T))),
                     owns ? part : p.lane_groups,
                     begin,
-                    steps};
+                    steps,
+                    channels.x.first * OCTET,
+                    channels.dy.first * OCTET,
+                    p.threads};
     sums.aim(p, channels, owns ? block : channels.first_block, chunk);
   }
   const int* lanes_at = reinterpret_cast<const int*>(shared + p.lanes_at);

@@ -147,10 +147,12 @@ struct Place {
 // What a thread keeps in shared memory, for the sums need the registers.
 struct Own {
   uint32_t x_walk, dy_walk;
-  int fragment;      // its warp's first in `partial`; -1 without a warp tile
-  int dy_at;         // its warp tile's dy in a pixel, in bytes
-  int first_group;   // of lanes
-  int begin, steps;  // of its split
+  int fragment;               // its warp's first in `partial`; -1 without a warp tile
+  int dy_at;                  // its warp tile's dy in a pixel, in bytes
+  int first_group;            // of lanes
+  int begin, steps;           // of its split
+  int x_channel, dy_channel;  // its block's first
+  int threads;                // of its block
 };
 
 namespace wgrad {
