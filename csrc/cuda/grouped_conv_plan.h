@@ -136,7 +136,8 @@ struct Planner {
     const int work = lane_tiles * bands_per_block;
     if (chunk < block_units && work > WARPS) return;
     const int64_t strips_at = tile.bytes();
-    const int64_t table_at = strips_at + (1 + int64_t(bands_per_block) * (OCTETS / cut.share)) * 16;
+    const int64_t table_at =
+        strips_at + (BLOCK_TILE_CHUNKS + int64_t(bands_per_block) * (OCTETS / cut.share)) * 16;
     const int64_t lanes_at = table_at + int64_t(std::min(cut.units, chunk)) * taps * 4;
     const int64_t slots_at = lanes_at + int64_t(lane_tiles) * P::PIXELS * 4;
     const int64_t parked_at = slots_at + (sums ? int64_t(work) * (2 * OCTETS * P::OUT + 1) * 4 : 0);

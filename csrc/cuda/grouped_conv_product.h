@@ -13,10 +13,12 @@ namespace gconv::cuda {
 constexpr int THREADS = 128, WARPS = THREADS / WARP;  // of a block
 constexpr int ROWS = 4;
 constexpr int OCTETS = 4;
-// To a multiprocessor: what a thread has of registers. The sums of an input gradient take more of them, and
-// so do products on the CUDA cores, which hold all rows of a tile at once.
+// Blocks to a multiprocessor, that is what a thread has of registers: nothing spills. The sums of an input
+// gradient take more of them than statistics do, and floats more than values of 16 bits.
 template <typename T, bool BACKWARD>
-constexpr int BLOCKS = (std::is_same_v<T, float> ? 3 : 4) - int(BACKWARD);
+constexpr int BLOCKS = std::is_same_v<T, float> ? 2 : BACKWARD || !std::is_same_v<T, bf16> ? 3 : 4;
+                       : sizeof(T) == 4 || BACKWARD ? 3
+                                                    : 4;
 
 using Accumulators = float[ROWS][OCTETS][4];
 
