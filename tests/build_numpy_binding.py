@@ -32,24 +32,26 @@ SANITIZED = [
 
 @dataclass(frozen=True)
 class Module:
-    """What one module is made of: folders and patterns of its sources, further include folders, how far to
-    optimise. A .cu file is compiled as C++."""
+    """What one module is made of: patterns of its sources (a .cu file is compiled as C++), further include
+    folders, how far to optimise. Modules of one folder share their objects."""
 
+    folder: str
     sources: tuple
     includes: tuple = ()
     optimized: tuple = tuple(OPTIMIZED)
 
 
 # The kernels of the GPU run on harness code that a higher optimisation does not speed up, only their build.
-CUDA_HOST = {"includes": ("csrc/cuda", "tests/cuda_host"), "optimized": ("-O2",)}
+CUDA_HOST = {"folder": "cuda_host", "includes": ("csrc/cuda", "tests/cuda_host"), "optimized": ("-O2",)}
 CUDA_HOST_TESTS = ("tests/test_cuda_host.py", "tests/test_cuda_grouped_conv*.py")
 MODULES = {
-    "gconv_kernels_numpy": Module(("tests/numpy_binding.cpp", "csrc/cpu/*.cpp")),
+    "gconv_kernels_numpy": Module("kernels", ("tests/numpy_binding.cpp", "csrc/cpu/*.cpp")),
     "gconv_cuda_host": Module(
-        ("tests/cuda_host/binding.cpp", "tests/cuda_host/cuda_host.cpp", "csrc/cuda/*.cu"), **CUDA_HOST
+        sources=("tests/cuda_host/binding.cpp", "tests/cuda_host/cuda_host.cpp", "csrc/cuda/*.cu"),
+        **CUDA_HOST,
     ),
     "gconv_cuda_verbs": Module(
-        (
+        sources=(
             "tests/cuda_host/verb_binding.cpp",
             "tests/cuda_host/cuda_host.cpp",
             "tests/cuda_host/verb_kernels.cu",
@@ -76,8 +78,18 @@ def compiler():
 
 
 def newer(target, sources):
-    """True if target exists and no source has changed since."""
-    return target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in sources)
+    """True if target exists and no source has changed, or gone, since."""
+    paths = [target, *sources]
+    return all(path.exists() and path.stat().st_mtime <= target.stat().st_mtime for path in paths)
+
+
+def included(result):
+    """What went into an object, by the list that the compiler left beside it; something that never is, if it
+    left none."""
+    listed = result.with_suffix(".d")
+    if not listed.exists():
+        return [listed]
+    return [Path(name) for name in listed.read_text().partition(":")[2].replace("\\\n", " ").split()]
 
 
 def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT, optimized=None):
@@ -86,7 +98,7 @@ def build(name="gconv_kernels_numpy", sanitize=False, root=ROOT, optimized=None)
     import pybind11
 
     module = MODULES[name]
-    folder = root / "build" / ("numpy_binding_sanitized" if sanitize else "numpy_binding") / name
+    folder = root / "build" / ("numpy_binding_sanitized" if sanitize else "numpy_binding") / module.folder
     folder.mkdir(parents=True, exist_ok=True)
     flags = FLAGS + (SANITIZED if sanitize else list(optimized or module.optimized))
     includes = [root / "csrc", *(root / path for path in module.includes)]
@@ -111,17 +123,16 @@ def build_in(target, command, flags, sources, root):
         for old in folder.glob("*.o"):
             old.unlink()
         note.write_text(" ".join(command))
-    folders = ("csrc", "csrc/cpu", "csrc/cuda", "tests", "tests/cuda_host")
-    headers = found(root, [f"{folder}/*.h" for folder in folders])
+    headers = found(root, ["csrc/*.h", "csrc/cpu/*.h"])
 
     def compile_one(source):
         built = built_for_the_extension(source, root) if source.suffix == ".cpp" else None
         if built is not None and "-O3" in flags and newer(built, [source, *headers]):
             return built
         result = folder / f"{source.stem}.o"
-        if not newer(result, [source, *headers]):
+        if not newer(result, included(result)):
             language = ["-x", "c++"] if source.suffix == ".cu" else []
-            subprocess.run([*command, "-c", *language, source, "-o", result], check=True)
+            subprocess.run([*command, "-MMD", "-c", *language, source, "-o", result], check=True)
         return result
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -133,8 +144,10 @@ def build_in(target, command, flags, sources, root):
 
 @functools.cache
 def load(path):
-    """Imports the module from its shared object, once: pybind11 registers its types but once."""
-    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    """Imports the module from its shared object, once: pybind11 registers its types but once. pybind11 knows
+    modules by name, so the name says where the module comes from."""
+    name = f"{str(path.parent).replace('.', '_')}.{path.name.partition('.')[0]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -119,37 +119,52 @@ struct Fragments<float> {
 
 // ---- loading
 
-// Where a thread's units begin, and their walk over `rows`; f(row, slot, unit).
-struct Walk {
-  int unit, slot, row;
-
-  GCONV_DEVICE explicit Walk(const Deal& deal)
-      : unit(int(threadIdx.x) % deal.units),
-        slot(int(threadIdx.x) / deal.units % deal.slots),
-        row(int(threadIdx.x) / deal.units / deal.slots) {}
-
-  template <typename F>
-  GCONV_DEVICE void over(int rows, const Deal& deal, const F& f) const {
-    int u = unit, s = slot, r = row;
-    while (r < rows) {
-      f(r, s, u);
-      u += deal.unit, s += deal.slot, r += deal.row;
-      if (u >= deal.units) u -= deal.units, ++s;
-      if (s >= deal.slots) s -= deal.slots, ++r;
-    }
+// Where a thread's walk over a row's units begins. Kept in shared memory, for the sums need the registers.
+GCONV_DEVICE uint32_t walk_start(const Deal& deal) {
+  const uint32_t t = threadIdx.x, units = uint32_t(deal.units), slots = uint32_t(deal.slots);
+  return t % units | t / units % slots << DEAL_UNIT_BITS | t / units / slots << DEAL_ROW_AT;
+}
+// f(row, slot, unit) of the thread's share of `rows`.
+template <typename F>
+GCONV_DEVICE void walk(uint32_t start, int rows, const Deal& deal, const F& f) {
+  int u = int(start % (1u << DEAL_UNIT_BITS)), r = int(start >> DEAL_ROW_AT);
+  int s = int(start >> DEAL_UNIT_BITS) % (1 << (DEAL_ROW_AT - DEAL_UNIT_BITS));
+  while (r < rows) {
+    f(r, s, u);
+    u += deal.unit, s += deal.slot, r += deal.row;
+    if (u >= deal.units) u -= deal.units, ++s;
+    if (s >= deal.slots) s -= deal.slots, ++r;
   }
-};
+}
 
-// ROWS rows of a table in shared memory, `channels` floats each, at the channels of a unit.
-template <typename T, int ROWS>
-GCONV_DEVICE void shared_vectors(float (&v)[ROWS][UNIT<T>], const unsigned char* table, int channels,
-                                 int channel) {
+// What f makes of a unit, four channels at a time lest their vectors take too many registers: f(first of the
+// four, their values as floats).
+template <typename T, typename F>
+GCONV_DEVICE Chunk by_fours(const F& f) {
+  float v[UNIT<T>];
   GCONV_UNROLL
-  for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
   for (int i = 0; i < UNIT<T>; i += 4) {
-    const Chunk c = load_chunk(table + (r * channels + channel + i) * 4);
+    const Chunk four = f(i);
     GCONV_UNROLL
-    for (int j = 0; j < 4; ++j) v[r][i + j] = float_of(c.word[j]);
+    for (int j = 0; j < 4; ++j) v[i + j] = float_of(four.word[j]);
+  }
+  return unit_of<T>(v);
+}
+template <typename T>
+GCONV_DEVICE Chunk floats_of(const Chunk& unit, int first) {
+  Chunk four;
+  GCONV_UNROLL
+  for (int j = 0; j < 4; ++j) four.word[j] = bits_of(unit_value<T>(unit, first + j));
+  return four;
+}
+// ROWS rows of a table in shared memory, `channels` floats each, at four channels.
+template <int ROWS>
+GCONV_DEVICE void shared_vectors(float (&v)[ROWS][4], const unsigned char* table, int channels, int channel) {
+  GCONV_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    const Chunk c = load_chunk(table + (r * channels + channel) * 4);
+    GCONV_UNROLL
+    for (int j = 0; j < 4; ++j) v[r][j] = float_of(c.word[j]);
   }
 }
 
@@ -183,17 +198,17 @@ struct Loader {
   const WgradParams& p;
   unsigned char* shared;
   int x_channel, dy_channel;  // the block's first
-  Walk x_walk, dy_walk;
 
   GCONV_DEVICE Loader(const WgradParams& params, unsigned char* memory, const BlockTiles::Channels& channels)
       : p(params),
         shared(memory),
         x_channel(channels.x.first * OCTET),
-        dy_channel(channels.dy.first * OCTET),
-        x_walk(params.x_deal),
-        dy_walk(params.dy_deal) {}
+        dy_channel(channels.dy.first * OCTET) {}
 
   GCONV_DEVICE Place* places() const { return reinterpret_cast<Place*>(shared + p.places_at); }
+  GCONV_DEVICE uint32_t* walks() const {
+    return reinterpret_cast<uint32_t*>(shared + p.walks_at) + 2 * threadIdx.x;
+  }
   GCONV_DEVICE unsigned char* finish_table() const {
     return shared + p.tables_at + (p.x.prologue == Prologue::act ? 2 * 4 * OCTET * p.x_octets : 0);
   }
@@ -209,6 +224,7 @@ struct Loader {
 
   // What is the same for all steps.
   GCONV_DEVICE void fill_tables() const {
+    walks()[0] = walk_start(p.x_deal), walks()[1] = walk_start(p.dy_deal);
     int* lanes_at = reinterpret_cast<int*>(shared + p.lanes_at);
     for (int i = int(threadIdx.x); i < p.dy_deal.slots; i += p.threads) {
       const int known = i < p.lanes ? i : p.lanes - 1;  // an idle lane's dy is 0
@@ -221,9 +237,9 @@ struct Loader {
   }
 
   // What is the same for all steps of a strip.
-  GCONV_DEVICE void fill_places(int64_t strip) const {
-    const int64_t image = strip / p.column_tiles * p.images;
-    const int column = int(strip % p.column_tiles) * p.columns.count;
+  GCONV_DEVICE void fill_places(int strip) const {
+    const int64_t image = int64_t(strip / p.column_tiles) * p.images;
+    const int column = strip % p.column_tiles * p.columns.count;
     for (int i = int(threadIdx.x); i < p.x_deal.slots + p.dy_deal.slots; i += p.threads) {
       Place place{-1, 0};
       if (i < p.x_deal.slots) {
@@ -255,7 +271,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_x(const Step& step, const F& f) const {
     const int first = step.slot(p, step.begin);
-    x_walk.over(step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
+    walk(walks()[0], step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
       const int h = p.rows.image_row(step.begin + row);
       if (h < 0 || h >= p.x.h) return;
       const Place place = places()[slot];
@@ -269,7 +285,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_dy(const Step& step, const F& f) const {
     const int stage = p.dy_at + step.stage * p.step_rows * p.dy_row_pitch;
-    dy_walk.over(step.rows, p.dy_deal, [&](int row, int slot, int unit) {
+    walk(walks()[1], step.rows, p.dy_deal, [&](int row, int slot, int unit) {
       unsigned char* to = shared + stage + row * p.dy_row_pitch + slot * p.dy_pitch + unit * 16;
       f(to, step.row + row, places()[p.x_deal.slots + slot], unit * UNIT<T>);
     });
@@ -296,16 +312,22 @@ struct Loader {
     if (p.x.prologue == Prologue::act)
       over_x(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;  // outside the image stays 0
-        float v[2][UNIT<T>];
-        shared_vectors<T>(v, shared + p.tables_at, p.x_octets * OCTET, channel);
-        store_chunk(at, activated<T>(load_chunk(at), v));
+        const Chunk x = load_chunk(at);
+        store_chunk(at, by_fours<T>([&](int i) {
+                      float v[2][4];
+                      shared_vectors(v, shared + p.tables_at, p.x_octets * OCTET, channel + i);
+                      return activated<float>(floats_of<T>(x, i), v);
+                    }));
       });
     if (p.dy.prologue == Prologue::finish)
       over_dy(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;
-        float v[6][UNIT<T>];
-        shared_vectors<T>(v, finish_table(), p.dy_octets * OCTET, channel);
-        store_chunk(at, finished<T>(load_chunk(at), load_chunk(at + (p.y_at - p.dy_at)), v));
+        const Chunk dy = load_chunk(at), y = load_chunk(at + (p.y_at - p.dy_at));
+        store_chunk(at, by_fours<T>([&](int i) {
+                      float v[6][4];
+                      shared_vectors(v, finish_table(), p.dy_octets * OCTET, channel + i);
+                      return finished<float>(floats_of<T>(dy, i), floats_of<T>(y, i), v);
+                    }));
       });
   }
 };
@@ -395,61 +417,60 @@ GCONV_KERNEL(WGRAD_WARPS* WARP, 2)
 void grouped_conv_bwd_weight_kernel(const WgradParams p) {
   using F = Fragments<T>;
   unsigned char* const shared = shared_memory();
-  const int64_t split = int64_t(blockIdx.x) / p.channel_blocks;
+  const int split = int(blockIdx.x) / p.channel_blocks;
   const auto channels = p.block.channels(p.tiles, int(blockIdx.x) % p.channel_blocks);
   const int tile = warp() % p.warp_tiles, part = warp() / p.warp_tiles;
   const int block = channels.first_block + tile / p.block.chunks;
   const int chunk = channels.first_chunk + tile % p.block.chunks;
-  const bool owned = block < p.tiles.blocks && chunk < p.tiles.chunks;
+  // Of the warp's first fragment; less than 0 for a warp without a tile.
+  const int slice = split * p.parts + part, tiles = p.tiles.blocks * p.tiles.chunks;
+  const int first = block < p.tiles.blocks && chunk < p.tiles.chunks
+                        ? (slice * tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile()
+                        : -1;
+  const int dy_at = (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T)));
   const Loader<T> loader(p, shared, channels);
 
   Sums<T, OCTETS, PAIRS> sums;
-  sums.aim(p, channels, owned ? block : channels.first_block, chunk);
-  const int dy_octet = p.tiles.first_octet(block) - channels.dy.first;
+  sums.aim(p, channels, first < 0 ? channels.first_block : block, chunk);
   const int* lanes_at = reinterpret_cast<const int*>(shared + p.lanes_at);
 
-  const int64_t begin = p.total_steps * split / p.splits, end = p.total_steps * (split + 1) / p.splits;
-  Step step{};
-  if (begin < end) {
-    step.strip = begin / p.steps, step.row = int(begin % p.steps) * p.step_rows;
-    step.begin = p.rows.kept(step.row * p.rows.step, p.x.h);
-    step.set_rows(p);
-    loader.fill_tables();
-    loader.fill_places(step.strip);
+  // One step is multiplied while the next one is under way.
+  const int more = split < p.longer_splits, steps = p.split_steps + more;
+  const int begin = split * p.split_steps + (more ? split : p.longer_splits);
+  Step step{}, now{};
+  step.strip = begin / p.steps, step.row = begin % p.steps * p.step_rows;
+  step.begin = p.rows.kept(step.row * p.rows.step, p.x.h);
+  step.set_rows(p);
+  now.strip = -1;
+  loader.fill_tables();
+  for (int i = 0; i <= steps; ++i) {
+    if (i > 0) loader.arrive(now);
     block_sync();
-    loader.start(step);
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    loader.arrive(step);
-    block_sync();
-    const Step now = step;
-    if (i + 1 < end) {
-      step = now.next(p);
+    if (i < steps) {
       if (step.strip != now.strip) {
         loader.fill_places(step.strip);
         block_sync();
       }
       loader.start(step);
     }
-    if (!owned) continue;
-    const unsigned char* const stage = shared + p.dy_at + now.stage * p.step_rows * p.dy_row_pitch;
+    const Step arrived = now;
+    now = step, step = step.next(p);
+    if (i == 0 || first < 0) continue;
+    const unsigned char* const stage = shared + p.dy_at + arrived.stage * p.step_rows * p.dy_row_pitch;
     for (int g = part; g < p.lane_groups; g += p.parts) {
       int slot[F::SLOTS];
       GCONV_UNROLL
       for (int j = 0; j < F::SLOTS; ++j) slot[j] = lanes_at[g * F::PIXELS + F::pixel(j)];
-      const unsigned char* const dy =
-          stage + g * F::PIXELS * p.dy_pitch + dy_octet * (OCTET * int(sizeof(T)));
+      const unsigned char* const dy = stage + g * F::PIXELS * p.dy_pitch + dy_at;
       if constexpr (ROWS_SHARED)
-        sums.add_rows(p, now, shared, slot, dy);
+        sums.add_rows(p, arrived, shared, slot, dy);
       else
-        sums.add_taps(p, now, shared, slot, dy);
+        sums.add_taps(p, arrived, shared, slot, dy);
     }
   }
 
-  if (!owned) return;
-  const int64_t slice = split * p.parts + part;
-  const int64_t first = (slice * p.tiles.blocks + block) * p.tiles.chunks + chunk;
-  float* to = p.partial + first * p.tiles.fragments_of_tile() * FRAGMENT + lane() * 4;
+  if (first < 0) return;
+  float* to = p.partial + int64_t(first) * FRAGMENT + lane() * 4;
   GCONV_UNROLL
   for (int i = 0; i < 3 * PAIRS * OCTETS; ++i, to += FRAGMENT) {
     const float (&v)[4] = sums.value[i / OCTETS / PAIRS][i / OCTETS % PAIRS][i % OCTETS];
@@ -468,7 +489,7 @@ void grouped_conv_bwd_weight_sum_kernel(const WgradParams p) {
   unsigned char* const shared = shared_memory();
   const int fragments = p.tiles.blocks * p.tiles.chunks * p.tiles.fragments_of_tile(),
             index = int(blockIdx.x);
-  const int64_t slices = p.splits * p.parts;
+  const int64_t slices = int64_t(p.splits) * p.parts;
   float sum[4] = {};
   const auto add = [&](const void* from) {
     const Chunk c = load_chunk(from);
@@ -506,7 +527,7 @@ template <typename T, int OCTETS, int PAIRS>
 void launch_sums(const WgradParams& p, Stream stream) {
   const auto kernel = p.rows_shared ? grouped_conv_bwd_weight_kernel<T, OCTETS, PAIRS, true>
                                     : grouped_conv_bwd_weight_kernel<T, OCTETS, PAIRS, false>;
-  launch(OP, kernel, p.splits * p.channel_blocks, p.threads, p.shared_bytes, stream, p);
+  launch(OP, kernel, int64_t(p.splits) * p.channel_blocks, p.threads, p.shared_bytes, stream, p);
 }
 
 // T is what is multiplied, Stored what dweight holds.
@@ -544,7 +565,7 @@ namespace gconv {
 int64_t grouped_conv_bwd_weight_workspace_cuda(const GroupedConvBwdWeightParams& p) {
   if (cuda::nothing(p)) return 0;
   const cuda::WgradParams q = cuda::plan(p);
-  return q.splits * q.parts * q.tiles.fragments() * cuda::FRAGMENT;
+  return int64_t(q.splits) * q.parts * q.tiles.fragments() * cuda::FRAGMENT;
 }
 
 void grouped_conv_bwd_weight_cuda(const GroupedConvBwdWeightParams& p, void* stream) {

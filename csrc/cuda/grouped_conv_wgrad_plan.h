@@ -95,6 +95,9 @@ struct RowList {
   }
 };
 
+// In one word: a unit, a slot of a row and a row.
+constexpr int DEAL_UNIT_BITS = 10, DEAL_ROW_AT = 24;
+
 // Units of 16 bytes dealt to the threads of a block: how far apart two of a thread are.
 struct Deal {
   int units, slots;  // of a row
@@ -103,6 +106,7 @@ struct Deal {
   static Deal of(int units, int slots, int threads) {
     return {units, slots, threads % units, threads / units % slots, threads / units / slots};
   }
+  bool packs() const { return units <= 1 << DEAL_UNIT_BITS && slots <= 1 << (DEAL_ROW_AT - DEAL_UNIT_BITS); }
 };
 
 struct WgradParams {
@@ -121,12 +125,13 @@ struct WgradParams {
   int images, lanes, lane_groups, column_tiles;
   // steps
   RowList rows;
-  int step_rows, steps;  // rows of a step, steps of a strip
-  int64_t total_steps, splits;
+  int step_rows, steps;     // rows of a step, steps of a strip
+  int splits, split_steps;  // steps of a split, of the first `longer_splits` one more
+  int longer_splits;
   // shared memory, in bytes
   int ring;  // rows of x
   int x_pitch, x_image_pitch, x_row_pitch, dy_pitch, dy_row_pitch;
-  int dy_at, y_at, places_at, lanes_at, tables_at;
+  int dy_at, y_at, places_at, walks_at, lanes_at, tables_at;
   int64_t shared_bytes;
   Deal x_deal, dy_deal;
   bool rows_shared;  // an x row meets three rows of dy one after the other
@@ -229,7 +234,7 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
             int(s.pad_h)};
   p.rows_shared = !own_rows && s.stride_h == 1 && s.dil_h == 1;
   p.step_rows = step_rows, p.steps = ceil_div(s.oh, step_rows);
-  p.ring = 0;
+  p.ring = 1;
   for (int first = 0; first < s.oh; first += step_rows) {  // a step's rows and the next one's
     const int next = first + step_rows;
     const auto kept = [&](int entry) { return p.rows.kept(entry, int(s.h)); };
@@ -252,13 +257,14 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
   const int64_t ring_bytes = int64_t(p.ring) * p.x_row_pitch, stage = int64_t(step_rows) * p.dy_row_pitch;
   const bool finish = p.dy.prologue == Prologue::finish;
   const int64_t places = ring_bytes + (finish ? 4 : 2) * stage;
-  const int64_t lanes = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
+  const int64_t walks = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
+  const int64_t lanes = walks + 8 * p.threads;
   const int64_t tables = (lanes + 4 * dy_slots + 15) / 16 * 16;
   p.shared_bytes =
       tables +
       4 * OCTET * ((p.x.prologue == Prologue::act ? 2 * p.x_octets : 0) + (finish ? 6 * p.dy_octets : 0));
   p.dy_at = int(ring_bytes), p.y_at = int(ring_bytes + 2 * stage), p.places_at = int(places);
-  p.lanes_at = int(lanes), p.tables_at = int(tables);
+  p.walks_at = int(walks), p.lanes_at = int(lanes), p.tables_at = int(tables);
   const int octet_units = octet_bytes / 16;
   p.x_deal = Deal::of(p.x_octets * octet_units, x_slots, p.threads);
   p.dy_deal = Deal::of(p.dy_octets * octet_units, dy_slots, p.threads);
@@ -289,7 +295,7 @@ inline bool fit(WgradParams& p, const GroupedConvShape& s, int64_t most, int pix
       for (int rows = 1; rows == 1 || (rows <= s.oh && rows <= 8); ++rows) {
         WgradParams q = base;
         lay_out(q, s, lane_tile(s, lanes), own_rows, rows, pixels, element);
-        if (q.shared_bytes > most) break;
+        if (q.shared_bytes > most || !q.x_deal.packs() || !q.dy_deal.packs()) break;
         const double time = pixel_time(q, s);
         if (best < 0 || time < best) p = q, best = time;
       }
@@ -301,7 +307,8 @@ inline bool fit(WgradParams& p, const GroupedConvShape& s, int64_t most, int pix
 // `pixels` of a group of lanes; `element` bytes.
 inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device& device, int pixels) {
   using namespace wgrad;
-  const GroupedConvShape& s = q.shape;
+  GroupedConvShape s = q.shape;
+  if (s.n == 0 || s.oh == 0 || s.ow == 0) s.n = 0, s.oh = s.ow = 1;  // no pixels: weights of 0
   const int element = q.dtype == DType::f32 ? 4 : 2;
   WgradParams p{};
   p.x = tile_source(q.x, q.act, s.n, s.h, s.w, s.c, element);
@@ -328,7 +335,7 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
   }
 
   p.channel_blocks = p.block.count(p.tiles);
-  p.total_steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
+  const int64_t steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
   // As many splits as fill the device; half as many where what they leave to be summed would be more than a
   // quarter of what they read.
   const int64_t read = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k * (q.finish ? 2 : 1)) * element;
@@ -337,8 +344,9 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
   const int64_t once = device.multiprocessors / p.channel_blocks;
   int64_t splits = resident * device.multiprocessors / p.channel_blocks;
   if (splits > read / (4 * left)) splits = once > read / (4 * left) ? once : read / (4 * left);
-  if (splits > p.total_steps) splits = p.total_steps;
-  p.splits = splits < 1 ? 1 : splits;
+  if (splits > steps) splits = steps;
+  p.splits = splits < 1 ? 1 : int(splits);
+  p.split_steps = int(steps / p.splits), p.longer_splits = int(steps % p.splits);
   return p;
 }
 
