@@ -10,6 +10,7 @@ import grouped_conv_numpy as checks
 import numpy as np
 import numpy_runs
 import pytest
+from build_numpy_binding import ROOT
 from grouped_conv_numpy import BWD_OPTIONS, FWD_OPTIONS, GEOMETRIES, WIDTHS, Case, name
 from numpy_oracle import EPSILON, conv, keep, store, value
 from numpy_runs import assert_same, cuda_runs
@@ -86,15 +87,23 @@ def test_a_padded_tap_is_zero_after_the_activation(cuda_kernels, form):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("width", [(64, 64, 1), (48, 24, 1), (112, 112, 1)], ids=name)
-def test_channels_in_chunks(cuda_kernels, form, width):
+def test_channels_in_chunks(cuda_kernels, form):
     """Where a tile with all units does not fit shared memory they come in several chunks."""
-    runs = runs_of(cuda_kernels, form, shared_per_block=40 * 1024)
-    for geometry, options in ((GEOMETRIES[0], 1), (GEOMETRIES[2], 3)):
-        case = Case(width, geometry)
-        checks.check_fwd(runs, case, *FWD_OPTIONS[options])
-        checks.check_bwd_input(runs, case, *BWD_OPTIONS[options])
-    checks.check_fwd_stats(runs, Case(width, GEOMETRIES[9]))
+    runs = runs_of(cuda_kernels, form, shared_per_block=44 * 1024)
+    for geometry, options in ((GEOMETRIES[0], 1), (GEOMETRIES[5], 2), (GEOMETRIES[2], 3)):
+        checks.check_fwd(runs, Case((600, 8, 1), geometry), *FWD_OPTIONS[options])
+        assert between_chunks(cuda_kernels)
+        checks.check_bwd_input(runs, Case((8, 600, 1), geometry), *BWD_OPTIONS[options])
+        assert between_chunks(cuda_kernels)
+    checks.check_fwd_stats(runs, Case((600, 8, 1), GEOMETRIES[9]))
+
+
+def between_chunks(cuda_kernels):
+    """Whether the last call waited for a chunk to be used before it loaded the next."""
+    lines = (ROOT / "csrc" / "cuda" / "grouped_conv_fwd.h").read_text().splitlines()
+    barriers = [i for i, line in enumerate(lines, 1) if "unit > 0) block_sync()" in line]
+    assert len(barriers) == 1
+    return any(place.endswith(f"grouped_conv_fwd.h:{barriers[0]}") for place in cuda_kernels.passed())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
