@@ -1,6 +1,8 @@
 // Which tiles a convolution is cut into. By shape, type and device alone: every run of an op is cut alike.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
 
 #include "../grouped_conv.h"
 #include "grouped_conv_params.h"

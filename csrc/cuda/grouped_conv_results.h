@@ -179,6 +179,20 @@ struct Results {
     P::from_units(c, v);
   }
 
+  // f(a lane's channel, result, residual or x) of all results.
+  template <typename F>
+  GCONV_DEVICE void with_other(Accumulators& acc, const F& f) const {
+    GCONV_UNROLL
+    for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
+    for (int h = 0; h < P::HALVES; ++h) {
+      float v[OCTETS][P::VALUES];
+      load_other(r, h, v);
+      GCONV_UNROLL
+      for (int i = 0; i < N; ++i)
+        f(i, acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES], v[i / P::VALUES][i % P::VALUES]);
+    }
+  }
+
   // Stores a row of results. Those of 16 bits are rounded here.
   GCONV_DEVICE void store(int r, const Accumulators& acc) const {
     GCONV_UNROLL
@@ -217,17 +231,7 @@ struct Results {
         }
       }
     }
-    if (p.residual.data != nullptr) {
-      GCONV_UNROLL
-      for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
-      for (int h = 0; h < P::HALVES; ++h) {
-        float v[OCTETS][P::VALUES];
-        load_other(r, h, v);
-        GCONV_UNROLL
-        for (int i = 0; i < N; ++i)
-          acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES] += v[i / P::VALUES][i % P::VALUES];
-      }
-    }
+    if (p.residual.data != nullptr) with_other(acc, [](int, float& y, float residual) { y += residual; });
     if (p.relu) {
       GCONV_UNROLL
       for (int i = 0; i < ROWS * OCTETS * 4; ++i) {
@@ -362,20 +366,11 @@ struct Results {
       mean[i] = coefficient(2, s, i % P::VALUES);
       total[i] = normal[i] = 0.0f;
     }
-    GCONV_UNROLL
-    for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
-    for (int h = 0; h < P::HALVES; ++h) {
-      float v[OCTETS][P::VALUES];
-      load_other(r, h, v);
-      GCONV_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const float x = v[i / P::VALUES][i % P::VALUES];
-        float& g = acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES];
-        if (a[i] * x + b[i] <= 0.0f) g = 0.0f;
-        total[i] += g;
-        normal[i] += g * (x - mean[i]);
-      }
-    }
+    with_other(acc, [&](int i, float& g, float x) {
+      if (a[i] * x + b[i] <= 0.0f) g = 0.0f;
+      total[i] += g;
+      normal[i] += g * (x - mean[i]);
+    });
     GCONV_UNROLL
     for (int i = 0; i < N; ++i)
       normal[i] *= coefficient(3, strip_from(i / P::VALUES, P::channel()), i % P::VALUES);
