@@ -111,7 +111,7 @@ GCONV_DEVICE void make_tables(const ConvParams& p, unsigned char* shared, Chunk*
 // bytes:    x (dy, and y with finish) once with the tile's halo, the output once, residual or x once
 // accum.:   float, unit by unit, tap by tap; statistics by warp tile, block, then merge.h
 template <typename T, int SHARE, int KH, bool BACKWARD>
-GCONV_KERNEL(THREADS, (BLOCKS<T, BACKWARD>))
+GCONV_KERNEL(THREADS, BLOCKS<T>)
 void grouped_conv_kernel(const ConvParams p) {
   using P = Product<T>;
   using R = Results<T, SHARE, BACKWARD>;

@@ -158,7 +158,7 @@ struct Planner {
     const double compute = double(work) * (OCTETS / cut.share) * cut.units * taps / 2 *
                            strip_cost<T>(cut.share, plan.rows_of_weights == 3) * (P::PIXELS / 16);
     const double resident =
-        double(std::min<int64_t>(BLOCKS<T, BACKWARD>, device.shared_per_multiprocessor / (bytes + 1024)));
+        double(std::min<int64_t>(BLOCKS<T>, device.shared_per_multiprocessor / (bytes + 1024)));
     const double waves = double(blocks) / (std::max(resident, 1.0) * device.multiprocessors);
     // One block alone neither loads while it multiplies nor multiplies while it loads.
     const double alone = 1.0 + 0.5 / (std::max(resident, 1.0) * std::max(resident, 1.0));

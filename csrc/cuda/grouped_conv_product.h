@@ -13,12 +13,10 @@ namespace gconv::cuda {
 constexpr int THREADS = 128, WARPS = THREADS / WARP;  // of a block
 constexpr int ROWS = 4;
 constexpr int OCTETS = 4;
-// Blocks to a multiprocessor, that is what a thread has of registers: nothing spills. The sums of an input
-// gradient take more of them than statistics do, floats more than values of 16 bits, and f16 more than bf16.
-template <typename T, bool BACKWARD>
-constexpr int BLOCKS = std::is_same_v<T, float>               ? 2
-                       : BACKWARD || !std::is_same_v<T, bf16> ? 3
-                                                              : 4;
+// Blocks to a multiprocessor, that is what a thread has of registers: nothing spills. Products on the CUDA
+// cores hold all rows of a tile at once.
+template <typename T>
+constexpr int BLOCKS = std::is_same_v<T, float> ? 2 : 3;
 
 using Accumulators = float[ROWS][OCTETS][4];
 
