@@ -2,9 +2,9 @@
 // shuffles, launches. Torch-free. nvcc compiles them to the instructions named here; any other compiler takes
 // them from cuda_host.h (tests/cuda_host), which runs the same kernels on a CPU.
 //
-// A fragment is what one lane of a warp holds of a small matrix; the layouts are those of PTX's mma.sync. With
-// g = lane / 4 and t = lane % 4, in words of 32 bits (two 16-bit values or one tf32, the lower index in the
-// lower half):
+// A fragment is what one lane of a warp holds of a small matrix; the layouts are those of PTX's mma.sync.
+// With g = lane / 4 and t = lane % 4, in words of 32 bits (two 16-bit values or one tf32, the lower index in
+// the lower half):
 //
 //   A  16 rows x 32 bytes of K: a[0] (row g, word t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4)
 //   B  32 bytes of K x 8 columns: b[0] (word t, column g), b[1] (word t + 4, column g)
@@ -190,20 +190,20 @@ GCONV_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 template <typename T>
 GCONV_DEVICE void mma_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b);
 
-#define GCONV_MMA(T, K, HALF_K, TYPE)                                                                        \
-  template <>                                                                                                \
-  GCONV_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                  \
-    asm volatile("mma.sync.aligned.m16n8k" K ".row.col.f32." TYPE "." TYPE                                   \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                        \
-  }                                                                                                          \
-  template <>                                                                                                \
-  GCONV_DEVICE void mma_half<T>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {                         \
-    asm volatile("mma.sync.aligned.m16n8k" HALF_K ".row.col.f32." TYPE "." TYPE                              \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                                   \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(b));                                                            \
+#define GCONV_MMA(T, K, HALF_K, TYPE)                                                       \
+  template <>                                                                               \
+  GCONV_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k" K ".row.col.f32." TYPE "." TYPE                  \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));       \
+  }                                                                                         \
+  template <>                                                                               \
+  GCONV_DEVICE void mma_half<T>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {        \
+    asm volatile("mma.sync.aligned.m16n8k" HALF_K ".row.col.f32." TYPE "." TYPE             \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                 \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(b));                                           \
   }
 GCONV_MMA(bf16, "16", "8", "bf16")
 GCONV_MMA(f16, "16", "8", "f16")
@@ -213,7 +213,8 @@ GCONV_MMA(tf32, "8", "4", "tf32")
 // ---- launches
 
 inline void check_cuda(cudaError_t status, const char* op) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(status));
 }
 
 // Starts `kernel` on one argument, a struct; an error of the launch is thrown, naming `op`.
@@ -222,7 +223,8 @@ void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads,
             Stream stream, const Params& params) {
   if (blocks == 0) return;
   if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), op);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+               op);
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream>>>(params);
   check_cuda(cudaGetLastError(), op);
 }
