@@ -52,111 +52,115 @@ auto with_type(const Params& p, const F& f) {
   return f(float{});
 }
 
-template <typename T>
-ConvPlan forward_plan(const GroupedConvFwdParams& p) {
-  const GroupedConvShape& s = p.shape;
-  const TileSource source = tile_source(p.x, p.act, s.n, s.h, s.w, s.c, sizeof(T));
-  const ConvAxis h = forward_axis(s.h, s.oh, s.stride_h, s.pad_h, s.dil_h);
-  const ConvAxis w = forward_axis(s.w, s.ow, s.stride_w, s.pad_w, s.dil_w);
-  const Device device = current_device("grouped_conv_fwd");
-  Planner<T, false> planner{source, h, w, device, s.n, p.mean != nullptr, 0};
-  planner.run(s.c, s.k, s.groups);
-  ConvParams& q = planner.plan.p;
-  q.source = source;
-  q.images = s.n, q.height = int(s.oh), q.width = int(s.ow), q.step_h = q.step_w = 1;
-  q.out = p.y;
-  q.vectors = p.affine, q.residual = p.residual, q.relu = p.relu;
-  q.out_aligned = is_aligned(p.y, s.n, s.oh, s.ow, s.k, sizeof(T)) &&
-                  (p.residual.data == nullptr || is_aligned(p.residual, s.n, s.oh, s.ow, s.k, sizeof(T)));
+// The plan of a convolution of `source` to [images, h.out, w.out, out channels]; `wanted`: statistics or
+// sums.
+template <typename T, bool BACKWARD>
+ConvPlan planned(const TileSource& source, const ConvAxis& h, const ConvAxis& w, int64_t out, int64_t groups,
+                 bool wanted) {
+  const Device device = current_device(BACKWARD ? "grouped_conv_bwd_input" : "grouped_conv_fwd");
+  Planner<T, BACKWARD> planner{source, h, w, device, source.images, wanted, 0};
+  planner.run(source.c, out, groups);
+  ConvParams& p = planner.plan.p;
+  p.source = source;
+  p.images = source.images, p.height = h.out, p.width = w.out, p.step_h = h.parities, p.step_w = w.parities;
   return planner.plan;
 }
 
+// Where results go, and what goes into them besides.
 template <typename T>
-ConvPlan backward_plan(const GroupedConvBwdInputParams& p) {
+void put_results(ConvPlan& plan, const Nhwc& out, const Nhwc& residual, const float* vectors) {
+  ConvParams& p = plan.p;
+  const auto aligned = [&](const Nhwc& v) {
+    return v.data == nullptr || is_aligned(v, p.images, p.height, p.width, p.cut.out, sizeof(T));
+  };
+  p.out = out, p.residual = residual, p.vectors = vectors;
+  p.out_aligned = aligned(out) && aligned(residual);
+}
+
+template <typename T>
+ConvPlan plan_of(const GroupedConvFwdParams& p) {
   const GroupedConvShape& s = p.shape;
-  const TileSource source = tile_source(p.dy, p.y, p.finish, s.n, s.oh, s.ow, s.k, sizeof(T));
-  const ConvAxis h = backward_axis(s.h, s.oh, s.stride_h, s.pad_h, s.dil_h);
-  const ConvAxis w = backward_axis(s.w, s.ow, s.stride_w, s.pad_w, s.dil_w);
-  const Device device = current_device("grouped_conv_bwd_input");
-  Planner<T, true> planner{source, h, w, device, s.n, p.act != nullptr, 0};
-  planner.run(s.k, s.c, s.groups);
-  ConvParams& q = planner.plan.p;
-  q.source = source;
-  q.images = s.n, q.height = int(s.h), q.width = int(s.w);
-  q.step_h = int(s.stride_h), q.step_w = int(s.stride_w);
-  q.out = p.dx;
-  q.vectors = p.act;
-  if (p.act != nullptr) q.residual = p.x;
-  q.out_aligned = is_aligned(p.dx, s.n, s.h, s.w, s.c, sizeof(T)) &&
-                  (p.act == nullptr || is_aligned(p.x, s.n, s.h, s.w, s.c, sizeof(T)));
-  return planner.plan;
+  ConvPlan plan = planned<T, false>(tile_source(p.x, p.act, s.n, s.h, s.w, s.c, sizeof(T)),
+                                    forward_axis(s.h, s.oh, s.stride_h, s.pad_h, s.dil_h),
+                                    forward_axis(s.w, s.ow, s.stride_w, s.pad_w, s.dil_w), s.k, s.groups,
+                                    p.mean != nullptr);
+  put_results<T>(plan, p.y, p.residual, p.affine);
+  plan.p.relu = p.relu;
+  return plan;
+}
+
+template <typename T>
+ConvPlan plan_of(const GroupedConvBwdInputParams& p) {
+  const GroupedConvShape& s = p.shape;
+  ConvPlan plan = planned<T, true>(tile_source(p.dy, p.y, p.finish, s.n, s.oh, s.ow, s.k, sizeof(T)),
+                                   backward_axis(s.h, s.oh, s.stride_h, s.pad_h, s.dil_h),
+                                   backward_axis(s.w, s.ow, s.stride_w, s.pad_w, s.dil_w), s.c, s.groups,
+                                   p.act != nullptr);
+  put_results<T>(plan, p.dx, p.act != nullptr ? p.x : Nhwc{}, p.act);
+  return plan;
 }
 
 bool is_empty(const GroupedConvShape& s) { return s.n == 0 || s.oh == 0 || s.ow == 0; }
+
+// Where the tiles of a convolution have left their partial results, and how many there are.
+struct Partial {
+  float* at;
+  int64_t tiles;
+};
+
+// Everything but the merge; `wanted`: statistics or sums are.
+template <bool BACKWARD, typename Params>
+Partial convolve(const char* op, const Params& p, bool wanted, Stream stream) {
+  Partial partial{p.workspace, 0};
+  if (is_empty(p.shape)) return partial;
+  with_type(p, [&](auto type) {
+    using T = decltype(type);
+    ConvPlan plan = plan_of<T>(p);
+    partial = {p.workspace + plan.packed_floats(sizeof(T)), plan.p.tiles};
+    plan.p.packed = p.workspace;
+    plan.p.partial = wanted ? partial.at : nullptr;
+    const int64_t outer = p.shape.c / p.shape.groups * 9;
+    const PackParams pack{p.weight, outer, p.layout.stride_c, p.layout.stride_tap, BACKWARD};
+    run_conv<T, BACKWARD>(op, plan, pack, p.workspace, stream);
+  });
+  return partial;
+}
+
+// Floats of packed weights and, given their tiles, of partial results.
+template <typename Params, typename F>
+int64_t workspace(const Params& p, bool wanted, const F& partial_floats) {
+  if (is_empty(p.shape)) return partial_floats(0);
+  return with_type(p, [&](auto type) {
+    const ConvPlan plan = plan_of<decltype(type)>(p);
+    return plan.packed_floats(sizeof(type)) + (wanted ? partial_floats(plan.p.tiles) : 0);
+  });
+}
 
 }  // namespace
 }  // namespace cuda
 
 int64_t grouped_conv_fwd_workspace_cuda(const GroupedConvFwdParams& p) {
-  using namespace cuda;
-  const int64_t k = p.shape.k;
-  if (is_empty(p.shape)) return statistics_workspace(0, k);
-  return with_type(p, [&](auto type) {
-    const ConvPlan plan = forward_plan<decltype(type)>(p);
-    return plan.packed_floats(sizeof(type)) + (p.mean != nullptr ? statistics_workspace(plan.p.tiles, k) : 0);
-  });
+  return cuda::workspace(p, p.mean != nullptr,
+                         [&](int64_t tiles) { return cuda::statistics_workspace(tiles, p.shape.k); });
 }
 
 void grouped_conv_fwd_cuda(const GroupedConvFwdParams& p, void* stream) {
-  using namespace cuda;
   const char* op = "grouped_conv_fwd";
-  const Stream on = static_cast<Stream>(stream);
-  float* partial = p.workspace;
-  int64_t tiles = 0;
-  if (!is_empty(p.shape))
-    with_type(p, [&](auto type) {
-      using T = decltype(type);
-      ConvPlan plan = forward_plan<T>(p);
-      partial += plan.packed_floats(sizeof(T));
-      tiles = plan.p.tiles;
-      plan.p.packed = p.workspace;
-      plan.p.partial = p.mean != nullptr ? partial : nullptr;
-      const int64_t outer = p.shape.c / p.shape.groups * 9;
-      const PackParams pack{p.weight, outer, p.layout.stride_c, p.layout.stride_tap, false};
-      run_conv<T, false>(op, plan, pack, p.workspace, on);
-    });
-  if (p.mean != nullptr) merge_statistics(op, partial, tiles, p.shape.k, p.mean, p.var, on);
+  const auto on = static_cast<cuda::Stream>(stream);
+  const auto [partial, tiles] = cuda::convolve<false>(op, p, p.mean != nullptr, on);
+  if (p.mean != nullptr) cuda::merge_statistics(op, partial, tiles, p.shape.k, p.mean, p.var, on);
 }
 
 int64_t grouped_conv_bwd_input_workspace_cuda(const GroupedConvBwdInputParams& p) {
-  using namespace cuda;
-  const int64_t c = p.shape.c;
-  if (is_empty(p.shape)) return sums_workspace(0, 2 * c);
-  return with_type(p, [&](auto type) {
-    const ConvPlan plan = backward_plan<decltype(type)>(p);
-    return plan.packed_floats(sizeof(type)) + (p.act != nullptr ? sums_workspace(plan.p.tiles, 2 * c) : 0);
-  });
+  return cuda::workspace(p, p.act != nullptr,
+                         [&](int64_t tiles) { return cuda::sums_workspace(tiles, 2 * p.shape.c); });
 }
 
 void grouped_conv_bwd_input_cuda(const GroupedConvBwdInputParams& p, void* stream) {
-  using namespace cuda;
   const char* op = "grouped_conv_bwd_input";
-  const Stream on = static_cast<Stream>(stream);
-  float* partial = p.workspace;
-  int64_t tiles = 0;
-  if (!is_empty(p.shape))
-    with_type(p, [&](auto type) {
-      using T = decltype(type);
-      ConvPlan plan = backward_plan<T>(p);
-      partial += plan.packed_floats(sizeof(T));
-      tiles = plan.p.tiles;
-      plan.p.packed = p.workspace;
-      plan.p.partial = p.act != nullptr ? partial : nullptr;
-      const int64_t outer = p.shape.c / p.shape.groups * 9;
-      const PackParams pack{p.weight, outer, p.layout.stride_c, p.layout.stride_tap, true};
-      run_conv<T, true>(op, plan, pack, p.workspace, on);
-    });
-  if (p.sums != nullptr) merge_sums(op, partial, tiles, 2 * p.shape.c, p.sums, on);
+  const auto on = static_cast<cuda::Stream>(stream);
+  const auto [partial, tiles] = cuda::convolve<true>(op, p, p.act != nullptr, on);
+  if (p.act != nullptr) cuda::merge_sums(op, partial, tiles, 2 * p.shape.c, p.sums, on);
 }
 
 }  // namespace gconv

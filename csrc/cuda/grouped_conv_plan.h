@@ -1,6 +1,8 @@
 // Which tiles a convolution is cut into. By shape, type and device alone: every run of an op is cut alike.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
 
 #include "../grouped_conv.h"
 #include "grouped_conv_params.h"
@@ -136,7 +138,8 @@ struct Planner {
     const int work = lane_tiles * bands_per_block;
     if (chunk < block_units && work > WARPS) return;
     const int64_t strips_at = tile.bytes();
-    const int64_t table_at = strips_at + (1 + int64_t(bands_per_block) * (OCTETS / cut.share)) * 16;
+    const int64_t table_at =
+        strips_at + (BLOCK_TILE_CHUNKS + int64_t(bands_per_block) * (OCTETS / cut.share)) * 16;
     const int64_t lanes_at = table_at + int64_t(std::min(cut.units, chunk)) * taps * 4;
     const int64_t slots_at = lanes_at + int64_t(lane_tiles) * P::PIXELS * 4;
     const int64_t parked_at = slots_at + (sums ? int64_t(work) * (2 * OCTETS * P::OUT + 1) * 4 : 0);
@@ -155,7 +158,7 @@ struct Planner {
     const double compute = double(work) * (OCTETS / cut.share) * cut.units * taps / 2 *
                            strip_cost<T>(cut.share, plan.rows_of_weights == 3) * (P::PIXELS / 16);
     const double resident =
-        double(std::min<int64_t>(BLOCKS<T, BACKWARD>, device.shared_per_multiprocessor / (bytes + 1024)));
+        double(std::min<int64_t>(BLOCKS<T>, device.shared_per_multiprocessor / (bytes + 1024)));
     const double waves = double(blocks) / (std::max(resident, 1.0) * device.multiprocessors);
     // One block alone neither loads while it multiplies nor multiplies while it loads.
     const double alone = 1.0 + 0.5 / (std::max(resident, 1.0) * std::max(resident, 1.0));

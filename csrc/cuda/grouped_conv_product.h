@@ -13,10 +13,10 @@ namespace gconv::cuda {
 constexpr int THREADS = 128, WARPS = THREADS / WARP;  // of a block
 constexpr int ROWS = 4;
 constexpr int OCTETS = 4;
-// To a multiprocessor: what a thread has of registers. The sums of an input gradient take more of them, and
-// so do products on the CUDA cores, which hold all rows of a tile at once.
-template <typename T, bool BACKWARD>
-constexpr int BLOCKS = (std::is_same_v<T, float> ? 3 : 4) - int(BACKWARD);
+// Blocks to a multiprocessor, that is what a thread has of registers: nothing spills. Products on the CUDA
+// cores hold all rows of a tile at once.
+template <typename T>
+constexpr int BLOCKS = std::is_same_v<T, float> ? 2 : 3;
 
 using Accumulators = float[ROWS][OCTETS][4];
 

@@ -24,24 +24,32 @@ GCONV_DEVICE TilePixel tile_pixel(const uint32_t* lanes, int lane_index) {
 }
 
 // A strip as a block keeps it in shared memory: its first channel, how many (0: no such strip), and where its
-// units begin in a pixel of the tile, in bytes.
+// units begin in a pixel of the tile, in bytes; and its number.
 struct BlockStrip {
-  int first, count, offset;
+  int first, count, offset, strip;
 };
 GCONV_DEVICE BlockStrip block_strip(const Chunk* strips, int index) {
   const Chunk c = load_chunk(strips + index);
-  return {int(c.word[0]), int(c.word[1]), int(c.word[2])};
+  return {int(c.word[0]), int(c.word[1]), int(c.word[2]), int(c.word[3])};
 }
 
-// Where a block's tile is: its first image and first output. Kept in shared memory before the strips, for
-// registers are scarce while the products are summed.
+// What a block works on: its tile of pixels, by number, first image and first output, and the first input
+// unit that it reads. Kept in shared memory before the strips, for registers are scarce while products are
+// summed.
 struct BlockTile {
-  int64_t image;
-  int row, column;
+  int64_t image, tile;
+  int row, column, unit;
 };
+constexpr int BLOCK_TILE_CHUNKS = 2;
+GCONV_DEVICE void put_block_tile(Chunk* strips, const BlockTile& t) {
+  store_chunk(strips - 2,
+              {{uint32_t(t.image), uint32_t(t.image >> 32), uint32_t(t.row), uint32_t(t.column)}});
+  store_chunk(strips - 1, {{uint32_t(t.tile), uint32_t(t.unit), 0, 0}});
+}
 GCONV_DEVICE BlockTile block_tile(const Chunk* strips) {
-  const Chunk c = load_chunk(strips - 1);
-  return {int64_t(uint64_t(c.word[0]) | uint64_t(c.word[1]) << 32), int(c.word[2]), int(c.word[3])};
+  const Chunk a = load_chunk(strips - 2), b = load_chunk(strips - 1);
+  return {int64_t(uint64_t(a.word[0]) | uint64_t(a.word[1]) << 32), int64_t(b.word[0]), int(a.word[2]),
+          int(a.word[3]), int(b.word[1])};
 }
 
 // ---- over the lanes that hold other pixels of the same channels
@@ -105,9 +113,10 @@ struct Results {
   static constexpr int SLOT = 2 * CHANNELS + 1;  // what a warp tile leaves: two values per channel, a count
 
   const ConvParams& p;
-  const Chunk* strips;        // of the warp's band of channels
-  T* out[P::HALVES];          // channel 0 of this lane's pixels in the first of their rows
-  const T* other[P::HALVES];  // the same of the residual, or of x
+  const Chunk* strips;  // of the warp's band of channels
+  // Where channel 0 of this lane's pixels is in the first of their rows: in the output, and in the residual
+  // or x.
+  int64_t out[P::HALVES], other[P::HALVES];
   int rows[P::HALVES];        // so many of the ROWS there are
   BlockStrip unit[P::UNITS];  // from this lane's units on, to their strips' ends
 
@@ -119,17 +128,16 @@ struct Results {
     for (int h = 0; h < P::HALVES; ++h) {
       const TilePixel pixel = tile_pixel(lanes, lane_tile * P::PIXELS + P::pixel(h));
       const int64_t n = at.image + pixel.image;
-      const int row = (at.row + pixel.row) * p.step_h + pass.parity_h;
-      const int column = (at.column + pixel.column) * p.step_w + pass.parity_w;
+      const int row = (at.row + pixel.row) * step_h() + pass.parity_h;
+      const int column = (at.column + pixel.column) * (BACKWARD ? p.step_w : 1) + pass.parity_w;
       const bool known = pixel.known && n < p.images && column < p.width && row < p.height;
-      const int left = p.step_h == 1 ? p.height - row : (p.height - row + 1) / 2;
+      const int left = step_h() == 1 ? p.height - row : (p.height - row + 1) / 2;
       rows[h] = !known ? 0 : left < ROWS ? left : ROWS;
-      out[h] = static_cast<T*>(p.out.data);
-      other[h] = static_cast<const T*>(p.residual.data);
+      out[h] = 0;
+      other[h] = 0;
       if (known) {
-        out[h] += n * p.out.stride_n + row * p.out.stride_h + column * p.out.stride_w;
-        if (p.residual.data != nullptr)
-          other[h] += n * p.residual.stride_n + row * p.residual.stride_h + column * p.residual.stride_w;
+        out[h] = n * p.out.stride_n + row * p.out.stride_h + column * p.out.stride_w;
+        other[h] = n * p.residual.stride_n + row * p.residual.stride_h + column * p.residual.stride_w;
       }
     }
     GCONV_UNROLL
@@ -144,6 +152,7 @@ struct Results {
     return s;
   }
 
+  GCONV_DEVICE int step_h() const { return BACKWARD ? p.step_h : 1; }
   GCONV_DEVICE bool known(int r, int h) const { return r < rows[h]; }
   // Whether all of this lane's pixels are.
   GCONV_DEVICE bool all_known() const { return rows[0] == ROWS && rows[P::HALVES - 1] == ROWS; }
@@ -158,7 +167,8 @@ struct Results {
     GCONV_UNROLL
     for (int i = 0; i < P::UNITS; ++i) {
       const bool inside = known(r, h) && unit[i].count > 0;
-      const T* from = other[h] + (r * p.step_h * p.residual.stride_h + unit[i].first);
+      const T* from = static_cast<const T*>(p.residual.data) +
+                      (other[h] + r * step_h() * p.residual.stride_h + unit[i].first);
       c[i] = {{0, 0, 0, 0}};
       if (p.out_aligned) {
         if (inside) c[i] = load_chunk_constant(from);
@@ -167,6 +177,20 @@ struct Results {
       }
     }
     P::from_units(c, v);
+  }
+
+  // f(a lane's channel, result, residual or x) of all results.
+  template <typename F>
+  GCONV_DEVICE void with_other(Accumulators& acc, const F& f) const {
+    GCONV_UNROLL
+    for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
+    for (int h = 0; h < P::HALVES; ++h) {
+      float v[OCTETS][P::VALUES];
+      load_other(r, h, v);
+      GCONV_UNROLL
+      for (int i = 0; i < N; ++i)
+        f(i, acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES], v[i / P::VALUES][i % P::VALUES]);
+    }
   }
 
   // Stores a row of results. Those of 16 bits are rounded here.
@@ -182,7 +206,7 @@ struct Results {
       GCONV_UNROLL
       for (int i = 0; i < P::UNITS; ++i) {
         if (!known(r, h) || unit[i].count <= 0) continue;
-        T* to = out[h] + (r * p.step_h * p.out.stride_h + unit[i].first);
+        T* to = static_cast<T*>(p.out.data) + (out[h] + r * step_h() * p.out.stride_h + unit[i].first);
         if (p.out_aligned)
           store_chunk(to, c[i]);
         else
@@ -207,17 +231,7 @@ struct Results {
         }
       }
     }
-    if (p.residual.data != nullptr) {
-      GCONV_UNROLL
-      for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
-      for (int h = 0; h < P::HALVES; ++h) {
-        float v[OCTETS][P::VALUES];
-        load_other(r, h, v);
-        GCONV_UNROLL
-        for (int i = 0; i < N; ++i)
-          acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES] += v[i / P::VALUES][i % P::VALUES];
-      }
-    }
+    if (p.residual.data != nullptr) with_other(acc, [](int, float& y, float residual) { y += residual; });
     if (p.relu) {
       GCONV_UNROLL
       for (int i = 0; i < ROWS * OCTETS * 4; ++i) {
@@ -352,20 +366,11 @@ struct Results {
       mean[i] = coefficient(2, s, i % P::VALUES);
       total[i] = normal[i] = 0.0f;
     }
-    GCONV_UNROLL
-    for (int r = 0; r < ROWS; ++r) GCONV_UNROLL
-    for (int h = 0; h < P::HALVES; ++h) {
-      float v[OCTETS][P::VALUES];
-      load_other(r, h, v);
-      GCONV_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const float x = v[i / P::VALUES][i % P::VALUES];
-        float& g = acc[r][i / P::VALUES][h * P::VALUES + i % P::VALUES];
-        if (a[i] * x + b[i] <= 0.0f) g = 0.0f;
-        total[i] += g;
-        normal[i] += g * (x - mean[i]);
-      }
-    }
+    with_other(acc, [&](int i, float& g, float x) {
+      if (a[i] * x + b[i] <= 0.0f) g = 0.0f;
+      total[i] += g;
+      normal[i] += g * (x - mean[i]);
+    });
     GCONV_UNROLL
     for (int i = 0; i < N; ++i)
       normal[i] *= coefficient(3, strip_from(i / P::VALUES, P::channel()), i % P::VALUES);

@@ -28,10 +28,18 @@ struct Fragments {
   }
   template <int OCTETS>
   GCONV_DEVICE static void load_dy(Dy<OCTETS>& dy, const unsigned char* from, int pitch) {
-    static_assert(OCTETS == 1 || OCTETS == 2);
     const unsigned char* row = from + lane() % 16 * pitch;
-    if constexpr (OCTETS == 2) row += lane() / 16 * 16;
-    load_matrices_transposed(dy.r, row);
+    if constexpr (OCTETS > 1) {
+      uint32_t two[4];
+      load_matrices_transposed(two, row + lane() / 16 * 16);
+      GCONV_UNROLL
+      for (int i = 0; i < 4; ++i) dy.r[i] = two[i];
+    }
+    if constexpr (OCTETS % 2 == 1) {
+      uint32_t one[2];
+      load_matrices_transposed(one, row + (OCTETS - 1) * 16);
+      dy.r[2 * OCTETS - 2] = one[0], dy.r[2 * OCTETS - 1] = one[1];
+    }
   }
   template <int OCTETS>
   GCONV_DEVICE static void multiply(float (&sum)[OCTETS][4], const X& x, const Dy<OCTETS>& dy) {
@@ -83,43 +91,40 @@ struct Fragments<tf32> {
 // The same ownership of sums without a matrix unit.
 template <>
 struct Fragments<float> {
-  static constexpr int PIXELS = 2, SLOTS = 2, HALVES = 2;
+  static constexpr int PIXELS = 1, SLOTS = 1, HALVES = 2;
   struct X {
-    float v[2][2];  // pixel, half-step
+    float v[2];  // of a half-step each
   };
   template <int OCTETS>
   struct Dy {
-    float v[2][OCTETS][2];  // pixel, octet, channel
+    float v[OCTETS][2];  // two channels
   };
 
-  GCONV_DEVICE static int pixel(int slot) { return slot; }
+  GCONV_DEVICE static int pixel(int) { return 0; }
   GCONV_DEVICE static int half(int h) { return h; }
-  GCONV_DEVICE static void load_x(X& x, const unsigned char* row, const int (&slot)[2],
+  GCONV_DEVICE static void load_x(X& x, const unsigned char* row, const int (&slot)[1],
                                   const int (&offset)[2]) {
-    row += lane() / 4 * 4;
+    row += lane() / 4 * 4 + slot[0];
     GCONV_UNROLL
-    for (int i = 0; i < 4; ++i) x.v[i / 2][i % 2] = shared_float(row + slot[i / 2] + offset[i % 2]);
+    for (int h = 0; h < 2; ++h) x.v[h] = shared_float(row + offset[h]);
   }
   template <int OCTETS>
-  GCONV_DEVICE static void load_dy(Dy<OCTETS>& dy, const unsigned char* from, int pitch) {
+  GCONV_DEVICE static void load_dy(Dy<OCTETS>& dy, const unsigned char* from, int) {
     from += lane() % 4 * 8;
     GCONV_UNROLL
-    for (int i = 0; i < 4 * OCTETS; ++i)
-      dy.v[i / 2 / OCTETS][i / 2 % OCTETS][i % 2] =
-          shared_float(from + i / 2 / OCTETS * pitch + i / 2 % OCTETS * 32 + i % 2 * 4);
+    for (int i = 0; i < 2 * OCTETS; ++i) dy.v[i / 2][i % 2] = shared_float(from + i / 2 * 32 + i % 2 * 4);
   }
   template <int OCTETS>
   GCONV_DEVICE static void multiply(float (&sum)[OCTETS][4], const X& x, const Dy<OCTETS>& dy) {
     GCONV_UNROLL
-    for (int pixel = 0; pixel < 2; ++pixel) GCONV_UNROLL
     for (int o = 0; o < OCTETS; ++o) GCONV_UNROLL
-    for (int d = 0; d < 4; ++d) sum[o][d] += x.v[pixel][d / 2] * dy.v[pixel][o][d % 2];
+    for (int d = 0; d < 4; ++d) sum[o][d] += x.v[d / 2] * dy.v[o][d % 2];
   }
 };
 
 // ---- loading
 
-// Where a thread's walk over a row's units begins. Kept in shared memory, for the sums need the registers.
+// Where a thread's walk over a row's units begins.
 GCONV_DEVICE uint32_t walk_start(const Deal& deal) {
   const uint32_t t = threadIdx.x, units = uint32_t(deal.units), slots = uint32_t(deal.slots);
   return t % units | t / units % slots << DEAL_UNIT_BITS | t / units / slots << DEAL_ROW_AT;
@@ -137,58 +142,48 @@ GCONV_DEVICE void walk(uint32_t start, int rows, const Deal& deal, const F& f) {
   }
 }
 
-// What f makes of a unit, four channels at a time lest their vectors take too many registers: f(first of the
-// four, their values as floats).
+// What f makes of a unit, two channels at a time lest their vectors take too many registers: f(first of the
+// two) gives floats, of which the first two count.
 template <typename T, typename F>
-GCONV_DEVICE Chunk by_fours(const F& f) {
+GCONV_DEVICE Chunk by_twos(const F& f) {
   float v[UNIT<T>];
   GCONV_UNROLL
-  for (int i = 0; i < UNIT<T>; i += 4) {
-    const Chunk four = f(i);
-    GCONV_UNROLL
-    for (int j = 0; j < 4; ++j) v[i + j] = float_of(four.word[j]);
+  for (int i = 0; i < UNIT<T>; i += 2) {
+    const Chunk two = f(i);
+    v[i] = float_of(two.word[0]), v[i + 1] = float_of(two.word[1]);
   }
   return unit_of<T>(v);
 }
 template <typename T>
-GCONV_DEVICE Chunk floats_of(const Chunk& unit, int first) {
-  Chunk four;
-  GCONV_UNROLL
-  for (int j = 0; j < 4; ++j) four.word[j] = bits_of(unit_value<T>(unit, first + j));
-  return four;
+GCONV_DEVICE Chunk two_floats(const Chunk& unit, int first) {
+  return {{bits_of(unit_value<T>(unit, first)), bits_of(unit_value<T>(unit, first + 1)), 0, 0}};
 }
-// ROWS rows of a table in shared memory, `channels` floats each, at four channels.
+// ROWS rows of a table in shared memory, `channels` floats each, at two channels.
 template <int ROWS>
 GCONV_DEVICE void shared_vectors(float (&v)[ROWS][4], const unsigned char* table, int channels, int channel) {
   GCONV_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    const Chunk c = load_chunk(table + (r * channels + channel) * 4);
-    GCONV_UNROLL
-    for (int j = 0; j < 4; ++j) v[r][j] = float_of(c.word[j]);
+    const float* row = reinterpret_cast<const float*>(table) + r * channels + channel;
+    v[r][0] = row[0], v[r][1] = row[1], v[r][2] = v[r][3] = 0.0f;
   }
 }
 
-// Some output rows of a strip.
+// Some output rows of a strip. Worked out anew wherever it is needed, for the sums need the registers.
 struct Step {
-  int64_t strip;
+  int strip;
   int row, rows;   // first output row, how many
-  int begin, end;  // entries of the list of x's rows that no earlier step has loaded
+  int begin, end;  // entries of the list of x's rows that no earlier step of the split has loaded
   int base;        // ring slot of entry 0, if it were there
   int stage;       // of dy
 
-  GCONV_DEVICE Step next(const WgradParams& p) const {
-    const int last = p.rows.kept(end, p.x.h);
-    Step n{strip, row + rows, 0, last, 0, base, stage ^ 1};
-    if (n.row == p.dy.h) {
-      n.strip = strip + 1, n.row = 0, n.begin = p.rows.kept(0, p.x.h);
-      n.base = (base + last + p.ring - n.begin % p.ring) % p.ring;
-    }
-    n.set_rows(p);
-    return n;
-  }
-  GCONV_DEVICE void set_rows(const WgradParams& p) {
+  // Step `index` of a split that begins at step `first` of all.
+  GCONV_DEVICE Step(const WgradParams& p, int first, int index) {
+    strip = (first + index) / p.steps, row = (first + index - strip * p.steps) * p.step_rows;
     rows = row + p.step_rows < p.dy.h ? p.step_rows : p.dy.h - row;
+    begin = p.rows.kept(index == 0 || row == 0 ? row * p.rows.step : p.rows.end(row), p.x.h);
     end = p.rows.kept(p.rows.end(row + rows), p.x.h);
+    base = (strip - first / p.steps) * p.strip_entries % p.ring;
+    stage = index % 2;
   }
   GCONV_DEVICE int slot(const WgradParams& p, int entry) const { return (base + entry) % p.ring; }
 };
@@ -197,18 +192,12 @@ template <typename T>
 struct Loader {
   const WgradParams& p;
   unsigned char* shared;
-  int x_channel, dy_channel;  // the block's first
-
-  GCONV_DEVICE Loader(const WgradParams& params, unsigned char* memory, const BlockTiles::Channels& channels)
-      : p(params),
-        shared(memory),
-        x_channel(channels.x.first * OCTET),
-        dy_channel(channels.dy.first * OCTET) {}
 
   GCONV_DEVICE Place* places() const { return reinterpret_cast<Place*>(shared + p.places_at); }
-  GCONV_DEVICE uint32_t* walks() const {
-    return reinterpret_cast<uint32_t*>(shared + p.walks_at) + 2 * threadIdx.x;
-  }
+  GCONV_DEVICE Own& own() const { return reinterpret_cast<Own*>(shared + p.own_at)[threadIdx.x]; }
+  GCONV_DEVICE int x_channel() const { return own().x_channel; }
+  GCONV_DEVICE int dy_channel() const { return own().dy_channel; }
+  GCONV_DEVICE Step step(int index) const { return Step(p, own().begin, index); }
   GCONV_DEVICE unsigned char* finish_table() const {
     return shared + p.tables_at + (p.x.prologue == Prologue::act ? 2 * 4 * OCTET * p.x_octets : 0);
   }
@@ -224,23 +213,22 @@ struct Loader {
 
   // What is the same for all steps.
   GCONV_DEVICE void fill_tables() const {
-    walks()[0] = walk_start(p.x_deal), walks()[1] = walk_start(p.dy_deal);
     int* lanes_at = reinterpret_cast<int*>(shared + p.lanes_at);
     for (int i = int(threadIdx.x); i < p.dy_deal.slots; i += p.threads) {
       const int known = i < p.lanes ? i : p.lanes - 1;  // an idle lane's dy is 0
       lanes_at[i] = known / p.columns.count * p.x_image_pitch + known % p.columns.count * p.x_pitch;
     }
     if (p.x.prologue == Prologue::act)
-      copy_table(shared + p.tables_at, p.x.table, 2, p.x_octets, x_channel, p.x.c);
+      copy_table(shared + p.tables_at, p.x.table, 2, p.x_octets, x_channel(), p.x.c);
     if (p.dy.prologue == Prologue::finish)
-      copy_table(finish_table(), p.dy.table, 6, p.dy_octets, dy_channel, p.dy.c);
+      copy_table(finish_table(), p.dy.table, 6, p.dy_octets, dy_channel(), p.dy.c);
   }
 
   // What is the same for all steps of a strip.
   GCONV_DEVICE void fill_places(int strip) const {
     const int64_t image = int64_t(strip / p.column_tiles) * p.images;
     const int column = strip % p.column_tiles * p.columns.count;
-    for (int i = int(threadIdx.x); i < p.x_deal.slots + p.dy_deal.slots; i += p.threads) {
+    for (int i = int(threadIdx.x); i < p.x_deal.slots + p.dy_deal.slots; i += own().threads) {
       Place place{-1, 0};
       if (i < p.x_deal.slots) {
         const int m = i / p.columns.size, at = i % p.columns.size, w = tile_input(p.columns, column, at);
@@ -271,7 +259,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_x(const Step& step, const F& f) const {
     const int first = step.slot(p, step.begin);
-    walk(walks()[0], step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
+    walk(own().x_walk, step.end - step.begin, p.x_deal, [&](int row, int slot, int unit) {
       const int h = p.rows.image_row(step.begin + row);
       if (h < 0 || h >= p.x.h) return;
       const Place place = places()[slot];
@@ -285,7 +273,7 @@ struct Loader {
   template <typename F>
   GCONV_DEVICE void over_dy(const Step& step, const F& f) const {
     const int stage = p.dy_at + step.stage * p.step_rows * p.dy_row_pitch;
-    walk(walks()[1], step.rows, p.dy_deal, [&](int row, int slot, int unit) {
+    walk(own().dy_walk, step.rows, p.dy_deal, [&](int row, int slot, int unit) {
       unsigned char* to = shared + stage + row * p.dy_row_pitch + slot * p.dy_pitch + unit * 16;
       f(to, step.row + row, places()[p.x_deal.slots + slot], unit * UNIT<T>);
     });
@@ -293,15 +281,15 @@ struct Loader {
 
   GCONV_DEVICE void start(const Step& step) const {
     over_x(step, [&](unsigned char* to, int h, const Place& place, int channel) {
-      const int64_t at = place.from + h * p.x.x.stride_h + x_channel + channel;
-      copy(to, p.x.x, p.x.aligned, at, place.from < 0 ? 0 : p.x.c - x_channel - channel);
+      const int64_t at = place.from + h * p.x.x.stride_h + x_channel() + channel;
+      copy(to, p.x.x, p.x.aligned, at, place.from < 0 ? 0 : p.x.c - x_channel() - channel);
     });
     over_dy(step, [&](unsigned char* to, int h, const Place& place, int channel) {
-      const int channels = place.from < 0 ? 0 : p.dy.c - dy_channel - channel;
-      copy(to, p.dy.x, p.dy.aligned, place.from + h * p.dy.x.stride_h + dy_channel + channel, channels);
+      const int channels = place.from < 0 ? 0 : p.dy.c - dy_channel() - channel;
+      copy(to, p.dy.x, p.dy.aligned, place.from + h * p.dy.x.stride_h + dy_channel() + channel, channels);
       if (p.dy.prologue == Prologue::finish)
         copy(to + (p.y_at - p.dy_at), p.dy.y, p.dy.aligned,
-             place.other + h * p.dy.y.stride_h + dy_channel + channel, channels);
+             place.other + h * p.dy.y.stride_h + dy_channel() + channel, channels);
     });
     copy_commit();
   }
@@ -313,20 +301,20 @@ struct Loader {
       over_x(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;  // outside the image stays 0
         const Chunk x = load_chunk(at);
-        store_chunk(at, by_fours<T>([&](int i) {
+        store_chunk(at, by_twos<T>([&](int i) {
                       float v[2][4];
                       shared_vectors(v, shared + p.tables_at, p.x_octets * OCTET, channel + i);
-                      return activated<float>(floats_of<T>(x, i), v);
+                      return activated<float>(two_floats<T>(x, i), v);
                     }));
       });
     if (p.dy.prologue == Prologue::finish)
       over_dy(step, [&](unsigned char* at, int, const Place& place, int channel) {
         if (place.from < 0) return;
         const Chunk dy = load_chunk(at), y = load_chunk(at + (p.y_at - p.dy_at));
-        store_chunk(at, by_fours<T>([&](int i) {
+        store_chunk(at, by_twos<T>([&](int i) {
                       float v[6][4];
                       shared_vectors(v, finish_table(), p.dy_octets * OCTET, channel + i);
-                      return finished<float>(floats_of<T>(dy, i), floats_of<T>(y, i), v);
+                      return finished<float>(two_floats<T>(dy, i), two_floats<T>(y, i), v);
                     }));
       });
   }
@@ -353,33 +341,41 @@ struct Sums {
     }
   }
 
-  GCONV_DEVICE void load_x(typename F::X (&x)[PAIRS], const unsigned char* row,
-                           const int (&slot)[F::SLOTS]) const {
+  // f(pair, fragment of a row of x), the next pair's fragment on its way.
+  template <typename Add>
+  GCONV_DEVICE void over_pairs(const unsigned char* row, const int (&slot)[F::SLOTS], const Add& f) const {
+    typename F::X x[2];
+    F::load_x(x[0], row, slot, offset[0]);
     GCONV_UNROLL
-    for (int j = 0; j < PAIRS; ++j) F::load_x(x[j], row, slot, offset[j]);
-  }
-  GCONV_DEVICE void add(int kh, const typename F::X (&x)[PAIRS], const typename F::template Dy<OCTETS>& dy) {
-    GCONV_UNROLL
-    for (int j = 0; j < PAIRS; ++j) F::multiply(value[kh][j], x[j], dy);
+    for (int j = 0; j < PAIRS; ++j) {
+      if (j + 1 < PAIRS) F::load_x(x[(j + 1) % 2], row, slot, offset[j + 1]);
+      f(j, x[j % 2]);
+    }
   }
 
-  // Adds one step for one group of lanes. Each row of x meets three rows of dy, kept in registers.
+  // Adds one step for one group of lanes, two rows of dy at a time: the four rows of x that they meet are
+  // read once.
   GCONV_DEVICE void add_rows(const WgradParams& p, const Step& step, const unsigned char* shared,
                              const int (&slot)[F::SLOTS], const unsigned char* dy_row) {
-    typename F::template Dy<OCTETS> dy[3] = {};
     int ring = step.slot(p, step.row);
-    for (int i = 0; i < step.rows + 2; ++i) {
-      dy[2] = dy[1], dy[1] = dy[0];
-      if (i < step.rows) F::load_dy(dy[0], dy_row + i * p.dy_row_pitch, p.dy_pitch);
-      const int h = p.rows.image_row(step.row + i);
-      if (h >= 0 && h < p.x.h) {
-        typename F::X x[PAIRS];
-        load_x(x, shared + ring * p.x_row_pitch, slot);
-        if (i < step.rows) add(0, x, dy[0]);
-        if (i >= 1 && i <= step.rows) add(1, x, dy[1]);
-        if (i >= 2) add(2, x, dy[2]);
+    for (int r = 0; r < step.rows; r += 2, dy_row += 2 * p.dy_row_pitch) {
+      const bool two = r + 1 < step.rows;
+      typename F::template Dy<OCTETS> dy[2];
+      F::load_dy(dy[0], dy_row, p.dy_pitch);
+      if (two) F::load_dy(dy[1], dy_row + p.dy_row_pitch, p.dy_pitch);
+      int at = ring;
+      GCONV_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int h = step.row + r + i - p.rows.pad;
+        if (h >= 0 && h < p.x.h && (i < 3 || two)) {
+          over_pairs(shared + at * p.x_row_pitch, slot, [&](int j, const typename F::X& x) {
+            if (i < 3) F::multiply(value[i][j], x, dy[0]);
+            if (i > 0 && two) F::multiply(value[i - 1][j], x, dy[1]);
+          });
+        }
+        at = at + 1 == p.ring ? 0 : at + 1;
+        if (i == 1) ring = at;
       }
-      if (++ring == p.ring) ring = 0;
     }
   }
   // The same with rows of x of their own for each row of dy.
@@ -395,9 +391,8 @@ struct Sums {
         const int h = p.rows.image_row(step.row * p.rows.step + entry);
         if (h < 0 || h >= p.x.h) continue;
         const int ring = first + entry < p.ring ? first + entry : first + entry - p.ring;
-        typename F::X x[PAIRS];
-        load_x(x, shared + ring * p.x_row_pitch, slot);
-        add(kh, x, dy);
+        over_pairs(shared + ring * p.x_row_pitch, slot,
+                   [&](int j, const typename F::X& x) { F::multiply(value[kh][j], x, dy); });
       }
     }
   }
@@ -419,49 +414,51 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
   unsigned char* const shared = shared_memory();
   const int split = int(blockIdx.x) / p.channel_blocks;
   const auto channels = p.block.channels(p.tiles, int(blockIdx.x) % p.channel_blocks);
-  const int tile = warp() % p.warp_tiles, part = warp() / p.warp_tiles;
-  const int block = channels.first_block + tile / p.block.chunks;
-  const int chunk = channels.first_chunk + tile % p.block.chunks;
-  // Of the warp's first fragment; less than 0 for a warp without a tile.
-  const int slice = split * p.parts + part, tiles = p.tiles.blocks * p.tiles.chunks;
-  const int first = block < p.tiles.blocks && chunk < p.tiles.chunks
-                        ? (slice * tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile()
-                        : -1;
-  const int dy_at = (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T)));
-  const Loader<T> loader(p, shared, channels);
-
+  const Loader<T> loader{p, shared};
   Sums<T, OCTETS, PAIRS> sums;
-  sums.aim(p, channels, first < 0 ? channels.first_block : block, chunk);
+  {
+    const int tile = warp() % p.warp_tiles, part = warp() / p.warp_tiles;
+    const int block = channels.first_block + tile / p.block.chunks;
+    const int chunk = channels.first_chunk + tile % p.block.chunks;
+    const bool owns = block < p.tiles.blocks && chunk < p.tiles.chunks;
+    const int more = split < p.longer_splits, steps = p.split_steps + more;
+    const int begin = split * p.split_steps + (more ? split : p.longer_splits);
+    const int tiles = (split * p.parts + part) * p.tiles.blocks * p.tiles.chunks;
+    loader.own() = {walk_start(p.x_deal),
+                    walk_start(p.dy_deal),
+                    owns ? (tiles + block * p.tiles.chunks + chunk) * p.tiles.fragments_of_tile() : -1,
+                    (p.tiles.first_octet(block) - channels.dy.first) * (OCTET * int(sizeof(T))),
+                    owns ? part : p.lane_groups,
+                    begin,
+                    steps,
+                    channels.x.first * OCTET,
+                    channels.dy.first * OCTET,
+                    p.threads};
+    sums.aim(p, channels, owns ? block : channels.first_block, chunk);
+  }
   const int* lanes_at = reinterpret_cast<const int*>(shared + p.lanes_at);
 
   // One step is multiplied while the next one is under way.
-  const int more = split < p.longer_splits, steps = p.split_steps + more;
-  const int begin = split * p.split_steps + (more ? split : p.longer_splits);
-  Step step{}, now{};
-  step.strip = begin / p.steps, step.row = begin % p.steps * p.step_rows;
-  step.begin = p.rows.kept(step.row * p.rows.step, p.x.h);
-  step.set_rows(p);
-  now.strip = -1;
   loader.fill_tables();
-  for (int i = 0; i <= steps; ++i) {
-    if (i > 0) loader.arrive(now);
+  for (int i = 0; i <= loader.own().steps; ++i) {
+    if (i > 0) loader.arrive(loader.step(i - 1));
     block_sync();
-    if (i < steps) {
-      if (step.strip != now.strip) {
-        loader.fill_places(step.strip);
+    if (i < loader.own().steps) {
+      const Step next = loader.step(i);
+      if (i == 0 || next.row == 0) {
+        loader.fill_places(next.strip);
         block_sync();
       }
-      loader.start(step);
+      loader.start(next);
     }
-    const Step arrived = now;
-    now = step, step = step.next(p);
-    if (i == 0 || first < 0) continue;
+    if (i == 0) continue;
+    const Step arrived = loader.step(i - 1);
     const unsigned char* const stage = shared + p.dy_at + arrived.stage * p.step_rows * p.dy_row_pitch;
-    for (int g = part; g < p.lane_groups; g += p.parts) {
+    for (int g = loader.own().first_group; g < p.lane_groups; g += p.parts) {
       int slot[F::SLOTS];
       GCONV_UNROLL
       for (int j = 0; j < F::SLOTS; ++j) slot[j] = lanes_at[g * F::PIXELS + F::pixel(j)];
-      const unsigned char* const dy = stage + g * F::PIXELS * p.dy_pitch + dy_at;
+      const unsigned char* const dy = stage + g * F::PIXELS * p.dy_pitch + loader.own().dy_at;
       if constexpr (ROWS_SHARED)
         sums.add_rows(p, arrived, shared, slot, dy);
       else
@@ -469,8 +466,8 @@ void grouped_conv_bwd_weight_kernel(const WgradParams p) {
     }
   }
 
-  if (first < 0) return;
-  float* to = p.partial + int64_t(first) * FRAGMENT + lane() * 4;
+  if (loader.own().fragment < 0) return;
+  float* to = p.partial + int64_t(loader.own().fragment) * FRAGMENT + lane() * 4;
   GCONV_UNROLL
   for (int i = 0; i < 3 * PAIRS * OCTETS; ++i, to += FRAGMENT) {
     const float (&v)[4] = sums.value[i / OCTETS / PAIRS][i / OCTETS % PAIRS][i % OCTETS];
@@ -533,15 +530,15 @@ void launch_sums(const WgradParams& p, Stream stream) {
 // T is what is multiplied, Stored what dweight holds.
 template <typename T, typename Stored>
 void launch_all(const WgradParams& p, Stream stream) {
-  switch (p.tiles.pairs) {
-    case 2:
+  switch (p.tiles.octets) {
+    case 1:
       launch_sums<T, 1, 2>(p, stream);
       break;
-    case 3:
+    case 2:
       launch_sums<T, 2, 3>(p, stream);
       break;
     default:
-      launch_sums<T, 1, 5>(p, stream);
+      launch_sums<T, 3, 2>(p, stream);
   }
   launch(OP, grouped_conv_bwd_weight_sum_kernel<Stored>, p.tiles.fragments(), WGRAD_WARPS * WARP,
          WGRAD_WARPS * WARP * 16, stream, p);

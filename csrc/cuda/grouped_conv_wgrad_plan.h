@@ -128,10 +128,11 @@ struct WgradParams {
   int step_rows, steps;     // rows of a step, steps of a strip
   int splits, split_steps;  // steps of a split, of the first `longer_splits` one more
   int longer_splits;
+  int strip_entries;  // of the list of x's rows that are kept
   // shared memory, in bytes
   int ring;  // rows of x
   int x_pitch, x_image_pitch, x_row_pitch, dy_pitch, dy_row_pitch;
-  int dy_at, y_at, places_at, walks_at, lanes_at, tables_at;
+  int dy_at, y_at, places_at, own_at, lanes_at, tables_at;
   int64_t shared_bytes;
   Deal x_deal, dy_deal;
   bool rows_shared;  // an x row meets three rows of dy one after the other
@@ -143,6 +144,17 @@ struct Place {
   int64_t other;  // of x: bytes from the start of the row in the tile; of dy: `from` in y
 };
 
+// What a thread keeps in shared memory, for the sums need the registers.
+struct Own {
+  uint32_t x_walk, dy_walk;
+  int fragment;               // its warp's first in `partial`; -1 without a warp tile
+  int dy_at;                  // its warp tile's dy in a pixel, in bytes
+  int first_group;            // of lanes
+  int begin, steps;           // of its split
+  int x_channel, dy_channel;  // its block's first
+  int threads;                // of its block
+};
+
 namespace wgrad {
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -152,7 +164,7 @@ inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 struct Kind {
   int octets, pairs, cycles;
 };
-constexpr Kind KINDS[] = {{1, 2, 12}, {2, 3, 29}, {1, 5, 27}};
+constexpr Kind KINDS[] = {{1, 2, 18}, {2, 3, 29}, {3, 2, 29}};
 
 inline WeightTiles weight_tiles(const GroupedConvShape& s, const Kind& kind) {
   const int group_c = int(s.c / s.groups), group_k = int(s.k / s.groups);
@@ -234,7 +246,7 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
             int(s.pad_h)};
   p.rows_shared = !own_rows && s.stride_h == 1 && s.dil_h == 1;
   p.step_rows = step_rows, p.steps = ceil_div(s.oh, step_rows);
-  p.ring = 1;
+  p.ring = 1, p.strip_entries = p.rows.kept(p.rows.end(int(s.oh)), int(s.h)) - p.rows.kept(0, int(s.h));
   for (int first = 0; first < s.oh; first += step_rows) {  // a step's rows and the next one's
     const int next = first + step_rows;
     const auto kept = [&](int entry) { return p.rows.kept(entry, int(s.h)); };
@@ -257,14 +269,14 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
   const int64_t ring_bytes = int64_t(p.ring) * p.x_row_pitch, stage = int64_t(step_rows) * p.dy_row_pitch;
   const bool finish = p.dy.prologue == Prologue::finish;
   const int64_t places = ring_bytes + (finish ? 4 : 2) * stage;
-  const int64_t walks = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
-  const int64_t lanes = walks + 8 * p.threads;
+  const int64_t own = places + int64_t(sizeof(Place)) * (x_slots + dy_slots);
+  const int64_t lanes = own + int64_t(sizeof(Own)) * p.threads;
   const int64_t tables = (lanes + 4 * dy_slots + 15) / 16 * 16;
   p.shared_bytes =
       tables +
       4 * OCTET * ((p.x.prologue == Prologue::act ? 2 * p.x_octets : 0) + (finish ? 6 * p.dy_octets : 0));
   p.dy_at = int(ring_bytes), p.y_at = int(ring_bytes + 2 * stage), p.places_at = int(places);
-  p.walks_at = int(walks), p.lanes_at = int(lanes), p.tables_at = int(tables);
+  p.own_at = int(own), p.lanes_at = int(lanes), p.tables_at = int(tables);
   const int octet_units = octet_bytes / 16;
   p.x_deal = Deal::of(p.x_octets * octet_units, x_slots, p.threads);
   p.dy_deal = Deal::of(p.dy_octets * octet_units, dy_slots, p.threads);
@@ -274,9 +286,11 @@ inline void lay_out(WgradParams& p, const GroupedConvShape& s, const Lanes& tile
 // memory and loads from L2, and the barriers between the steps.
 inline double pixel_time(const WgradParams& p, const GroupedConvShape& s) {
   const WeightTiles& t = p.tiles;
-  double rows_read = 3.0 * double(s.oh), rows_loaded = 0;
-  if (p.rows_shared) rows_read = double(s.oh + 2 * p.steps);
-  rows_loaded = p.rows.own ? 3.0 * double(s.oh) : double(p.rows.end(int(s.oh)));
+  // Of two rows of dy that share what they meet four are read, of others three each.
+  const int last = int(s.oh) - (p.steps - 1) * p.step_rows;
+  const auto read = [&](int rows) { return p.rows_shared ? rows / 2 * 4 + rows % 2 * 3 : rows * 3; };
+  const double rows_read = double(p.steps - 1) * read(p.step_rows) + read(last);
+  const double rows_loaded = p.rows.own ? 3.0 * double(s.oh) : double(p.rows.end(int(s.oh)));
   const double products = double(s.oh) * 3 * t.octets * t.pairs * 1.6;
   const double reads = rows_read * t.pairs * 4 + double(s.oh) * t.octets * 2;
   const double work = p.lane_groups * p.warp_tiles * (products > reads ? products : reads);
@@ -336,14 +350,14 @@ inline WgradParams wgrad_plan(const GroupedConvBwdWeightParams& q, const Device&
 
   p.channel_blocks = p.block.count(p.tiles);
   const int64_t steps = int64_t(ceil_div(s.n, p.images)) * p.column_tiles * p.steps;
-  // As many splits as fill the device; half as many where what they leave to be summed would be more than a
-  // quarter of what they read.
+  // As many splits as fill the device; half as many where what they leave to be summed would be more than an
+  // eighth of what they read.
   const int64_t read = s.n * (s.h * s.w * s.c + s.oh * s.ow * s.k * (q.finish ? 2 : 1)) * element;
   const int64_t left = int64_t(p.parts) * p.tiles.fragments() * FRAGMENT * 4;
   const int64_t resident = p.shared_bytes <= half ? 2 : 1;
   const int64_t once = device.multiprocessors / p.channel_blocks;
   int64_t splits = resident * device.multiprocessors / p.channel_blocks;
-  if (splits > read / (4 * left)) splits = once > read / (4 * left) ? once : read / (4 * left);
+  if (splits > read / (8 * left)) splits = once > read / (8 * left) ? once : read / (8 * left);
   if (splits > steps) splits = steps;
   p.splits = splits < 1 ? 1 : int(splits);
   p.split_steps = int(steps / p.splits), p.longer_splits = int(steps % p.splits);
