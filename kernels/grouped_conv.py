@@ -264,7 +264,7 @@ def conv_tile(dtype: torch.dtype, cut: Spans, finish: bool, wide: bool = True) -
     """Tile of a convolution; rows are the most it takes at a time. wide: loads are."""
     small = cut.block_c == UNIT and cut.block_k == UNIT
     if not wide:
-        two = dtype is torch.float32 and (small or (finish and cut.chunks > 1))
+        two = (small and dtype is torch.float32) or (finish and cut.chunks > 1)
         return Tile(1, 16, 2 if two else 4)
     if dtype is torch.float32:
         # Without a matrix unit both operands lie in registers: of 32x32 tiles 32 lanes would spill, and so
