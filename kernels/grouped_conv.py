@@ -316,7 +316,7 @@ def conv_tile(dtype: torch.dtype, precision: str, cut: Spans, finish: bool, wide
     every element has an address of its own, in registers."""
     if not wide:
         small = cut.block_c == cut.block_k == UNIT
-        two = dtype is torch.float32 and (small or (finish and cut.chunks > 1))
+        two = (small and dtype is torch.float32) or (finish and cut.chunks > 1)
         return Tile(1, 16, 2 if two else 4)
     load = "finish" if finish else "plain"
     if cut.block_c == cut.block_k == UNIT and cut.chunks > 1:
