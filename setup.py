@@ -248,7 +248,7 @@ if __name__ == "__main__":
         packages=PACKAGES,
         package_dir=FOLDERS,
         package_data={
-            "*": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
+            "": ["*.html", "*.css", "*.js", "*.svg", "*.csv", "*.json", "*.txt", "*.inc", "records/*.csv"]
         },
         **extension_options(),
     )
