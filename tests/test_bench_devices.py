@@ -510,7 +510,7 @@ def program():
     return module
 
 
-def test_what_make_gpu_times_exists_and_takes_25_minutes_at_most():
+def test_what_make_gpu_times_exists_and_takes_nine_minutes_a_part_at_most():
     from gconv.bench.__main__ import _parser
 
     asked = program()
@@ -524,7 +524,29 @@ def test_what_make_gpu_times_exists_and_takes_25_minutes_at_most():
             else:
                 assert shapes.select(options.model)
     assert tuple(seconds) == asked.PARTS
-    assert max(seconds.values()) <= 600 and sum(seconds.values()) <= 1500
+    assert max(seconds.values()) <= asked.SECONDS == 540
+
+
+def test_make_gpu_begins_only_what_fits(monkeypatch):
+    asked, clock, begun = program(), types.SimpleNamespace(now=0.0), []
+
+    def run(name, command, limit):
+        begun.append((name, limit))
+        clock.now += limit
+        return name, "done", limit, True
+
+    def tests():
+        yield run("tests", [], asked.TEST_SECONDS)
+
+    monkeypatch.setattr(asked, "run", run)
+    monkeypatch.setattr(asked, "tests", tests)
+    monkeypatch.setattr(asked, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    rows = list(asked.rows_of(asked.PARTS))
+    assert clock.now <= asked.SECONDS and 1 < len(begun) < len(rows) == 1 + sum(map(len, asked.RUNS.values()))
+    left_out = [row for row in rows if row[1] != "done"]
+    assert left_out and all(row[1].startswith("not begun") and row[3] for row in left_out)
+    clock.now, begun[:] = 0.0, []
+    assert all(row[1] == "done" for goal in asked.RUNS for row in asked.rows_of([goal]))
 
 
 def test_make_gpu_ends_what_takes_too_long(capsys):
