@@ -6,6 +6,7 @@ blocks, warps and lanes in another order, inside guarded buffers.
 
 import functools
 
+import grouped_conv_numpy
 import numpy as np
 import numpy_runs
 import pytest
@@ -26,11 +27,7 @@ cuda_kernels = numpy_runs.cuda_kernels  # a fixture
 FORMS = {"bfloat16": {}, "float16": {}, "tf32": {"tf32": True}, "float32": {}}
 # Every kind of warp tile: channels of one octet, groups of two and of three octets, groups that end within an
 # octet, blocks that hold some of a group only, unequal channels.
-WIDTHS = [
-    (1, 1, 7), (1, 1, 32), (2, 2, 5), (3, 3, 3), (4, 4, 9), (4, 4, 16), (5, 5, 3), (8, 8, 4), (12, 12, 2),
-    (16, 16, 2), (24, 24, 2), (32, 32, 2), (40, 40, 1), (56, 56, 1), (1, 2, 9), (2, 1, 9), (3, 5, 4),
-    (4, 8, 3), (8, 4, 3), (16, 24, 2), (5, 16, 2), (24, 8, 2), (3, 64, 1), (2, 32, 3), (96, 8, 1),
-]  # fmt: skip
+WIDTHS = [*grouped_conv_numpy.WIDTHS, (4, 4, 16), (12, 12, 2), (40, 40, 1), (96, 8, 1)]
 # A row of tiles longer than 64 lanes, taps far apart (each row and column of taps is loaded for itself),
 # images side by side in a tile, strips whose last step is short.
 FURTHER = [

@@ -151,31 +151,23 @@ GCONV_DEVICE void copy_wait() {
 // Matrices of 8 rows x 16 bytes from shared memory; lane i names row i % 8 of matrix i / 8 (lanes beyond the
 // matrices are not looked at but must hold a shared address), and word m of lane l is word l % 4 of row l / 4
 // of matrix m.
-GCONV_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-GCONV_DEVICE void load_matrices(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-// The same with each matrix of 8 x 8 values of 16 bits transposed.
-GCONV_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-GCONV_DEVICE void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
+// load_matrices_transposed: the same with each matrix of 8 x 8 values of 16 bits transposed.
+#define GCONV_LOAD_MATRICES(NAME, LAYOUT)                                                     \
+  GCONV_DEVICE void NAME(uint32_t (&r)[4], const void* row) {                                 \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" LAYOUT ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                             \
+                 : "r"(shared_address(row))                                                   \
+                 : "memory");                                                                 \
+  }                                                                                           \
+  GCONV_DEVICE void NAME(uint32_t (&r)[2], const void* row) {                                 \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" LAYOUT ".shared.b16 {%0, %1}, [%2];"         \
+                 : "=r"(r[0]), "=r"(r[1])                                                     \
+                 : "r"(shared_address(row))                                                   \
+                 : "memory");                                                                 \
+  }
+GCONV_LOAD_MATRICES(load_matrices, "")
+GCONV_LOAD_MATRICES(load_matrices_transposed, ".trans")
+#undef GCONV_LOAD_MATRICES
 
 // Rounds a float for the matrix unit; the bits of a tf32 are those of a float.
 GCONV_DEVICE uint32_t tf32_bits(float v) {
