@@ -281,7 +281,7 @@ def check_names(options: Options) -> None:
     if unknown:
         raise ValueError(f"stem: want some of {', '.join(STEMS)}, got {', '.join(unknown)}")
     there = dict.fromkeys(layer for stem in options.stems for layer in LAYERS[stem])
-    if not names_of(options.layers) <= {name for layer in there for name in (layer.name, str(layer))}:
+    if not names_of(options.layers) <= {name for layer in there for name in (layer.layer, str(layer))}:
         raise ValueError(f"layers: want some of {', '.join(map(str, there))}, got {options.layers!r}")
 
 

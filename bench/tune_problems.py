@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,25 +23,14 @@ WAYS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "tf32"), ("float3
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A convolution, or the normalisation of its c input channels; padding keeps the size at stride 1. It has
-    one `share`-th of the images: a small problem."""
+class Layer(shapes.ConvShape):
+    """A convolution of any kernel size, or the normalisation of its input channels. It has one `share`-th of
+    the images: a small problem."""
 
-    model: str
-    name: str
-    c: int
-    k: int
-    groups: int
-    size: int
-    stride: int = 1
     share: int = 1
 
     def __str__(self) -> str:
-        return f"{self.model}.{self.name}"
-
-    @property
-    def out_size(self) -> int:
-        return (self.size - 1) // self.stride + 1
+        return f"{self.model}.{self.layer}"
 
 
 POINTWISE = (
@@ -60,8 +49,7 @@ POINTWISE = (
 
 
 def _of(shape: shapes.ConvShape) -> Layer:
-    sizes = shape.in_channels, shape.out_channels, shape.groups, shape.size, shape.stride
-    return Layer(shape.model, shape.layer, *sizes)
+    return Layer(**asdict(shape))
 
 
 REGNETS = ("regnet_y_1_6gf", "regnet_y_4gf", "regnet_y_8gf", "regnet_y_16gf")
@@ -99,7 +87,7 @@ def select(stem: str, names: str | None) -> tuple[Layer, ...]:
     """The layers of a stem, or those of them named in the comma-separated `names`, as in s1 or
     resnext50_32x4d.s1."""
     wanted = names_of(names)
-    return tuple(layer for layer in LAYERS[stem] if not wanted or wanted & {layer.name, str(layer)})
+    return tuple(layer for layer in LAYERS[stem] if not wanted or wanted & {layer.layer, str(layer)})
 
 
 # ------------------------------------------------------------------------------------------ problems
@@ -111,8 +99,8 @@ class Tensors:
     def __init__(self, layer: Layer, dtype: torch.dtype, images: int, device: str):
         self.layer, self.dtype, self.device = layer, dtype, device
         self.images = max(1, images // layer.share)
-        self.x_size = (self.images, layer.c, layer.size, layer.size)
-        self.y_size = (self.images, layer.k, layer.out_size, layer.out_size)
+        self.x_size = (self.images, layer.in_channels, layer.size, layer.size)
+        self.y_size = (self.images, layer.out_channels, layer.out_size, layer.out_size)
 
     def activation(self, size: Sequence[int]) -> torch.Tensor:
         n, c, h, w = size
@@ -120,8 +108,8 @@ class Tensors:
         return flat.add_(0.5).permute(0, 3, 1, 2)
 
     def weight(self, taps: int) -> torch.Tensor:
-        terms = self.layer.c // self.layer.groups
-        size = (self.layer.k, terms, taps, taps)
+        terms = self.layer.channels_per_group
+        size = (self.layer.out_channels, terms, taps, taps)
         return (torch.randn(size, device=self.device) / (terms * taps * taps) ** 0.5).to(self.dtype)
 
     def vectors(self, rows: int, channels: int) -> torch.Tensor:
@@ -196,12 +184,12 @@ def _pointwise_calls(layer: Layer):
     stride = [layer.stride, layer.stride]
 
     def forward(t):
-        return t.activation(t.x_size), t.weight(1), stride, t.vectors(2, layer.c)
+        return t.activation(t.x_size), t.weight(1), stride, t.vectors(2, layer.in_channels)
 
     def gradient(t, finish):
         dy, x, w = t.activation(t.y_size), t.activation(t.x_size), t.weight(1)
-        y, table = (t.activation(t.y_size), t.vectors(6, layer.k)) if finish else (None, None)
-        return dy, x, w, stride, y, table, t.vectors(4, layer.c)
+        y, table = (t.activation(t.y_size), t.vectors(6, layer.out_channels)) if finish else (None, None)
+        return dy, x, w, stride, y, table, t.vectors(4, layer.in_channels)
 
     yield "pointwise_conv_fwd_stats", "", forward, None
     for finish in (False, True):
@@ -225,11 +213,11 @@ def _grouped_calls(layer: Layer):
     geometry = _geometry(layer)
 
     def forward(t):
-        return t.activation(t.x_size), t.weight(3), *geometry, t.vectors(2, layer.c)
+        return t.activation(t.x_size), t.weight(3), *geometry, t.vectors(2, layer.in_channels)
 
     def backward(t, finish):
-        gradient = (t.activation(t.y_size), t.vectors(6, layer.k)) if finish else (None, None)
-        masked_by = t.activation(t.x_size), t.vectors(4, layer.c)
+        gradient = (t.activation(t.y_size), t.vectors(6, layer.out_channels)) if finish else (None, None)
+        masked_by = t.activation(t.x_size), t.vectors(4, layer.in_channels)
         return t.activation(t.y_size), t.weight(3), list(t.x_size), *geometry, *gradient, *masked_by
 
     yield "grouped_conv_fwd_stats", "", forward, None
@@ -239,15 +227,15 @@ def _grouped_calls(layer: Layer):
 
 def _wgrad_calls(layer: Layer):
     def arguments(t):
-        gradient = t.activation(t.y_size), t.vectors(6, layer.k)
+        gradient = t.activation(t.y_size), t.vectors(6, layer.out_channels)
         activations = t.activation(t.y_size), t.activation(t.x_size)
-        return *activations, list(t.weight(3).shape), *_geometry(layer), *gradient, t.vectors(2, layer.c)
+        return *activations, list(t.weight(3).shape), *_geometry(layer), *gradient, t.vectors(2, layer.in_channels)
 
     yield "grouped_conv_bwd_weight", "finish", arguments, None
 
 
 def _norm_calls(layer: Layer):
-    c = layer.c
+    c = layer.in_channels
 
     def x(t):
         return t.activation(t.x_size)
