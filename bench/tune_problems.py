@@ -229,7 +229,8 @@ def _wgrad_calls(layer: Layer):
     def arguments(t):
         gradient = t.activation(t.y_size), t.vectors(6, layer.out_channels)
         activations = t.activation(t.y_size), t.activation(t.x_size)
-        return *activations, list(t.weight(3).shape), *_geometry(layer), *gradient, t.vectors(2, layer.in_channels)
+        act = t.vectors(2, layer.in_channels)
+        return *activations, list(t.weight(3).shape), *_geometry(layer), *gradient, act
 
     yield "grouped_conv_bwd_weight", "finish", arguments, None
 
