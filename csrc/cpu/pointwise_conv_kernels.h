@@ -1,9 +1,8 @@
 // The pointwise_conv stages of one instruction set: params to passes, workspace, merging.
 // Included last by pointwise_conv_<isa>.cpp; pointwise_conv.cpp chooses among their tables.
 #pragma once
-#include "pointwise_conv_pass.h"
+#include "pointwise_conv_bwd.h"
 #include "pointwise_conv_table.h"
-#include "pointwise_conv_wgrad.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -67,19 +66,25 @@ inline Pass plan_input_gradient(const PointwiseConvBwdParams& q) {
 // Workspace of a pass: packed weights, then the partial sums.
 inline int64_t pass_floats(const Pass& p) { return p.weight_floats() + p.partial_floats(); }
 
-inline int64_t input_gradient_floats(const PointwiseConvBwdParams& q) {
-  return q.dx.data == nullptr ? 0 : (pass_floats(plan_input_gradient(q)) + 15) / 16 * 16;
-}
-
 inline Wgrad plan_weight_gradient(const PointwiseConvBwdParams& q) {
   Wgrad p{};
   p.dtype = q.dtype;
   p.pixels = q.shape.n * q.shape.oh * q.shape.ow;
   p.x = source_of_x(q.shape, q.x, q.act), p.dy = source_of_dy(q);
   p.dweight = q.dweight;
-  p.partials = q.workspace == nullptr ? nullptr : q.workspace + input_gradient_floats(q);
   plan_cuts(p);
   return p;
+}
+
+inline int64_t input_gradient_floats(const Backward& b) {
+  return b.dx.output.data == nullptr ? 0 : (pass_floats(b.dx) + 15) / 16 * 16;
+}
+
+inline Backward plan_backward(const PointwiseConvBwdParams& q) {
+  Backward b{plan_input_gradient(q), plan_weight_gradient(q), q.shape.k <= JOINT_CHANNELS};
+  if (b.joint) plan_joint(b);
+  b.dw.partials = q.workspace == nullptr ? nullptr : q.workspace + input_gradient_floats(b);
+  return b;
 }
 
 int64_t fwd_workspace(const PointwiseConvFwdParams& q) { return pass_floats(plan_forward(q)); }
@@ -94,21 +99,20 @@ void fwd_merge(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
 }
 
 int64_t bwd_workspace(const PointwiseConvBwdParams& q) {
-  return input_gradient_floats(q) + (q.dweight == nullptr ? 0 : plan_weight_gradient(q).partial_floats());
+  const Backward b = plan_backward(q);
+  return input_gradient_floats(b) + (q.dweight == nullptr ? 0 : b.dw.partial_floats());
 }
 void bwd_pack(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
   pack_weights(plan_input_gradient(q), q.workspace, ith, nth);
 }
-// The weight gradient first: dx leaves past the caches, and reading after that would wait.
 void bwd(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
-  if (q.dweight != nullptr) run_wgrad(plan_weight_gradient(q), ith, nth);
-  if (q.dx.data != nullptr) run_pass(plan_input_gradient(q), ith, nth);
+  run_backward(plan_backward(q), ith, nth);
 }
 void bwd_merge(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
-  if (q.dweight != nullptr) merge_wgrad(plan_weight_gradient(q), ith, nth);
+  const Backward b = plan_backward(q);
+  if (q.dweight != nullptr) merge_wgrad(b.dw, ith, nth);
   if (q.sums == nullptr) return;
-  const Pass p = plan_input_gradient(q);
-  merge_sums(p.partials, p.blocks(), 2 * p.output_channels, q.sums, ith, nth);
+  merge_sums(b.dx.partials, b.dx.blocks(), 2 * b.dx.output_channels, q.sums, ith, nth);
 }
 
 constexpr PointwiseConvTable TABLE = {fwd_workspace, fwd_pack, fwd, fwd_merge,

@@ -148,7 +148,7 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
   const auto row = [&](int64_t i) { return load_lanes(p.mask_act + i * p.output_channels + channel, lanes); };
   const Vec a = row(0), b = row(1), mean = row(2), rstd = row(3);
   const bool stream = p.stream && lanes == LANES;
-  Vec sum = zero(), sum_xhat = zero();
+  Vec sum = zero(), deviations = zero();
   for (int64_t i = 0; i < r.pixels; ++i) {
     const Vec raw = load_lanes(x + r.mask_at[i], lanes);
     Vec g = relu_mask(load(values + i * LANES), fma(a, raw, b));
@@ -163,10 +163,10 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
         store_lanes(at, g, lanes);
     }
     sum = add(sum, g);
-    sum_xhat = fma(g, mul(sub(raw, mean), rstd), sum_xhat);
+    deviations = fma(g, sub(raw, mean), deviations);
   }
   sums[0].add(sum);
-  sums[1].add(sum_xhat);
+  sums[1].add(mul(deviations, rstd));
 }
 
 // The pixels between those of an input gradient's tile: 0, or the residual.
@@ -262,6 +262,12 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
   }
 }
 
+inline void store_sums(const Pass& p, int64_t block, int64_t first_vector, const TaskSums& sums) {
+  if (p.moments || p.mask_act != nullptr)
+    sums.store_partials(p.partials + block * 2 * p.output_channels, p.output_channels, first_vector,
+                        p.moments);
+}
+
 // Floats that a block's results take between cuts, or those of two vectors of a tile.
 inline int64_t result_floats(const Pass& p) {
   return (p.depth < p.source_channels ? p.block * p.chunk : 2 * POINT_PIXELS) * LANES;
@@ -286,9 +292,14 @@ void pass_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch) {
       compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums);
     }
   }
-  if (p.moments || p.mask_act != nullptr)
-    sums.store_partials(p.partials + block * 2 * p.output_channels, p.output_channels, first_vector,
-                        p.moments);
+  store_sums(p, block, first_vector, sums);
+}
+
+// Whether results go past the caches.
+template <typename T>
+bool streams_output(const Pass& p) {
+  const int64_t pixels = p.transposed ? p.shape.h * p.shape.w : p.shape.oh * p.shape.ow;
+  return !p.add && streams<T>(p.output, p.shape.n * pixels, p.output_channels);
 }
 
 // A share of the tasks. Those in turn share what is dearer to fetch anew: the weights of a chunk, or the
@@ -300,8 +311,7 @@ inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   const int64_t blocks = p.blocks(), chunks = p.chunks();
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t pixels = p.transposed ? p.shape.h * p.shape.w : p.shape.oh * p.shape.ow;
-    p.stream = !p.add && streams<T>(p.output, p.shape.n * pixels, p.output_channels);
+    p.stream = streams_output<T>(p);
     for (int64_t i = share.begin; i < share.end; ++i)
       pass_task<T>(p, by_chunk ? i % blocks : i / chunks, by_chunk ? i / blocks : i % chunks, scratch);
     if (p.stream) stream_end();

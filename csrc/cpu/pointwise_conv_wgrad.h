@@ -31,6 +31,12 @@ struct Wgrad {
   int64_t row_floats() const { return x.blocks() * LANES; }
   int64_t split_floats() const { return dy.blocks() * LANES * row_floats(); }
   int64_t partial_floats() const { return splits > 1 ? splits * split_floats() : 0; }
+  // More would leave as much of partial results as there is to read, or too few pixels to each.
+  int64_t most_splits() const {
+    const int64_t inputs = pixels * (x.channels + dy.channels);
+    const int64_t least = LEAST_BLOCKS * BLOCK_TILES * POINT_PIXELS;
+    return std::max<int64_t>(1, std::min(inputs / (2 * split_floats()), pixels / least));
+  }
 };
 
 // By shape alone, so that every thread count gives the same bits.
@@ -38,11 +44,7 @@ inline void plan_cuts(Wgrad& p) {
   p.row_chunk = even_piece(p.dy.blocks(), MOST_VECTORS);
   p.vector_chunk = even_piece(p.x.blocks(), MOST_VECTORS);
   const int64_t chunks = p.row_chunks() * p.vector_chunks();
-  const int64_t inputs = p.pixels * (p.x.channels + p.dy.channels);
-  const int64_t least = LEAST_BLOCKS * BLOCK_TILES * POINT_PIXELS;
-  p.splits =
-      std::min({(WGRAD_TASKS + chunks - 1) / chunks, inputs / (2 * p.split_floats()), p.pixels / least});
-  p.splits = std::max<int64_t>(1, p.splits);
+  p.splits = std::min((WGRAD_TASKS + chunks - 1) / chunks, p.most_splits());
 }
 
 // Pixels of both sides, packed, to the rows and vectors of a chunk of dw.
