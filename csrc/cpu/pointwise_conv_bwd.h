@@ -17,7 +17,7 @@ namespace pointwise {
 
 constexpr int64_t JOINT_CHANNELS = 512;
 constexpr int64_t JOINT_FLOATS = 64 * 1024;  // of a chunk's weights, and of its dw
-constexpr int64_t JOINT_TASKS = 16;
+constexpr int64_t JOINT_TASKS = 12;
 constexpr int64_t LEAST_CHUNK = 4;  // vectors: dy is packed for each chunk anew
 
 struct Backward {
