@@ -7,7 +7,8 @@
 // Accumulation: as alone; each task leaves a partial dw and partial sums.
 //
 // dy is read, finished and packed once for both, and the mask of dx finds in the caches the x that dw has
-// read. With more channels of dy than JOINT_CHANNELS, dw or the weights would leave L2, for more than is saved.
+// read. With more channels of dy than JOINT_CHANNELS, dw or the weights would leave L2, for more than is
+// saved.
 #pragma once
 #include "pointwise_conv_wgrad.h"
 
