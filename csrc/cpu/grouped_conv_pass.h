@@ -133,16 +133,21 @@ void finish_forward(const Pass& p, const RowResult& r) {
 struct Band {
   int64_t image, first, rows;  // output rows
   int64_t ring_rows;
-  float* results;       // [row of the band][vector][pixel][LANES]
+  float* results;       // [row of the band][vector][pixel][LANES]; tiles: [vector][row][pixel][LANES]
   int64_t row_floats;   // of one vector in results
   int64_t band_floats;  // from one row of the band to the next
   float* expanded;      // ring of expanded rows, and its tags
   int64_t expanded_rows;
   int64_t* tags;  // source row in each slot of `expanded`
   float* span_buffer;
-  // Winograd's tiles: transformed inputs and products, and a row of zeros.
-  float *inputs, *products;
+  // Winograd's tiles: transformed inputs, and a row of zeros. Upper rows of tiles lie together, and lower.
+  float* inputs;
   const float* zeros;
+  int64_t lower;  // floats from an upper row of results to the lower one; 0: rows follow each other
+
+  float* result(int64_t row) const {
+    return results + (lower == 0 ? row * band_floats : row / 2 * band_floats + row % 2 * lower);
+  }
 };
 
 // How the columns of one class are computed in a run.
@@ -261,7 +266,7 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
 inline void compute_tiles(const Pass& p, const PackedSource& source, const Band& band, int64_t first_vector,
                           int64_t first, int64_t end) {
   const int64_t across = p.tile_columns(), down = (band.rows + 1) / 2, tiles = across * down;
-  const int64_t channels = p.source_per_group, input_position = position_floats(tiles, channels);
+  const int64_t channels = p.source_per_group;
   const int64_t origin = band.first - (p.transposed ? 2 - p.pad_h : p.pad_h);  // source row of the first tile
   for (int64_t row = 0; row < down; ++row) {
     const float* rows[4];
@@ -270,20 +275,20 @@ inline void compute_tiles(const Pass& p, const PackedSource& source, const Band&
       const bool there = at >= 0 && at < p.source_h && 2 * row + i < band.rows + 2;
       rows[i] = there ? source.rows + at % band.ring_rows * source.row_floats : nullptr;
     }
-    transform_inputs(rows, band.zeros, channels, p.columns, across, band.inputs + row * across * channels,
-                     input_position);
+    transform_inputs(rows, band.zeros, channels, p.columns, across, band.inputs + row * across * LANES,
+                     tiles);
   }
-  for (int64_t v = first; v < end;) {
-    const int64_t together = std::min<int64_t>(2, end - v), tile = together * LANES;
-    const int64_t position = position_floats(tiles, tile);
-    multiply_positions(band.inputs, input_position, channels, p.weights_of(first_vector + v),
-                       p.weight_floats(), channels, band.products, position, together, tiles);
-    for (int64_t i = 0; i < together; ++i, ++v)
-      for (int64_t row = 0; row < down; ++row) {
-        float* out = band.results + 2 * row * band.band_floats + v * band.row_floats;
-        transform_outputs(band.products + row * across * tile + i * LANES, position, tile, across, out,
-                          out + band.band_floats);
-      }
+  for (int64_t v = first; v < end; v += 2) {
+    float* out = band.results + v * band.row_floats;
+    const TileProducts products{band.inputs,
+                                block_floats(tiles),
+                                position_floats(tiles),
+                                p.weights_of(first_vector + v),
+                                p.weight_floats(),
+                                channels,
+                                {out, out + band.lower},
+                                band.row_floats};
+    multiply_tiles(products, std::min<int64_t>(2, end - v), tiles);
   }
 }
 
@@ -317,8 +322,15 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
   band.image = image;
   const int64_t fresh = p.transposed ? p.band : p.band * p.stride_h;
   band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
-  band.row_floats = ((p.winograd ? 2 * p.tile_columns() : p.output_w) * LANES + 15) / 16 * 16;
+  band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
   band.band_floats = vectors * band.row_floats;
+  band.lower = 0;
+  if (p.winograd) {
+    band.band_floats = 2 * p.tile_columns() * LANES;
+    band.lower = p.band / 2 * band.band_floats;
+    band.row_floats = 2 * band.lower;
+  }
+  const int64_t result_floats = p.winograd ? vectors * band.row_floats : p.band * band.band_floats;
   band.expanded_rows = std::min(2 * p.dil_h + 1, p.source_h);
   int64_t expanded_floats = 0;
   for (int64_t i = 0; i < plan.count; ++i) {
@@ -329,22 +341,20 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
     expanded_floats = std::max(expanded_floats, band.expanded_rows * s.expanded_blocks() * columns * LANES);
   }
   const int64_t tiles = p.winograd ? p.tile_columns() * p.band / 2 : 0;
-  const int64_t input_floats = p.winograd ? POSITIONS * position_floats(tiles, p.source_per_group) : 0;
-  const int64_t product_floats = p.winograd ? POSITIONS * position_floats(tiles, 2 * LANES) : 0;
+  const int64_t input_floats = p.winograd ? p.source_per_group / LANES * block_floats(tiles) : 0;
   const int64_t zero_floats = p.winograd ? p.columns * LANES : 0;
   Carve carve(scratch);
   const int64_t tag_rows = band.ring_rows + band.expanded_rows;
-  carve.reserve({band.ring_rows * plan.row_floats, p.band * band.band_floats, expanded_floats,
-                 plan.span_floats(), 2 * tag_rows, input_floats, product_floats, zero_floats});
+  carve.reserve({band.ring_rows * plan.row_floats, result_floats, expanded_floats, plan.span_floats(),
+                 2 * tag_rows, input_floats, zero_floats});
   plan.place(carve.take(band.ring_rows * plan.row_floats), band.ring_rows);
-  band.results = carve.take(p.band * band.band_floats);
+  band.results = carve.take(result_floats);
   band.expanded = carve.take(expanded_floats);
   band.span_buffer = carve.take(plan.span_floats());
   int64_t* packed_tags = reinterpret_cast<int64_t*>(carve.take(2 * tag_rows));
   band.tags = packed_tags + band.ring_rows;
   std::fill(packed_tags, packed_tags + band.ring_rows, -1);
   band.inputs = carve.take(input_floats);
-  band.products = carve.take(product_floats);
   float* zeros = carve.take(zero_floats);
   std::fill(zeros, zeros + zero_floats, 0.0f);
   band.zeros = zeros;
@@ -378,14 +388,8 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
       v += together;
     }
     for (int64_t row = 0; row < band.rows; ++row) {
-      const RowResult result{band.results + row * band.band_floats,
-                             band.row_floats,
-                             image,
-                             band.first + row,
-                             first_vector,
-                             vectors,
-                             0,
-                             p.output_w};
+      const RowResult result{band.result(row), band.row_floats, image, band.first + row,
+                             first_vector,     vectors,         0,     p.output_w};
       if (p.mask_act != nullptr)
         finish_input_gradient<T>(p, result, sums.gradients);
       else

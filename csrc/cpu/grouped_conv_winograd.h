@@ -15,7 +15,6 @@ namespace GCONV_ISA_NS {
 
 constexpr int POSITIONS = 16;       // of a tile's 4x4 transformed values
 constexpr int WINOGRAD_TILES = 14;  // transformed together, if a row of tiles is not longer
-constexpr int WINOGRAD_PAIR = LANES == 16 ? 14 : TILE_PAIR;
 
 // What a tile's transforms cost, in multiplications of one output vector, as measured against the direct
 // algorithm: `overhead` below.
@@ -41,20 +40,16 @@ inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overh
   return std::min(c, k) * saved >= overhead * tiles;
 }
 
-// Values [position][tile][..] in L1: a line more between positions than there is, or all of a tile's would
-// fall into few sets.
-constexpr int64_t position_floats(int64_t tiles, int64_t tile_floats) { return tiles * tile_floats + 16; }
+// Transformed values lie [block of LANES channels][position][tile][LANES]: a line more between positions than
+// there is, or all of a tile's would fall into few sets of L1.
+constexpr int64_t position_floats(int64_t tiles) { return tiles * LANES + 16; }
+constexpr int64_t block_floats(int64_t tiles) { return POSITIONS * position_floats(tiles); }
 
-// B^T d
+// B^T d, its last value negated as in U and in A d.
 GCONV_INLINE void input_transform(Vec d0, Vec d1, Vec d2, Vec d3, Vec (&v)[4]) {
-  v[0] = sub(d0, d2), v[1] = add(d1, d2), v[2] = sub(d2, d1), v[3] = sub(d1, d3);
+  v[0] = sub(d0, d2), v[1] = add(d1, d2), v[2] = sub(d2, d1), v[3] = sub(d3, d1);
 }
-// A^T m
-GCONV_INLINE void output_transform(const Vec (&m)[4], Vec* y0, Vec* y1) {
-  *y0 = add(add(m[0], m[1]), m[2]);
-  *y1 = sub(sub(m[1], m[2]), m[3]);
-}
-// A d, its last value negated: dweight_transform takes it back.
+// A d, its last value negated.
 GCONV_INLINE void gradient_transform(Vec d0, Vec d1, Vec (&v)[4]) {
   v[0] = d0, v[1] = add(d0, d1), v[2] = sub(d0, d1), v[3] = d1;
 }
@@ -66,13 +61,12 @@ GCONV_INLINE void weight_transform(Vec g0, Vec g1, Vec g2, Vec (&u)[4]) {
 // G^T u
 GCONV_INLINE void dweight_transform(const Vec (&u)[4], Vec (&g)[3]) {
   const Vec half = set1(0.5f), sum = mul(half, add(u[1], u[2]));
-  g[0] = add(u[0], sum), g[1] = mul(half, sub(u[1], u[2])), g[2] = sub(sum, u[3]);
+  g[0] = add(u[0], sum), g[1] = mul(half, sub(u[1], u[2])), g[2] = add(sum, u[3]);
 }
 
 // One vector of channels of a row of tiles: rows[i] is the packed row i of the 4 the tiles read, out the
-// first tile's place in [position][tile][channel].
-inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float* out, int64_t position,
-                             int64_t tile) {
+// first tile's place in [position][tile][LANES].
+inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float* out, int64_t position) {
   Vec d[4][4];  // [transformed row][column]: a tile's last two columns are the next one's first
   const auto column = [&](int64_t w, int at) GCONV_LAMBDA {
     Vec v[4];
@@ -82,7 +76,7 @@ inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float
   };
   column(0, 2);
   column(1, 3);
-  for (int64_t t = 0; t < tiles; ++t, out += tile) {
+  for (int64_t t = 0; t < tiles; ++t, out += LANES) {
     for (int i = 0; i < 4; ++i) d[i][0] = d[i][2], d[i][1] = d[i][3];
     column(2 * t + 2, 2);
     column(2 * t + 3, 3);
@@ -95,13 +89,13 @@ inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float
   }
 }
 
-// All channels of a group; a row that is null is one of zeros.
+// All channels of a group, for a band of `all` tiles; a row that is null is one of zeros.
 inline void transform_inputs(const float* const (&packed)[4], const float* zeros, int64_t channels,
-                             int64_t columns, int64_t tiles, float* out, int64_t position) {
-  for (int64_t c = 0; c < channels; c += LANES) {
+                             int64_t columns, int64_t tiles, float* out, int64_t all) {
+  for (int64_t c = 0; c < channels; c += LANES, out += block_floats(all)) {
     const float* rows[4];
     for (int i = 0; i < 4; ++i) rows[i] = packed[i] == nullptr ? zeros : packed[i] + c * columns;
-    transform_inputs(rows, tiles, out + c, position, channels);
+    transform_inputs(rows, tiles, out, position_floats(all));
   }
 }
 
@@ -123,108 +117,132 @@ inline void transform_gradients(const float* row0, const float* row1, int64_t ti
   }
 }
 
-// The tiles' products [position][tile][..] to two rows of results.
-inline void transform_outputs(const float* m, int64_t position, int64_t tile, int64_t tiles, float* row0,
-                              float* row1) {
-  for (int64_t t = 0; t < tiles; ++t, m += tile) {
-    Vec s[2][4];  // [output column][transformed row]
-    GCONV_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      Vec row[4];
-      for (int j = 0; j < 4; ++j) row[j] = load(m + (i * 4 + j) * position);
-      output_transform(row, &s[0][i], &s[1][i]);
-    }
-    for (int w = 0; w < 2; ++w) {
-      Vec y0, y1;
-      output_transform(s[w], &y0, &y1);
-      store(row0 + (2 * t + w) * LANES, y0);
-      store(row1 + (2 * t + w) * LANES, y1);
-    }
-  }
-}
+// Tiles that are multiplied together: their accumulators, two to a vector, fill the registers.
+constexpr int WINOGRAD_SINGLE = LANES == 16 ? 14 : 6, WINOGRAD_PAIR = WINOGRAD_SINGLE / 2;
 
-struct Product {
-  const float* v;  // [tile][channel]
-  int64_t v_tile;
-  const float* u;  // [channel][LANES], of each vector
+struct TileProducts {
+  const float* v;  // inputs, from the first tile on
+  int64_t v_block, v_position;
+  const float* u;  // weights [column][outer?][channel][2][LANES] of each vector
   int64_t u_vector;
   int64_t channels;
-  float* m;  // [tile][vector][LANES]
+  float* row[2];   // results, the tiles' upper and lower rows, two pixels to a tile
+  int64_t vector;  // floats from one vector's results to the next's
 };
 
-// m = v u for one position. One sum over all channels of a wide group would lose digits.
+// The two rows of the U of one vector that meet in one place: the inner or the outer ones of a column.
+constexpr int64_t weight_place(int64_t row, int64_t column, int64_t channels) {
+  const int64_t outer = row == 0 || row == 3, second = row >= 2;
+  return (column * 2 + outer) * channels * 2 * LANES + second * LANES;
+}
+
+// Adds one column of A^T [..] A to the results. Along a column A^T is m1 + m2 and m1 - m2, to which m0 and
+// -m3 are added by the same accumulators. The columns come in the order 1, 2, 0, 3: the first finds nothing
+// there, the second makes sum and difference. One sum over all channels of a wide group would lose digits.
 template <int VECTORS, int TILES>
-void multiply(const Product& a) {
+void multiply_column(const TileProducts& a, int column) {
   constexpr int64_t PARTIAL = 64;
   for (int64_t first = 0; first < a.channels; first += PARTIAL) {
     const int64_t end = std::min(a.channels, first + PARTIAL);
-    Vec acc[TILES][VECTORS];
+    Vec acc[2][TILES][VECTORS];
     GCONV_UNROLL
     for (int t = 0; t < TILES; ++t) {
       GCONV_UNROLL
-      for (int i = 0; i < VECTORS; ++i) acc[t][i] = zero();
+      for (int i = 0; i < VECTORS; ++i) acc[0][t][i] = acc[1][t][i] = zero();
     }
-    const float* u = a.u + first * LANES;
-    for (int64_t c = first; c < end; ++c, u += LANES) {
-      Vec weight[VECTORS];
-      GCONV_UNROLL
-      for (int i = 0; i < VECTORS; ++i) weight[i] = load(u + i * a.u_vector);
-      GCONV_UNROLL
-      for (int t = 0; t < TILES; ++t) {
-        const Vec x = set1(a.v[t * a.v_tile + c]);
-        GCONV_UNROLL
-        for (int i = 0; i < VECTORS; ++i) acc[t][i] = fma(x, weight[i], acc[t][i]);
+    const auto accumulate_rows = [&](int64_t row0, int64_t row1) GCONV_LAMBDA {
+      const float* u = a.u + weight_place(row0, column, a.channels) + first * 2 * LANES;
+      for (int64_t c0 = first; c0 < end; c0 += LANES) {
+        const float* block = a.v + c0 / LANES * a.v_block;
+        const float* rows[2] = {block + (row0 * 4 + column) * a.v_position,
+                                block + (row1 * 4 + column) * a.v_position};
+        for (int c = 0; c < LANES; ++c, u += 2 * LANES) {
+          GCONV_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            Vec weight[VECTORS];
+            GCONV_UNROLL
+            for (int i = 0; i < VECTORS; ++i) weight[i] = load(u + r * LANES + i * a.u_vector);
+            GCONV_UNROLL
+            for (int t = 0; t < TILES; ++t) {
+              const Vec x = set1(rows[r][t * LANES + c]);
+              GCONV_UNROLL
+              for (int i = 0; i < VECTORS; ++i) acc[r][t][i] = fma(x, weight[i], acc[r][t][i]);
+            }
+          }
+        }
       }
-    }
+    };
+    accumulate_rows(1, 2);
     GCONV_UNROLL
     for (int t = 0; t < TILES; ++t) {
       GCONV_UNROLL
       for (int i = 0; i < VECTORS; ++i) {
-        float* m = a.m + (t * VECTORS + i) * LANES;
-        store(m, first == 0 ? acc[t][i] : add(load(m), acc[t][i]));
+        const Vec m1 = acc[0][t][i], m2 = acc[1][t][i];
+        acc[0][t][i] = add(m1, m2), acc[1][t][i] = sub(m1, m2);
       }
+    }
+    accumulate_rows(0, 3);
+    const auto each_result = [&](auto&& f) GCONV_LAMBDA {
+      GCONV_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        GCONV_UNROLL
+        for (int i = 0; i < VECTORS; ++i) {
+          GCONV_UNROLL
+          for (int t = 0; t < TILES; ++t) f(a.row[r] + i * a.vector + t * 2 * LANES, acc[r][t][i]);
+        }
+      }
+    };
+    if (column == 1 && first == 0) {
+      each_result([](float* out, Vec sum) GCONV_LAMBDA { store(out, sum); });
+    } else if (column == 2) {
+      const int64_t right = first == 0 ? 0 : LANES;
+      each_result([right](float* out, Vec sum) GCONV_LAMBDA {
+        const Vec y0 = load(out), y1 = load(out + right);
+        store(out, add(y0, sum));
+        store(out + LANES, sub(y1, sum));
+      });
+    } else {
+      const int64_t right = column == 3 ? LANES : 0;
+      each_result([right](float* out, Vec sum)
+                      GCONV_LAMBDA { store(out + right, add(load(out + right), sum)); });
     }
   }
 }
 
-using MultiplyFunction = void (*)(const Product&);
+using MultiplyFunction = void (*)(const TileProducts&, int column);
 
 template <int VECTORS, int TILES>
 MultiplyFunction multiply_function(int64_t tiles) {
   if constexpr (TILES > 1)
     if (tiles < TILES) return multiply_function<VECTORS, TILES - 1>(tiles);
-  return multiply<VECTORS, TILES>;
+  return multiply_column<VECTORS, TILES>;
 }
 
-// `count` tiles of all positions, in even pieces.
-inline void multiply_positions(const float* v, int64_t v_position, int64_t v_tile, const float* u,
-                               int64_t u_vector, int64_t channels, float* m, int64_t m_position,
-                               int64_t vectors, int64_t count) {
-  const int64_t most = vectors == 2 ? WINOGRAD_PAIR : TILE_SINGLE;
-  const EvenCut cut(count, most);
-  const auto function = [&](int64_t tiles) {
-    return vectors == 2 ? multiply_function<2, WINOGRAD_PAIR>(tiles)
-                        : multiply_function<1, TILE_SINGLE>(tiles);
+// One or two vectors of `tiles` tiles, in even pieces.
+inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_t tiles) {
+  const EvenCut cut(tiles, vectors == 2 ? WINOGRAD_PAIR : WINOGRAD_SINGLE);
+  const auto function = [&](int64_t piece) {
+    return vectors == 2 ? multiply_function<2, WINOGRAD_PAIR>(piece)
+                        : multiply_function<1, WINOGRAD_SINGLE>(piece);
   };
   const MultiplyFunction run[2] = {function(cut.least), function(cut.least + (cut.longer > 0))};
-  for (int64_t position = 0; position < POSITIONS; ++position) {
-    Product a{v + position * v_position, v_tile, u + position * channels * LANES, u_vector, channels,
-              m + position * m_position};
+  for (int column : {1, 2, 0, 3}) {
+    TileProducts a = products;
     for (int64_t piece = 0; piece < cut.count; ++piece) {
-      const int64_t tiles = cut.least + (piece < cut.longer);
-      run[piece < cut.longer](a);
-      a.v += tiles * v_tile;
-      a.m += tiles * vectors * LANES;
+      const bool longer = piece < cut.longer;
+      run[longer](a, column);
+      a.v += (cut.least + longer) * LANES;
+      for (float*& row : a.row) row += (cut.least + longer) * 2 * LANES;
     }
   }
 }
 
 // du[channel][LANES] += v^T d for one position and LANES channels, over `tiles`.
-inline void accumulate(const float* v, int64_t v_tile, const float* d, int64_t tiles, float* du) {
+inline void accumulate(const float* v, const float* d, int64_t tiles, float* du) {
   Vec acc[LANES];
   GCONV_UNROLL
   for (int c = 0; c < LANES; ++c) acc[c] = load(du + c * LANES);
-  for (int64_t t = 0; t < tiles; ++t, v += v_tile, d += LANES) {
+  for (int64_t t = 0; t < tiles; ++t, v += LANES, d += LANES) {
     const Vec gradient = load(d);
     GCONV_UNROLL
     for (int c = 0; c < LANES; ++c) acc[c] = fma(set1(v[c]), gradient, acc[c]);
@@ -251,8 +269,7 @@ struct WinogradGradient {
   }
   int64_t buffer_floats(int64_t vectors) const {
     const int64_t tiles = down() * across();
-    const int64_t values = position_floats(tiles, channels) + vectors * position_floats(tiles, LANES);
-    return POSITIONS * values + columns * LANES;
+    return (channels / LANES + vectors) * block_floats(tiles) + columns * LANES;
   }
 
   // Adds dw of `vectors` (one packed source of dy each) over `rows` rows of dy and the images; `origin` is
@@ -265,8 +282,8 @@ struct WinogradGradient {
     for (int64_t n = 0; n < images; ++n)
       for (int64_t first = 0; first < all; first += step) {
         const int64_t count = std::min(step, all - first), tiles = count * across();
-        const int64_t x_position = position_floats(tiles, channels), position = position_floats(tiles, LANES);
-        float *inputs = zeros + columns * LANES, *gradients = inputs + POSITIONS * x_position;
+        const int64_t position = position_floats(tiles), block = block_floats(tiles);
+        float *inputs = zeros + columns * LANES, *gradients = inputs + channels / LANES * block;
         for (int64_t row = 0; row < count; ++row) {
           const int64_t at = 2 * (first + row);
           const float* four[4];
@@ -274,19 +291,18 @@ struct WinogradGradient {
             const bool there = at + i < rows + 2 && origin + at + i >= 0 && origin + at + i < source_h;
             four[i] = there ? x.rows + (n * x_image + at + i) * x.row_floats : nullptr;
           }
-          transform_inputs(four, zeros, channels, columns, across(), inputs + row * across() * channels,
-                           x_position);
+          transform_inputs(four, zeros, channels, columns, across(), inputs + row * across() * LANES, tiles);
           for (int64_t v = 0; v < vectors; ++v) {
             const float* row0 = dy[v].rows + (n * dy_image + at) * dy[v].row_floats + 2 * LANES;
             const float* row1 = at + 1 < rows ? row0 + dy[v].row_floats : zeros;
-            transform_gradients(row0, row1, across(),
-                                gradients + v * POSITIONS * position + row * across() * LANES, position);
+            transform_gradients(row0, row1, across(), gradients + v * block + row * across() * LANES,
+                                position);
           }
         }
         for (int64_t i = 0; i < POSITIONS; ++i)
           for (int64_t v = 0; v < vectors; ++v) {
             for (int64_t c = 0; c < channels; c += LANES)
-              accumulate(inputs + i * x_position + c, channels, gradients + (v * POSITIONS + i) * position,
+              accumulate(inputs + c / LANES * block + i * position, gradients + v * block + i * position,
                          tiles, dw + ((v * POSITIONS + i) * channels + c) * LANES);
             for (int64_t row = 0; row < count; ++row) next.step();
           }
@@ -294,9 +310,9 @@ struct WinogradGradient {
   }
 };
 
-// One vector's weights [channel][3][3][LANES] to [position][channel][LANES].
+// One vector's weights [channel][3][3][LANES] to [column][outer?][channel][2][LANES].
 inline void transform_weights(const float* taps, int64_t channels, float* u) {
-  for (int64_t c = 0; c < channels; ++c, taps += 9 * LANES, u += LANES) {
+  for (int64_t c = 0; c < channels; ++c, taps += 9 * LANES, u += 2 * LANES) {
     Vec rows[3][4];
     for (int kh = 0; kh < 3; ++kh)
       weight_transform(load(taps + kh * 3 * LANES), load(taps + (kh * 3 + 1) * LANES),
@@ -304,7 +320,7 @@ inline void transform_weights(const float* taps, int64_t channels, float* u) {
     for (int j = 0; j < 4; ++j) {
       Vec column[4];
       weight_transform(rows[0][j], rows[1][j], rows[2][j], column);
-      for (int i = 0; i < 4; ++i) store(u + (i * 4 + j) * channels * LANES, column[i]);
+      for (int i = 0; i < 4; ++i) store(u + weight_place(i, j, channels), column[i]);
     }
   }
 }
