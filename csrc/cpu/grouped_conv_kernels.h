@@ -6,6 +6,8 @@
 #include "grouped_conv_pass.h"
 #include "grouped_conv_table.h"
 #include "grouped_conv_wgrad.h"
+#include "grouped_conv_winograd_pass.h"
+#include "grouped_conv_winograd_wgrad.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -73,7 +75,9 @@ inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
 
 // Up to part / parts of the tasks.
 inline void run_part(PassTasks& tasks, int64_t part, int64_t parts) {
-  tasks.narrow() ? tasks.run(part, parts, strip_task) : tasks.run(part, parts, wide_task);
+  tasks.narrow()     ? tasks.run(part, parts, strip_task)
+  : tasks.winograd() ? tasks.run(part, parts, tile_task)
+                     : tasks.run(part, parts, wide_task);
 }
 inline void run_pass(const Pass& p, int64_t ith, int64_t nth) {
   PassTasks tasks(p, ith, nth);
@@ -118,7 +122,8 @@ template <typename After>
 void run_weight_gradient(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth, const After& after) {
   const WgradPass p = plan_wgrad(q);
   is_narrow_wgrad(q.shape) ? run_narrow_wgrad(NarrowWgrad(p), ith, nth, after)
-                           : run_wgrad(p, ith, nth, after);
+  : p.winograd             ? run_wgrad(p, ith, nth, tile_wgrad_task, after)
+                           : run_wgrad(p, ith, nth, wide_wgrad_task, after);
 }
 void bwd_weight(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t nth) {
   run_weight_gradient(q, ith, nth, [](int64_t, int64_t) {});

@@ -129,25 +129,26 @@ void finish_forward(const Pass& p, const RowResult& r) {
     has_residual ? finish_forward<T, false, true>(p, r) : finish_forward<T, false, false>(p, r);
 }
 
+// Writes a row and adds to what the task finds out about it.
+template <typename T>
+void finish_row(const Pass& p, const RowResult& r, TaskSums& sums) {
+  p.mask_act != nullptr ? finish_input_gradient<T>(p, r, sums.gradients) : finish_forward<T>(p, r);
+  if (!p.moments) return;
+  for (int64_t v = 0; v < r.vectors; ++v)
+    row_moments<T>(r.row + v * r.row_floats, p.output_w, &sums.moments[v]);
+}
+
 // The packed source rows of a task: rows within reach of the band, at row % ring_rows.
 struct Band {
   int64_t image, first, rows;  // output rows
   int64_t ring_rows;
-  float* results;       // [row of the band][vector][pixel][LANES]; tiles: [vector][row][pixel][LANES]
+  float* results;       // [row of the band][vector][pixel][LANES]
   int64_t row_floats;   // of one vector in results
   int64_t band_floats;  // from one row of the band to the next
   float* expanded;      // ring of expanded rows, and its tags
   int64_t expanded_rows;
   int64_t* tags;  // source row in each slot of `expanded`
   float* span_buffer;
-  // Winograd's tiles: transformed inputs, and a row of zeros. Upper rows of tiles lie together, and lower.
-  float* inputs;
-  const float* zeros;
-  int64_t lower;  // floats from an upper row of results to the lower one; 0: rows follow each other
-
-  float* result(int64_t row) const {
-    return results + (lower == 0 ? row * band_floats : row / 2 * band_floats + row % 2 * lower);
-  }
 };
 
 // How the columns of one class are computed in a run.
@@ -262,36 +263,6 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
   }
 }
 
-// The vectors [first, end) of a band, all of one group, in tiles of 2x2 pixels.
-inline void compute_tiles(const Pass& p, const PackedSource& source, const Band& band, int64_t first_vector,
-                          int64_t first, int64_t end) {
-  const int64_t across = p.tile_columns(), down = (band.rows + 1) / 2, tiles = across * down;
-  const int64_t channels = p.source_per_group;
-  const int64_t origin = band.first - (p.transposed ? 2 - p.pad_h : p.pad_h);  // source row of the first tile
-  for (int64_t row = 0; row < down; ++row) {
-    const float* rows[4];
-    for (int64_t i = 0; i < 4; ++i) {
-      const int64_t at = origin + 2 * row + i;
-      const bool there = at >= 0 && at < p.source_h && 2 * row + i < band.rows + 2;
-      rows[i] = there ? source.rows + at % band.ring_rows * source.row_floats : nullptr;
-    }
-    transform_inputs(rows, band.zeros, channels, p.columns, across, band.inputs + row * across * LANES,
-                     tiles);
-  }
-  for (int64_t v = first; v < end; v += 2) {
-    float* out = band.results + v * band.row_floats;
-    const TileProducts products{band.inputs,
-                                block_floats(tiles),
-                                position_floats(tiles),
-                                p.weights_of(first_vector + v),
-                                p.weight_floats(),
-                                channels,
-                                {out, out + band.lower},
-                                band.row_floats};
-    multiply_tiles(products, std::min<int64_t>(2, end - v), tiles);
-  }
-}
-
 // Output columns (per residue class) whose expanded rows stay in L1, in whole tiles.
 inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t expanded_rows) {
   const int64_t all = p.classes[0].count;
@@ -324,13 +295,6 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
   band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
   band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
   band.band_floats = vectors * band.row_floats;
-  band.lower = 0;
-  if (p.winograd) {
-    band.band_floats = 2 * p.tile_columns() * LANES;
-    band.lower = p.band / 2 * band.band_floats;
-    band.row_floats = 2 * band.lower;
-  }
-  const int64_t result_floats = p.winograd ? vectors * band.row_floats : p.band * band.band_floats;
   band.expanded_rows = std::min(2 * p.dil_h + 1, p.source_h);
   int64_t expanded_floats = 0;
   for (int64_t i = 0; i < plan.count; ++i) {
@@ -340,24 +304,17 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
     const int64_t columns = std::min(p.columns, run * p.classes[0].source_step + 2 * p.reach_columns);
     expanded_floats = std::max(expanded_floats, band.expanded_rows * s.expanded_blocks() * columns * LANES);
   }
-  const int64_t tiles = p.winograd ? p.tile_columns() * p.band / 2 : 0;
-  const int64_t input_floats = p.winograd ? p.source_per_group / LANES * block_floats(tiles) : 0;
-  const int64_t zero_floats = p.winograd ? p.columns * LANES : 0;
   Carve carve(scratch);
   const int64_t tag_rows = band.ring_rows + band.expanded_rows;
-  carve.reserve({band.ring_rows * plan.row_floats, result_floats, expanded_floats, plan.span_floats(),
-                 2 * tag_rows, input_floats, zero_floats});
+  carve.reserve({band.ring_rows * plan.row_floats, p.band * band.band_floats, expanded_floats,
+                 plan.span_floats(), 2 * tag_rows});
   plan.place(carve.take(band.ring_rows * plan.row_floats), band.ring_rows);
-  band.results = carve.take(result_floats);
+  band.results = carve.take(p.band * band.band_floats);
   band.expanded = carve.take(expanded_floats);
   band.span_buffer = carve.take(plan.span_floats());
   int64_t* packed_tags = reinterpret_cast<int64_t*>(carve.take(2 * tag_rows));
   band.tags = packed_tags + band.ring_rows;
   std::fill(packed_tags, packed_tags + band.ring_rows, -1);
-  band.inputs = carve.take(input_floats);
-  float* zeros = carve.take(zero_floats);
-  std::fill(zeros, zeros + zero_floats, 0.0f);
-  band.zeros = zeros;
 
   TaskSums sums(vectors);
   const RowColumns columns{p.first_column, p.columns, p.source_w};
@@ -372,12 +329,6 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
       }
     for (int64_t v = 0; v < vectors;) {
       const PackedSource& s = plan.sources[plan.source_of[v]];
-      if (p.winograd) {
-        const int64_t end = plan.source_end(v, vectors);
-        compute_tiles(p, s, band, first_vector, v, end);
-        v = end;
-        continue;
-      }
       const bool broadcast = one_group(s.fetch);
       const int together = broadcast && v + 1 < vectors && plan.source_of[v + 1] == plan.source_of[v] ? 2 : 1;
       const int64_t all = p.classes[0].count;
@@ -388,15 +339,15 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
       v += together;
     }
     for (int64_t row = 0; row < band.rows; ++row) {
-      const RowResult result{band.result(row), band.row_floats, image, band.first + row,
-                             first_vector,     vectors,         0,     p.output_w};
-      if (p.mask_act != nullptr)
-        finish_input_gradient<T>(p, result, sums.gradients);
-      else
-        finish_forward<T>(p, result);
-      if (p.moments)
-        for (int64_t v = 0; v < vectors; ++v)
-          row_moments<T>(result.row + v * band.row_floats, p.output_w, &sums.moments[v]);
+      const RowResult result{band.results + row * band.band_floats,
+                             band.row_floats,
+                             image,
+                             band.first + row,
+                             first_vector,
+                             vectors,
+                             0,
+                             p.output_w};
+      finish_row<T>(p, result, sums);
     }
   }
   store_partials(p, sums, image, stripe, first_vector);
@@ -409,6 +360,7 @@ class PassTasks {
       : p_(pass), share_(pass.tasks(), ith, nth), done_(share_.begin) {}
 
   bool narrow() const { return p_.narrow; }
+  bool winograd() const { return p_.winograd; }
 
   // Up to part / parts of the share.
   template <typename Task>

@@ -197,7 +197,6 @@ inline void plan_work(Pass& p) {
 // A band's tiles, weights and results of one or two vectors stay in L1.
 inline void plan_winograd(Pass& p) {
   plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
-  p.columns = 2 * p.tile_columns() + 2;
   const int64_t tallest = ((p.output_h + 1) / 2 + p.stripes - 1) / p.stripes;
   p.band =
       std::max<int64_t>(1, 2 * even_piece(tallest, std::max<int64_t>(1, WINOGRAD_TILES / p.tile_columns())));

@@ -35,14 +35,13 @@ struct WgradPass {
   RowSource x, dy;
   void* dweight;
   WeightLayout layout;
-  float*
-      partials;  // [splits][vectors][source_per_group][9][LANES]; Winograd: [..][16][source_per_group][LANES]
+  float* partials;  // [splits][vectors][source_per_group][9][LANES]
   int64_t splits, chunk;
   int64_t first_column, columns;  // packed columns of x
 
   int64_t vectors() const { return (shape.k + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
-  int64_t vector_floats() const { return source_per_group * (winograd ? POSITIONS : 9) * LANES; }
+  int64_t vector_floats() const { return source_per_group * 9 * LANES; }
   // More splits than the pixels are worth would move more partial results than input.
   int64_t most_splits(int64_t tasks) const {
     const int64_t inputs = shape.n * (shape.h * shape.w * shape.c + shape.oh * shape.ow * shape.k);
@@ -271,7 +270,6 @@ struct WgradBlocks {
     const int64_t most = std::max<int64_t>(1, BLOCK_FLOATS / (x_floats * s.stride_h + dy_floats));
     stripes = (s.oh + most - 1) / most;
     stripe = (s.oh + stripes - 1) / stripes;
-    if (p.winograd) stripe += stripe % 2;
     stripes = (s.oh + stripe - 1) / stripe;
     const int64_t fitting =
         stripes > 1 ? 1 : std::max<int64_t>(1, BLOCK_FLOATS / (x_rows(p) * x_floats + stripe * dy_floats));
@@ -347,18 +345,6 @@ inline void add_by_taps(const WgradPass& p, const PackedBlock& packed, int64_t v
   }
 }
 
-// dw of a group, transformed, takes all tiles of the block.
-inline void add_by_tiles(const WgradPass& p, const PackedBlock& packed, int64_t vectors, const SourcePlan& x,
-                         const SourcePlan& dy, const WinogradGradient& winograd, float* buffer, float* dw) {
-  if (packed.fresh) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(vectors * p.vector_floats()));
-  packed.next->spread(vectors * packed.images * ((packed.rows + 1) / 2) * POSITIONS);
-  for (int64_t v = 0, end; v < vectors; v = end) {
-    end = x.source_end(v, vectors);
-    winograd.run(x.sources[x.source_of[v]], &dy.sources[v], end - v, packed.images, packed.origin,
-                 packed.rows, buffer, dw + v * p.vector_floats(), *packed.next);
-  }
-}
-
 // Every vector's lanes lie in one group: x and dy of a block are packed and added to dw. Meanwhile the next
 // block is fetched, the last time that of the task `after`, if any.
 template <typename T>
@@ -373,13 +359,10 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
   const int64_t x_rows = task.x_rows(p), stripe = task.stripe;
   const int64_t x_floats = task.together * x_rows * x.row_floats;
   const int64_t dy_floats = task.together * stripe * dy.row_floats;
-  WinogradGradient winograd{p.source_per_group, p.columns, s.h, s.ow, x_rows, stripe};
-  const int64_t winograd_floats = p.winograd ? winograd.buffer_floats(p.output_per_group / LANES) : 0;
   Carve carve(scratch);
-  carve.reserve({x_floats, dy_floats, winograd_floats});
+  carve.reserve({x_floats, dy_floats});
   x.place(carve.take(x_floats), task.together * x_rows);
   dy.place(carve.take(dy_floats), task.together * stripe);
-  float* buffer = carve.take(winograd_floats);
   // One sum over very many blocks would lose digits: every so often it is added to the total.
   const bool gather = task.blocks > BLOCKS_PER_SUM;
   float* dw = gather ? sums.floats(floats) : total;
@@ -403,8 +386,7 @@ void wgrad_by_blocks(const WgradPass& p, const WgradBlocks& task, const WgradBlo
     else if (after != nullptr && after->blocks > 0)
       after->prefetch<T>(p, 0, &next);
     const PackedBlock packed{images, origin, rows, x_rows, stripe, at % BLOCKS_PER_SUM == 0, &next};
-    p.winograd ? add_by_tiles(p, packed, vectors, x, dy, winograd, buffer, dw)
-               : add_by_taps(p, packed, vectors, x, dy, dw);
+    add_by_taps(p, packed, vectors, x, dy, dw);
     if (!gather || ((at + 1) % BLOCKS_PER_SUM != 0 && at + 1 < task.blocks)) continue;
     for (int64_t i = 0; i < floats; i += LANES) store(total + i, add(load(total + i), load(dw + i)));
   }
@@ -510,24 +492,28 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.splits = std::max<int64_t>(1, std::min(image_units(s.n), p.most_splits(WGRAD_TASKS)));
   p.first_column = -s.pad_w;
   p.columns = std::max(s.w + 2 * s.pad_w, (s.ow - 1) * s.stride_w + 2 * s.dil_w + 1);
-  if (p.winograd) p.columns = std::max(p.columns, (s.ow + 1) / 2 * 2 + 2);
   return p;
 }
 
-// A share of the tasks; after(part, parts) whenever so much of it is done.
-template <typename After>
-void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth, const After& after) {
+// A share of the tasks, each as task(p, T*, split, chunk, last of the share?, scratch, scratch); after(part,
+// parts) whenever so much of it is done.
+template <typename Task, typename After>
+void run_wgrad(const WgradPass& p, int64_t ith, int64_t nth, const Task& task, const After& after) {
   static thread_local Scratch rows, image_dw;
   const int64_t chunks = p.chunks();
   const Share share(p.splits * chunks, ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t task = share.begin; task < share.end; ++task) {
-      wgrad_task<T>(p, task / chunks, task % chunks, task + 1 == share.end, rows, image_dw);
-      after(task + 1 - share.begin, share.end - share.begin);
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      task(p, type, i / chunks, i % chunks, i + 1 == share.end, rows, image_dw);
+      after(i + 1 - share.begin, share.end - share.begin);
     }
   });
 }
+
+constexpr auto wide_wgrad_task = [](const WgradPass& p, auto* type, int64_t split, int64_t chunk, bool last,
+                                    Scratch& rows, Scratch& image_dw) {
+  wgrad_task<std::remove_pointer_t<decltype(type)>>(p, split, chunk, last, rows, image_dw);
+};
 
 // Vector i of output vector v, the splits summed in order.
 inline Vec sum_splits(const WgradPass& p, int64_t v, int64_t i) {
@@ -543,17 +529,9 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const bool by_tap = p.layout.stride_tap == 1;
   const Share share(p.vectors(), ith, nth);
-  static thread_local Scratch scratch;
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = share.begin; v < share.end; ++v) {
-      float* taps = nullptr;
-      if (p.winograd) {
-        taps = scratch.floats(terms * LANES);
-        transform_dweights(p.source_per_group, taps, [&](int64_t position, int64_t c) {
-          return sum_splits(p, v, position * p.source_per_group + c);
-        });
-      }
       const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, p.shape.k - k);
       T* out = static_cast<T*>(p.dweight) + k * terms;
       for (int64_t first = 0; first < terms; first += LANES) {
@@ -562,8 +540,7 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
         for (int i = 0; i < LANES; ++i) {
           const int64_t at = std::min<int64_t>(first + i, terms - 1);
           const int64_t c = at % p.source_per_group, t = at / p.source_per_group;
-          const int64_t tap = by_tap ? at : c * 9 + t;
-          square[i] = p.winograd ? load(taps + tap * LANES) : sum_splits(p, v, tap);
+          square[i] = sum_splits(p, v, by_tap ? at : c * 9 + t);
         }
         transpose(square);
         for (int64_t l = 0; l < lanes; ++l) store_lanes(out + l * terms + first, square[l], columns);

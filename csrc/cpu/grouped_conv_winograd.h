@@ -64,14 +64,58 @@ GCONV_INLINE void dweight_transform(const Vec (&u)[4], Vec (&g)[3]) {
   g[0] = add(u[0], sum), g[1] = mul(half, sub(u[1], u[2])), g[2] = add(sum, u[3]);
 }
 
-// One vector of channels of a row of tiles: rows[i] is the packed row i of the 4 the tiles read, out the
-// first tile's place in [position][tile][LANES].
-inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float* out, int64_t position) {
+// Where a row of tiles reads the tensor: LANES channels of an image, zero outside of it.
+struct TileSource {
+  const RowSource* source;
+  int64_t image, height, width;
+  int64_t row, column;  // of the first tile's first value
+  int64_t channel;
+};
+
+// Rows [row, row + ROWS) of a tile source, prologue applied.
+template <typename T, Prologue P, int ROWS>
+class TileRows {
+ public:
+  GCONV_INLINE explicit TileRows(const TileSource& s)
+      : coefficients_(*s.source, s.channel, LANES),
+        width_(s.width),
+        x_step_(s.source->x.stride_w),
+        y_step_(s.source->y.stride_w) {
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t row = s.row + i;
+      x_[i] = y_[i] = nullptr;
+      if (row < 0 || row >= s.height) continue;
+      x_[i] = row_pointer<T>(s.source->x, s.image, row, s.channel);
+      if constexpr (P == Prologue::finish) y_[i] = row_pointer<T>(s.source->y, s.image, row, s.channel);
+    }
+  }
+  GCONV_INLINE void column(int64_t w, Vec (&d)[ROWS]) const {
+    const bool inside = w >= 0 && w < width_;
+    GCONV_UNROLL
+    for (int i = 0; i < ROWS; ++i) {
+      d[i] = zero();
+      if (!inside || x_[i] == nullptr) continue;
+      const T* y = nullptr;
+      if constexpr (P == Prologue::finish) y = y_[i] + w * y_step_;
+      d[i] = coefficients_.apply(x_[i] + w * x_step_, y, LANES);
+    }
+  }
+
+ private:
+  Coefficients<P> coefficients_;
+  const T *x_[ROWS], *y_[ROWS];
+  int64_t width_, x_step_, y_step_;
+};
+
+// B^T d B of a row of tiles; out is the first tile's place in [position][tile][LANES].
+template <typename T, Prologue P>
+void transform_inputs(const TileSource& s, int64_t tiles, float* out, int64_t position) {
+  const TileRows<T, P, 4> rows(s);
   Vec d[4][4];  // [transformed row][column]: a tile's last two columns are the next one's first
   const auto column = [&](int64_t w, int at) GCONV_LAMBDA {
-    Vec v[4];
-    input_transform(load(rows[0] + w * LANES), load(rows[1] + w * LANES), load(rows[2] + w * LANES),
-                    load(rows[3] + w * LANES), v);
+    Vec x[4], v[4];
+    rows.column(s.column + w, x);
+    input_transform(x[0], x[1], x[2], x[3], v);
     for (int i = 0; i < 4; ++i) d[i][at] = v[i];
   };
   column(0, 2);
@@ -89,32 +133,35 @@ inline void transform_inputs(const float* const (&rows)[4], int64_t tiles, float
   }
 }
 
-// All channels of a group, for a band of `all` tiles; a row that is null is one of zeros.
-inline void transform_inputs(const float* const (&packed)[4], const float* zeros, int64_t channels,
-                             int64_t columns, int64_t tiles, float* out, int64_t all) {
-  for (int64_t c = 0; c < channels; c += LANES, out += block_floats(all)) {
-    const float* rows[4];
-    for (int i = 0; i < 4; ++i) rows[i] = packed[i] == nullptr ? zeros : packed[i] + c * columns;
-    transform_inputs(rows, tiles, out, position_floats(all));
-  }
+// All channels of a group, for a band of `all` tiles.
+template <typename T>
+void transform_inputs(TileSource s, int64_t channels, int64_t tiles, float* out, int64_t all) {
+  with_prologue(s.source->prologue, [&](auto prologue) {
+    for (int64_t c = 0; c < channels; c += LANES, s.channel += LANES, out += block_floats(all))
+      transform_inputs<T, decltype(prologue)::value>(s, tiles, out, position_floats(all));
+  });
 }
 
-// The same of dy: 2x2 pixels of packed rows.
-inline void transform_gradients(const float* row0, const float* row1, int64_t tiles, float* out,
-                                int64_t position) {
-  for (int64_t t = 0; t < tiles; ++t, out += LANES) {
-    Vec d[2][4];
-    for (int w = 0; w < 2; ++w) {
-      const int64_t at = (2 * t + w) * LANES;
-      gradient_transform(load(row0 + at), load(row1 + at), d[w]);
+// A dy A^T of a row of tiles.
+template <typename T>
+void transform_gradients(const TileSource& s, int64_t tiles, float* out, int64_t position) {
+  with_prologue(s.source->prologue, [&](auto prologue) {
+    const TileRows<T, decltype(prologue)::value, 2> rows(s);
+    for (int64_t t = 0; t < tiles; ++t, out += LANES) {
+      Vec d[2][4];
+      for (int w = 0; w < 2; ++w) {
+        Vec dy[2];
+        rows.column(s.column + 2 * t + w, dy);
+        gradient_transform(dy[0], dy[1], d[w]);
+      }
+      GCONV_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        Vec v[4];
+        gradient_transform(d[0][i], d[1][i], v);
+        for (int j = 0; j < 4; ++j) store(out + (i * 4 + j) * position, v[j]);
+      }
     }
-    GCONV_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      Vec v[4];
-      gradient_transform(d[0][i], d[1][i], v);
-      for (int j = 0; j < 4; ++j) store(out + (i * 4 + j) * position, v[j]);
-    }
-  }
+  });
 }
 
 // Tiles that are multiplied together: their accumulators, two to a vector, fill the registers.
@@ -218,8 +265,8 @@ MultiplyFunction multiply_function(int64_t tiles) {
   return multiply_column<VECTORS, TILES>;
 }
 
-// One or two vectors of `tiles` tiles, in even pieces.
-inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_t tiles) {
+// One or two vectors of `tiles` tiles, in even pieces. `next` takes four steps.
+inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_t tiles, RowPrefetch& next) {
   const EvenCut cut(tiles, vectors == 2 ? WINOGRAD_PAIR : WINOGRAD_SINGLE);
   const auto function = [&](int64_t piece) {
     return vectors == 2 ? multiply_function<2, WINOGRAD_PAIR>(piece)
@@ -234,14 +281,15 @@ inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_
       a.v += (cut.least + longer) * LANES;
       for (float*& row : a.row) row += (cut.least + longer) * 2 * LANES;
     }
+    next.step();
   }
 }
 
-// du[channel][LANES] += v^T d for one position and LANES channels, over `tiles`.
-inline void accumulate(const float* v, const float* d, int64_t tiles, float* du) {
+// du[channel][LANES] += v^T d for one position and LANES channels, over `tiles`; fresh: nothing to add to.
+inline void accumulate(const float* v, const float* d, int64_t tiles, bool fresh, float* du) {
   Vec acc[LANES];
   GCONV_UNROLL
-  for (int c = 0; c < LANES; ++c) acc[c] = load(du + c * LANES);
+  for (int c = 0; c < LANES; ++c) acc[c] = fresh ? zero() : load(du + c * LANES);
   for (int64_t t = 0; t < tiles; ++t, v += LANES, d += LANES) {
     const Vec gradient = load(d);
     GCONV_UNROLL
@@ -250,65 +298,6 @@ inline void accumulate(const float* v, const float* d, int64_t tiles, float* du)
   GCONV_UNROLL
   for (int c = 0; c < LANES; ++c) store(du + c * LANES, acc[c]);
 }
-
-// The weight gradient of one group from packed rows, [vector][position][channel][LANES].
-struct WinogradGradient {
-  int64_t channels, columns;   // of x: in the group, in a packed row
-  int64_t source_h, output_w;  // rows of x, columns of dy
-  int64_t x_image, dy_image;   // packed rows from one image to the next
-
-  int64_t across() const { return (output_w + 1) / 2; }
-  // Rows of tiles transformed together. With one vector of channels all of theirs stays in L1; with more it
-  // is one position's that does, and the longer it runs the less often dw is loaded and stored.
-  int64_t down() const {
-    constexpr int64_t LONGEST = 56, POSITION_FLOATS = 4096;  // of x
-    const int64_t tiles = channels > LANES
-                              ? std::clamp<int64_t>(POSITION_FLOATS / channels, WINOGRAD_TILES, LONGEST)
-                              : WINOGRAD_TILES;
-    return std::max<int64_t>(1, tiles / across());
-  }
-  int64_t buffer_floats(int64_t vectors) const {
-    const int64_t tiles = down() * across();
-    return (channels / LANES + vectors) * block_floats(tiles) + columns * LANES;
-  }
-
-  // Adds dw of `vectors` (one packed source of dy each) over `rows` rows of dy and the images; `origin` is
-  // the source row of packed row 0.
-  void run(const PackedSource& x, const PackedSource* dy, int64_t vectors, int64_t images, int64_t origin,
-           int64_t rows, float* buffer, float* dw, RowPrefetch& next) const {
-    float* zeros = buffer;
-    std::fill(zeros, zeros + columns * LANES, 0.0f);
-    const int64_t all = (rows + 1) / 2, step = even_piece(all, down());
-    for (int64_t n = 0; n < images; ++n)
-      for (int64_t first = 0; first < all; first += step) {
-        const int64_t count = std::min(step, all - first), tiles = count * across();
-        const int64_t position = position_floats(tiles), block = block_floats(tiles);
-        float *inputs = zeros + columns * LANES, *gradients = inputs + channels / LANES * block;
-        for (int64_t row = 0; row < count; ++row) {
-          const int64_t at = 2 * (first + row);
-          const float* four[4];
-          for (int64_t i = 0; i < 4; ++i) {
-            const bool there = at + i < rows + 2 && origin + at + i >= 0 && origin + at + i < source_h;
-            four[i] = there ? x.rows + (n * x_image + at + i) * x.row_floats : nullptr;
-          }
-          transform_inputs(four, zeros, channels, columns, across(), inputs + row * across() * LANES, tiles);
-          for (int64_t v = 0; v < vectors; ++v) {
-            const float* row0 = dy[v].rows + (n * dy_image + at) * dy[v].row_floats + 2 * LANES;
-            const float* row1 = at + 1 < rows ? row0 + dy[v].row_floats : zeros;
-            transform_gradients(row0, row1, across(), gradients + v * block + row * across() * LANES,
-                                position);
-          }
-        }
-        for (int64_t i = 0; i < POSITIONS; ++i)
-          for (int64_t v = 0; v < vectors; ++v) {
-            for (int64_t c = 0; c < channels; c += LANES)
-              accumulate(inputs + c / LANES * block + i * position, gradients + v * block + i * position,
-                         tiles, dw + ((v * POSITIONS + i) * channels + c) * LANES);
-            for (int64_t row = 0; row < count; ++row) next.step();
-          }
-      }
-  }
-};
 
 // One vector's weights [channel][3][3][LANES] to [column][outer?][channel][2][LANES].
 inline void transform_weights(const float* taps, int64_t channels, float* u) {
@@ -325,21 +314,24 @@ inline void transform_weights(const float* taps, int64_t channels, float* u) {
   }
 }
 
-// One vector's weight gradient, value(position, channel), to [channel][3][3][LANES].
-template <typename Value>
-GCONV_INLINE void transform_dweights(int64_t channels, float* taps, Value&& value) {
-  for (int64_t c = 0; c < channels; ++c, taps += 9 * LANES) {
+// One vector's weight gradient [position][channel][LANES] to [channel][3][3][LANES]; fresh: nothing to add
+// to.
+inline void transform_dweights(const float* du, int64_t channels, bool fresh, float* taps) {
+  for (int64_t c = 0; c < channels; ++c, du += LANES, taps += 9 * LANES) {
     Vec rows[4][3];
     for (int i = 0; i < 4; ++i) {
       Vec u[4];
-      for (int j = 0; j < 4; ++j) u[j] = value(i * 4 + j, c);
+      for (int j = 0; j < 4; ++j) u[j] = load(du + (i * 4 + j) * channels * LANES);
       dweight_transform(u, rows[i]);
     }
     for (int kw = 0; kw < 3; ++kw) {
       const Vec column[4] = {rows[0][kw], rows[1][kw], rows[2][kw], rows[3][kw]};
       Vec g[3];
       dweight_transform(column, g);
-      for (int kh = 0; kh < 3; ++kh) store(taps + (kh * 3 + kw) * LANES, g[kh]);
+      for (int kh = 0; kh < 3; ++kh) {
+        float* tap = taps + (kh * 3 + kw) * LANES;
+        store(tap, fresh ? g[kh] : add(load(tap), g[kh]));
+      }
     }
   }
 }
