@@ -27,7 +27,7 @@ void plan(Pass& p, const Params& q) {
   p.groups = s.groups;
   p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
-  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_OVERHEAD);
+  p.winograd = uses_winograd(s, q.winograd, winograd_overhead());
   // The backward of a stride leaves too few columns per scalar of a wider group.
   p.narrow = !p.winograd && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
   p.narrow ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);

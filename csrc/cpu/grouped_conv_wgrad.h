@@ -484,7 +484,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.output_per_group = s.k / s.groups;
   p.x = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
-  p.winograd = uses_winograd(s, q.winograd, WINOGRAD_WGRAD_OVERHEAD);
+  p.winograd = uses_winograd(s, q.winograd, winograd_wgrad_overhead());
   p.dweight = q.dweight;
   p.layout = q.layout;
   p.partials = q.workspace;

@@ -8,6 +8,7 @@
 // operands. Every transform is a sum or a difference, G's halves are exact: integers stay exact, and float32
 // errors stay within 1.3 of a direct algorithm's. An infinity may become NaN.
 #pragma once
+#include "cpu/isa.h"
 #include "grouped_conv_rows.h"
 
 namespace gconv {
@@ -17,9 +18,16 @@ constexpr int POSITIONS = 16;       // of a tile's 4x4 transformed values
 constexpr int WINOGRAD_TILES = 14;  // transformed together, if a row of tiles is not longer
 
 // What a tile's transforms cost, in multiplications of one output vector, as measured against the direct
-// algorithm: `overhead` below.
-constexpr int64_t WINOGRAD_OVERHEAD = LANES == 16 ? 300 : 250,
-                  WINOGRAD_WGRAD_OVERHEAD = LANES == 16 ? 600 : 300;
+// algorithm: `overhead` below. Where the CPU starts one multiplication a cycle instead of two they are worth
+// twice as much.
+inline int64_t winograd_overhead() {
+  if (LANES != 16) return 250;
+  return single_wide_fma() ? 150 : 300;
+}
+inline int64_t winograd_wgrad_overhead() {
+  if (LANES != 16) return 300;
+  return single_wide_fma() ? 150 : 600;
+}
 
 // Whether to use it. It can where both sides have whole vectors of a group's channels, and pays where it
 // saves more multiplications than the overhead: the direct algorithm leaves out taps in the padding and has

@@ -56,6 +56,18 @@ bool has_avx512_bf16() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
 }
+bool is_amd() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_AMD_ebx &&
+         ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+}
+// With its extension, as CPUID's leaf 1 adds them up.
+unsigned cpu_family() {
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+  const unsigned family = (eax >> 8) & 15u;
+  return family == 15 ? family + ((eax >> 20) & 255u) : family;
+}
 #endif
 
 }  // namespace
@@ -101,6 +113,15 @@ void isa_set(Isa isa) {
   if (!isa_supported(isa))
     throw std::runtime_error(std::string("set_cpu_isa: this CPU cannot run ") + isa_name(isa));
   chosen.store(static_cast<int32_t>(isa), std::memory_order_relaxed);
+}
+
+bool single_wide_fma() {
+#if defined(__x86_64__)
+  static const bool single = is_amd() && cpu_family() == 0x19;
+  return single;
+#else
+  return false;
+#endif
 }
 
 const char* winograd_name(Winograd use) {

@@ -20,6 +20,10 @@ bool isa_from_name(const char* name, Isa* isa);
 Isa isa_current();
 void isa_set(Isa isa);  // for tests; throws if unsupported
 
+// Whether the CPU starts one 512-bit multiplication a cycle and not two: AMD's family 19h (Zen 4), by CPUID,
+// so that the same CPU always runs the same algorithm.
+bool single_wide_fma();
+
 // Whether Winograd's algorithm runs where it can.
 enum class Winograd : int32_t { never, where_it_pays, always };
 
