@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import checks
 import conv_cases
@@ -14,7 +15,8 @@ from conv_cases import VERIFY, Case
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 # Whole vectors of every instruction set, then of the narrower ones only; images of whole and of cut tiles,
-# more rows than a band and more columns than a tile's registers hold, one pixel; every padding.
+# more rows than a band and more columns than a tile's registers hold, one pixel; every padding; more vectors
+# than a chunk; of a weight gradient's blocks several images, one row of tiles and more than are added at once.
 CASES = (
     Case(16, 16, 3, 2, 14, 14),
     Case(32, 32, 2, 3, 7, 7),
@@ -27,6 +29,11 @@ CASES = (
     Case(144, 16, 1, 1, 5, 6, padding=(0, 1)),
     Case(16, 16, 1, 1, 1, 1),
     Case(16, 16, 2, 1, 40, 12),
+    Case(16, 16, 9, 2, 5, 9),
+    Case(16, 16, 1, 1, 69, 112),
+    Case(32, 32, 2, 5, 7, 7),
+    Case(32, 32, 1, 1, 3, 131, padding=(2, 0)),
+    Case(128, 32, 1, 1, 7, 7),
     Case(8, 24, 3, 2, 9, 7),
     Case(12, 4, 5, 1, 8, 11),
 )
@@ -100,6 +107,50 @@ def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, wino
         threads(count)
         for name, got in results(ops, case).items():
             assert_same_bits(got, first[name], f"{name}, {count} threads")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc/cpuinfo")
+def test_sixteen_channels_pay_where_a_cycle_has_one_wide_multiplication(ops, winograd):
+    """AMD's family 19h starts one 512-bit multiplication a cycle, so fewer of them count for more."""
+    if not ops.cpu_isa().startswith("avx512"):
+        pytest.skip("no 512-bit vectors")
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = dict(map(str.strip, line.split(":", 1)) for line in cpu.splitlines() if ":" in line)
+    one = fields["vendor_id"] == "AuthenticAMD" and fields["cpu family"] == str(0x19)
+    found = {}
+    for use in ("auto", "always" if one else "never"):
+        winograd(use)
+        found[use] = results(ops, Case(16, 16, 2, 1, 14, 14))
+    assert all(same_bits(*found.values()).values())
+
+
+@each_isa
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_inputs_in_a_slice_have_the_bits_of_dense_ones(isa, ops, winograd, case):
+    """Some channels, rows and columns of wider buffers that are NaN elsewhere."""
+    winograd("always")
+    data = conv_cases.Data(case, torch.float32, "normal", "slices")
+    x, dy = data.activation(case.input_size), data.activation(case.output_size)
+
+    def sliced(t):
+        n, c, h, w = t.shape
+        wide = torch.full((n, c + 24, h + 3, w + 2), math.nan).to(memory_format=torch.channels_last)
+        place = wide[:, 8 : 8 + c, 1 : 1 + h, 2:]
+        return place.copy_(t)
+
+    weight = data.weight(9 * case.cin)
+    forward = (weight, *case.geometry, None, None, None, False)
+    assert_same_bits(ops.grouped_conv_fwd(sliced(x), *forward), ops.grouped_conv_fwd(x, *forward), "y")
+    back = (weight, case.input_size, *case.geometry, None, None, None, None)
+    assert_same_bits(
+        ops.grouped_conv_bwd_input(sliced(dy), *back)[0], ops.grouped_conv_bwd_input(dy, *back)[0], "dx"
+    )
+    back = (case.weight_size, *case.geometry, None, None, None)
+    assert_same_bits(
+        ops.grouped_conv_bwd_weight(sliced(dy), sliced(x), *back),
+        ops.grouped_conv_bwd_weight(dy, x, *back),
+        "dweight",
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

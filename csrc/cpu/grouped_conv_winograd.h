@@ -53,7 +53,8 @@ inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overh
 constexpr int64_t position_floats(int64_t tiles) { return tiles * LANES + 16; }
 constexpr int64_t block_floats(int64_t tiles) { return POSITIONS * position_floats(tiles); }
 
-// B^T d, its last value negated as in U and in A d.
+// B^T d, its last value negated: A^T then adds all products of the last row and column, and the products with
+// A d, whose last value is negated too, are as they should be.
 GCONV_INLINE void input_transform(Vec d0, Vec d1, Vec d2, Vec d3, Vec (&v)[4]) {
   v[0] = sub(d0, d2), v[1] = add(d1, d2), v[2] = sub(d2, d1), v[3] = sub(d3, d1);
 }
@@ -191,9 +192,10 @@ constexpr int64_t weight_place(int64_t row, int64_t column, int64_t channels) {
   return (column * 2 + outer) * channels * 2 * LANES + second * LANES;
 }
 
-// Adds one column of A^T [..] A to the results. Along a column A^T is m1 + m2 and m1 - m2, to which m0 and
-// -m3 are added by the same accumulators. The columns come in the order 1, 2, 0, 3: the first finds nothing
-// there, the second makes sum and difference. One sum over all channels of a wide group would lose digits.
+// Adds one column of A^T [..] A to the results. Along a column A^T is m1 + m2 and m1 - m2, in two
+// accumulators that then go on with m0 and m3, so that two values per column are stored instead of four. The
+// columns come in the order 1, 2, 0, 3: the first finds nothing there, the second makes sum and difference.
+// One sum over all channels of a wide group would lose digits.
 template <int VECTORS, int TILES>
 void multiply_column(const TileProducts& a, int column) {
   constexpr int64_t PARTIAL = 64;

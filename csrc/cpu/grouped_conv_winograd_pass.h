@@ -59,7 +59,8 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
       task.prefetch<T>(p, first + p.band, &next);
     else if (index + 1 < end)
       WinogradBands(p, index + 1).prefetch<T>(p, p.stripe_rows(p.task(index + 1).stripe).begin, &next);
-    next.spread(4 * (task.vectors + task.group_end - task.first_group) / 2);
+    const int64_t pairs = (std::min(task.vectors, group_vectors) + 1) / 2;
+    next.spread(4 * pairs * (task.group_end - task.first_group));
     for (int64_t group = task.first_group; group < task.group_end; ++group) {
       for (int64_t row = 0; row < down; ++row) {
         const TileSource source{&p.source,
