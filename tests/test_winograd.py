@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 # Whole vectors of every instruction set, then of the narrower ones only; images of whole and of cut tiles,
 # more rows than a band and more columns than a tile's registers hold, one pixel; every padding; more vectors
-# than a chunk; of a weight gradient's blocks several images, one row of tiles and more than are added at once.
+# than a chunk; in a weight gradient's block several images or one row of tiles, more blocks than a sum has.
 CASES = (
     Case(16, 16, 3, 2, 14, 14),
     Case(32, 32, 2, 3, 7, 7),
