@@ -107,13 +107,6 @@ struct SourcePlan {
     count = vectors;
   }
 
-  // The vectors that read the source of vector v end here.
-  int64_t source_end(int64_t v, int64_t vectors) const {
-    int64_t end = v + 1;
-    while (end < vectors && source_of[end] == source_of[v]) ++end;
-    return end;
-  }
-
   // Floats that hold one pixel's span, with room for the odd channel a twin block reads past it.
   int64_t span_floats() const { return (widest + LANES) / 16 * 16 + 16; }
 
