@@ -29,12 +29,12 @@ inline int64_t winograd_wgrad_overhead() {
   return single_wide_fma() ? 150 : 600;
 }
 
-// Whether to use it. It can where both sides have whole vectors of a group's channels, and pays where it
+// Whether to use it. It can where a vector holds channels of one group or of two neighbours, and pays where it
 // saves more multiplications than the overhead: the direct algorithm leaves out taps in the padding and has
 // no half-empty tiles.
 inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overhead) {
   const int64_t c = s.c / s.groups, k = s.k / s.groups;
-  if (PAIRS || use == Winograd::never || c % LANES != 0 || k % LANES != 0) return false;
+  if (PAIRS || use == Winograd::never || c < LANES || k < LANES) return false;
   if (s.stride_h != 1 || s.stride_w != 1 || s.dil_h != 1 || s.dil_w != 1) return false;
   if (use == Winograd::always) return true;
   const auto taps = [](int64_t size, int64_t out, int64_t pad) {
@@ -47,6 +47,19 @@ inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overh
   const int64_t saved = taps(s.h, s.oh, s.pad_h) * taps(s.w, s.ow, s.pad_w) - POSITIONS * tiles;
   return std::min(c, k) * saved >= overhead * tiles;
 }
+
+// The output vectors that begin in a group, and the lanes of the last that the next group has.
+struct GroupVectors {
+  int64_t begin, end;
+  int last_lanes;  // of the last vector that belong to the group; LANES: it spans no two groups
+
+  GroupVectors(int64_t group, int64_t per_group, int64_t groups)
+      : begin((group * per_group + LANES - 1) / LANES), end(((group + 1) * per_group + LANES - 1) / LANES) {
+    const int64_t own = (group + 1) * per_group - (end - 1) * LANES;
+    last_lanes = static_cast<int>(group + 1 < groups ? own : LANES);
+  }
+  bool spans(int64_t vector) const { return vector + 1 == end && last_lanes < LANES; }
+};
 
 // Transformed values lie [block of LANES channels][position][tile][LANES]: a line more between positions than
 // there is, or all of a tile's would fall into few sets of L1.
@@ -73,12 +86,13 @@ GCONV_INLINE void dweight_transform(const Vec (&u)[4], Vec (&g)[3]) {
   g[0] = add(u[0], sum), g[1] = mul(half, sub(u[1], u[2])), g[2] = add(sum, u[3]);
 }
 
-// Where a row of tiles reads the tensor: LANES channels of an image, zero outside of it.
+// Where a row of tiles reads the tensor: at most LANES channels of an image, zero outside of it.
 struct TileSource {
   const RowSource* source;
   int64_t image, height, width;
   int64_t row, column;  // of the first tile's first value
   int64_t channel;
+  int lanes;
 };
 
 // Rows [row, row + ROWS) of a tile source, prologue applied.
@@ -86,7 +100,8 @@ template <typename T, Prologue P, int ROWS>
 class TileRows {
  public:
   GCONV_INLINE explicit TileRows(const TileSource& s)
-      : coefficients_(*s.source, s.channel, LANES),
+      : coefficients_(*s.source, s.channel, s.lanes),
+        lanes_(s.lanes),
         width_(s.width),
         x_step_(s.source->x.stride_w),
         y_step_(s.source->y.stride_w) {
@@ -106,12 +121,13 @@ class TileRows {
       if (!inside || x_[i] == nullptr) continue;
       const T* y = nullptr;
       if constexpr (P == Prologue::finish) y = y_[i] + w * y_step_;
-      d[i] = coefficients_.apply(x_[i] + w * x_step_, y, LANES);
+      d[i] = coefficients_.apply(x_[i] + w * x_step_, y, lanes_);
     }
   }
 
  private:
   Coefficients<P> coefficients_;
+  int lanes_;
   const T *x_[ROWS], *y_[ROWS];
   int64_t width_, x_step_, y_step_;
 };
@@ -146,8 +162,10 @@ void transform_inputs(const TileSource& s, int64_t tiles, float* out, int64_t po
 template <typename T>
 void transform_inputs(TileSource s, int64_t channels, int64_t tiles, float* out, int64_t all) {
   with_prologue(s.source->prologue, [&](auto prologue) {
-    for (int64_t c = 0; c < channels; c += LANES, s.channel += LANES, out += block_floats(all))
+    for (int64_t c = 0; c < channels; c += LANES, s.channel += LANES, out += block_floats(all)) {
+      s.lanes = static_cast<int>(std::min<int64_t>(LANES, channels - c));
       transform_inputs<T, decltype(prologue)::value>(s, tiles, out, position_floats(all));
+    }
   });
 }
 
@@ -177,7 +195,9 @@ void transform_gradients(const TileSource& s, int64_t tiles, float* out, int64_t
 constexpr int WINOGRAD_SINGLE = LANES == 16 ? 14 : 6, WINOGRAD_PAIR = WINOGRAD_SINGLE / 2;
 
 struct TileProducts {
-  const float* v;  // inputs, from the first tile on
+  const float* v;       // inputs, from the first tile on
+  int64_t second;       // from there to the next group's, if the vector spans two
+  Mask first;           // lanes of the first of them
   int64_t v_block, v_position;
   const float* u;  // weights [column][outer?][channel][2][LANES] of each vector
   int64_t u_vector;
@@ -196,7 +216,7 @@ constexpr int64_t weight_place(int64_t row, int64_t column, int64_t channels) {
 // accumulators that then go on with m0 and m3, so that two values per column are stored instead of four. The
 // columns come in the order 1, 2, 0, 3: the first finds nothing there, the second makes sum and difference.
 // One sum over all channels of a wide group would lose digits.
-template <int VECTORS, int TILES>
+template <int VECTORS, int TILES, bool SPAN>
 void multiply_column(const TileProducts& a, int column) {
   constexpr int64_t PARTIAL = 64;
   for (int64_t first = 0; first < a.channels; first += PARTIAL) {
@@ -213,7 +233,8 @@ void multiply_column(const TileProducts& a, int column) {
         const float* block = a.v + c0 / LANES * a.v_block;
         const float* rows[2] = {block + (row0 * 4 + column) * a.v_position,
                                 block + (row1 * 4 + column) * a.v_position};
-        for (int c = 0; c < LANES; ++c, u += 2 * LANES) {
+        const int64_t here = std::min<int64_t>(LANES, end - c0);
+        for (int64_t c = 0; c < here; ++c, u += 2 * LANES) {
           GCONV_UNROLL
           for (int r = 0; r < 2; ++r) {
             Vec weight[VECTORS];
@@ -221,7 +242,8 @@ void multiply_column(const TileProducts& a, int column) {
             for (int i = 0; i < VECTORS; ++i) weight[i] = load(u + r * LANES + i * a.u_vector);
             GCONV_UNROLL
             for (int t = 0; t < TILES; ++t) {
-              const Vec x = set1(rows[r][t * LANES + c]);
+              const float* at = rows[r] + t * LANES + c;
+              const Vec x = SPAN ? choose(a.first, set1(at[0]), set1(at[a.second])) : set1(at[0]);
               GCONV_UNROLL
               for (int i = 0; i < VECTORS; ++i) acc[r][t][i] = fma(x, weight[i], acc[r][t][i]);
             }
@@ -268,19 +290,20 @@ void multiply_column(const TileProducts& a, int column) {
 
 using MultiplyFunction = void (*)(const TileProducts&, int column);
 
-template <int VECTORS, int TILES>
+template <int VECTORS, int TILES, bool SPAN = false>
 MultiplyFunction multiply_function(int64_t tiles) {
   if constexpr (TILES > 1)
-    if (tiles < TILES) return multiply_function<VECTORS, TILES - 1>(tiles);
-  return multiply_column<VECTORS, TILES>;
+    if (tiles < TILES) return multiply_function<VECTORS, TILES - 1, SPAN>(tiles);
+  return multiply_column<VECTORS, TILES, SPAN>;
 }
 
-// One or two vectors of `tiles` tiles, in even pieces. `next` takes four steps.
+// One or two vectors of `tiles` tiles, in even pieces; with `second` one vector. `next` takes four steps.
 inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_t tiles, RowPrefetch& next) {
   const EvenCut cut(tiles, vectors == 2 ? WINOGRAD_PAIR : WINOGRAD_SINGLE);
   const auto function = [&](int64_t piece) {
-    return vectors == 2 ? multiply_function<2, WINOGRAD_PAIR>(piece)
-                        : multiply_function<1, WINOGRAD_SINGLE>(piece);
+    return vectors == 2           ? multiply_function<2, WINOGRAD_PAIR>(piece)
+           : products.second != 0 ? multiply_function<1, WINOGRAD_SINGLE, true>(piece)
+                                  : multiply_function<1, WINOGRAD_SINGLE>(piece);
   };
   const MultiplyFunction run[2] = {function(cut.least), function(cut.least + (cut.longer > 0))};
   for (int column : {1, 2, 0, 3}) {
@@ -295,18 +318,35 @@ inline void multiply_tiles(const TileProducts& products, int64_t vectors, int64_
   }
 }
 
-// du[channel][LANES] += v^T d for one position and LANES channels, over `tiles`; fresh: nothing to add to.
-inline void accumulate(const float* v, const float* d, int64_t tiles, bool fresh, float* du) {
-  Vec acc[LANES];
+// du[channel][LANES] += v^T d for one position and `count` of COUNT channels, over `tiles`; fresh: nothing to
+// add to. The lanes of a vector that spans two groups meet the v of their own.
+template <int COUNT, bool SPAN>
+void accumulate(const float* v, int64_t second, Mask first, const float* d, int64_t tiles, int64_t count,
+                bool fresh, float* du) {
+  Vec acc[COUNT];
   GCONV_UNROLL
-  for (int c = 0; c < LANES; ++c) acc[c] = fresh ? zero() : load(du + c * LANES);
+  for (int c = 0; c < COUNT; ++c) acc[c] = fresh || c >= count ? zero() : load(du + c * LANES);
   for (int64_t t = 0; t < tiles; ++t, v += LANES, d += LANES) {
     const Vec gradient = load(d);
     GCONV_UNROLL
-    for (int c = 0; c < LANES; ++c) acc[c] = fma(set1(v[c]), gradient, acc[c]);
+    for (int c = 0; c < COUNT; ++c) {
+      const Vec x = SPAN ? choose(first, set1(v[c]), set1(v[c + second])) : set1(v[c]);
+      acc[c] = fma(x, gradient, acc[c]);
+    }
   }
   GCONV_UNROLL
-  for (int c = 0; c < LANES; ++c) store(du + c * LANES, acc[c]);
+  for (int c = 0; c < COUNT; ++c)
+    if (c < count) store(du + c * LANES, acc[c]);
+}
+
+// At most LANES channels; second 0: one group.
+inline void accumulate(const float* v, int64_t second, Mask first, const float* d, int64_t tiles,
+                       int64_t count, bool fresh, float* du) {
+  const bool half = count <= LANES / 2;
+  const auto run = second == 0 ? half ? accumulate<LANES / 2, false> : accumulate<LANES, false>
+                   : half      ? accumulate<LANES / 2, true>
+                               : accumulate<LANES, true>;
+  run(v, second, first, d, tiles, count, fresh, du);
 }
 
 // One vector's weights [channel][3][3][LANES] to [column][outer?][channel][2][LANES].

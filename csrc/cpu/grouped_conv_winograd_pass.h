@@ -22,7 +22,8 @@ struct WinogradBands {
     image = task.image, first_vector = task.chunk * p.chunk;
     vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
     first_group = first_vector * LANES / p.output_per_group;
-    group_end = (first_vector + vectors - 1) * LANES / p.output_per_group + 1;
+    const int64_t channel_end = std::min(p.output_channels(), (first_vector + vectors) * LANES);
+    group_end = (channel_end - 1) / p.output_per_group + 1;
     rows = p.stripe_rows(task.stripe);
   }
   // Source row of the first tile's first value.
@@ -42,13 +43,15 @@ struct WinogradBands {
 template <typename T>
 void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
   const WinogradBands task(p, index);
-  const int64_t across = p.tile_columns(), group_vectors = p.output_per_group / LANES;
+  const int64_t across = p.tile_columns();
   // Of results, [vector][upper rows, then lower][pixel][LANES]: tiles have a constant distance across rows.
   const int64_t row_floats = 2 * across * LANES, lower = p.band / 2 * row_floats, vector_floats = 2 * lower;
-  const int64_t input_floats = p.source_per_group / LANES * block_floats(across * p.band / 2);
+  const int64_t blocks = (p.source_per_group + LANES - 1) / LANES;
+  const int64_t input_floats = blocks * block_floats(across * p.band / 2);  // of a group
   Carve carve(scratch);
-  carve.reserve({task.vectors * vector_floats, input_floats});
-  float *results = carve.take(task.vectors * vector_floats), *inputs = carve.take(input_floats);
+  carve.reserve({task.vectors * vector_floats, 2 * input_floats});
+  float* results = carve.take(task.vectors * vector_floats);
+  float* both_inputs = carve.take(2 * input_floats);  // of even groups and of odd ones
 
   TaskSums sums(task.vectors);
   for (int64_t first = task.rows.begin; first < task.rows.end; first += p.band) {
@@ -59,9 +62,12 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
       task.prefetch<T>(p, first + p.band, &next);
     else if (index + 1 < end)
       WinogradBands(p, index + 1).prefetch<T>(p, p.stripe_rows(p.task(index + 1).stripe).begin, &next);
-    const int64_t pairs = (std::min(task.vectors, group_vectors) + 1) / 2;
+    const int64_t pairs = (std::min(task.vectors, p.output_per_group / LANES) + 1) / 2;
     next.spread(4 * pairs * (task.group_end - task.first_group));
-    for (int64_t group = task.first_group; group < task.group_end; ++group) {
+    int64_t transformed = task.first_group;
+    const auto inputs_of = [&](int64_t group) {
+      float* inputs = both_inputs + group % 2 * input_floats;
+      if (group < transformed) return inputs;
       for (int64_t row = 0; row < down; ++row) {
         const TileSource source{&p.source,
                                 task.image,
@@ -69,14 +75,24 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
                                 p.source_w,
                                 WinogradBands::origin(p, first + 2 * row),
                                 p.first_column,
-                                group * p.source_per_group};
+                                group * p.source_per_group,
+                                LANES};
         transform_inputs<T>(source, p.source_per_group, across, inputs + row * across * LANES, tiles);
       }
-      const int64_t begin = std::max(task.first_vector, group * group_vectors);
-      const int64_t vector_end = std::min(task.first_vector + task.vectors, (group + 1) * group_vectors);
-      for (int64_t v = begin; v < vector_end; v += 2) {
+      ++transformed;
+      return inputs;
+    };
+    for (int64_t group = task.first_group; group < task.group_end; ++group) {
+      const GroupVectors of_group(group, p.output_per_group, p.groups);
+      const int64_t vector_end = std::min(task.first_vector + task.vectors, of_group.end);
+      for (int64_t v = std::max(task.first_vector, of_group.begin), together; v < vector_end; v += together) {
+        const bool spans = of_group.spans(v);
+        together = v + 1 < vector_end && !spans && !of_group.spans(v + 1) ? 2 : 1;
+        const float* inputs = inputs_of(group);
         float* out = results + (v - task.first_vector) * vector_floats;
         const TileProducts products{inputs,
+                                    spans ? inputs_of(group + 1) - inputs : 0,
+                                    lanes_mask(of_group.last_lanes),
                                     block_floats(tiles),
                                     position_floats(tiles),
                                     p.weights_of(v),
@@ -84,7 +100,7 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
                                     p.source_per_group,
                                     {out, out + lower},
                                     vector_floats};
-        multiply_tiles(products, std::min<int64_t>(2, vector_end - v), tiles, next);
+        multiply_tiles(products, together, tiles, next);
       }
     }
     for (int64_t row = 0; row < rows; ++row)

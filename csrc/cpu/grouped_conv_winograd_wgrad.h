@@ -28,7 +28,8 @@ struct WinogradBlocks {
     first_vector = chunk * p.chunk;
     vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
     first_group = first_vector * LANES / p.output_per_group;
-    group_end = (first_vector + vectors - 1) * LANES / p.output_per_group + 1;
+    const int64_t channel_end = std::min(p.shape.k, (first_vector + vectors) * LANES);
+    group_end = (channel_end - 1) / p.output_per_group + 1;
     across = (p.shape.ow + 1) / 2, down = (p.shape.oh + 1) / 2;
     const int64_t tiles = std::clamp<int64_t>(POSITION_FLOATS / p.source_per_group, LEAST, MOST);
     step = even_piece(down, std::max<int64_t>(1, tiles / across));
@@ -52,35 +53,51 @@ struct WinogradBlocks {
                  std::min(s.h, 2 * row_end(block) + 2 - s.pad_h), s.w, first_group * p.source_per_group,
                  (group_end - first_group) * p.source_per_group);
     next->add<T>(p.dy, image(block), image_end(block), 2 * row(block), std::min(s.oh, 2 * row_end(block)),
-                 s.ow, first_vector * LANES, vectors * LANES);
+                 s.ow, first_vector * LANES, std::min(s.k - first_vector * LANES, vectors * LANES));
   }
 };
 
-// Adds a block's dw of the vectors [begin, end) of one group; du is the first one's
-// [position][channel][LANES].
+// The places of a block's transformed values.
+struct BlockValues {
+  int64_t tiles, position, values;  // of a vector
+  float* inputs[2];                 // of even groups and of odd ones
+  float* gradients;                 // of the vectors that begin in a group
+};
+
+// Calls f(image, row of tiles, floats to its first tile) for each row of a block.
+template <typename F>
+void each_tile_row(const WinogradBlocks& task, int64_t block, const F& f) {
+  int64_t at = 0;
+  for (int64_t n = task.image(block); n < task.image_end(block); ++n)
+    for (int64_t row = task.row(block); row < task.row_end(block); ++row, at += task.across * LANES)
+      f(n, row, at);
+}
+
+// Adds a block's dw of the vectors [begin, end) that begin in a group, whose x, and the next group's if one
+// spans both, is transformed; du is the first one's [position][channel][LANES].
 template <typename T>
-void add_block(const WgradPass& p, const WinogradBlocks& task, int64_t block, int64_t begin, int64_t end,
-               float* inputs, float* du, bool fresh, RowPrefetch& next) {
+void add_block(const WgradPass& p, const WinogradBlocks& task, int64_t block, int64_t group,
+               const GroupVectors& of_group, int64_t begin, int64_t end, const BlockValues& at, float* du,
+               bool fresh, RowPrefetch& next) {
   const GroupedConvShape& s = p.shape;
-  const int64_t channels = p.source_per_group, group = begin * LANES / p.output_per_group;
-  const int64_t rows = task.row_end(block) - task.row(block), image = task.image(block);
-  const int64_t tiles = (task.image_end(block) - image) * rows * task.across;
-  const int64_t position = position_floats(tiles), values = block_floats(tiles);
-  float* gradients = inputs + channels / LANES * values;
-  for (int64_t n = image, at = 0; n < task.image_end(block); ++n)
-    for (int64_t row = task.row(block); row < task.row_end(block); ++row, at += task.across * LANES) {
-      const TileSource x{&p.x, n, s.h, s.w, 2 * row - s.pad_h, -s.pad_w, group * channels};
-      transform_inputs<T>(x, channels, task.across, inputs + at, tiles);
-      for (int64_t v = begin; v < end; ++v) {
-        const TileSource dy{&p.dy, n, s.oh, s.ow, 2 * row, 0, v * LANES};
-        transform_gradients<T>(dy, task.across, gradients + (v - begin) * values + at, position);
-      }
+  const int64_t channels = p.source_per_group;
+  each_tile_row(task, block, [&](int64_t n, int64_t row, int64_t tile) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, s.k - v * LANES));
+      const TileSource dy{&p.dy, n, s.oh, s.ow, 2 * row, 0, v * LANES, lanes};
+      transform_gradients<T>(dy, task.across, at.gradients + (v - begin) * at.values + tile, at.position);
     }
+  });
+  const float* inputs = at.inputs[group % 2];
+  const Mask first = lanes_mask(of_group.last_lanes);
   for (int64_t i = 0; i < POSITIONS; ++i)
-    for (int64_t v = 0; v < end - begin; ++v) {
+    for (int64_t v = begin; v < end; ++v) {
+      const int64_t second = of_group.spans(v) ? at.inputs[1 - group % 2] - inputs : 0;
+      const float* gradients = at.gradients + (v - begin) * at.values + i * at.position;
       for (int64_t c = 0; c < channels; c += LANES)
-        accumulate(inputs + c / LANES * values + i * position, gradients + v * values + i * position, tiles,
-                   fresh, du + ((v * POSITIONS + i) * channels + c) * LANES);
+        accumulate(inputs + c / LANES * at.values + i * at.position, second, first, gradients, at.tiles,
+                   std::min<int64_t>(LANES, channels - c), fresh,
+                   du + (((v - begin) * POSITIONS + i) * channels + c) * LANES);
       next.step();
     }
 }
@@ -90,17 +107,21 @@ void add_block(const WgradPass& p, const WinogradBlocks& task, int64_t block, in
 template <typename T>
 void wgrad_by_tiles(const WgradPass& p, const WinogradBlocks& task, const WinogradBlocks* after, float* total,
                     Scratch& scratch) {
-  const int64_t channels = p.source_per_group, group_vectors = p.output_per_group / LANES;
+  const GroupedConvShape& s = p.shape;
+  const int64_t channels = p.source_per_group;
   if (task.blocks == 0) {  // no images
     std::fill(total, total + task.vectors * p.vector_floats(), 0.0f);
     return;
   }
   const int64_t vector_floats = POSITIONS * channels * LANES;
   const int64_t values = block_floats(task.most_tiles());
-  const int64_t value_floats = (channels / LANES + std::min(group_vectors, task.vectors)) * values;
+  const int64_t group_vectors = (p.output_per_group + LANES - 1) / LANES;
+  const int64_t input_floats = (channels + LANES - 1) / LANES * values;  // of a group
+  const int64_t gradient_floats = std::min(group_vectors, task.vectors) * values;
   Carve carve(scratch);
-  carve.reserve({value_floats, task.vectors * vector_floats});
-  float *inputs = carve.take(value_floats), *du = carve.take(task.vectors * vector_floats);
+  carve.reserve({2 * input_floats, gradient_floats, task.vectors * vector_floats});
+  float *inputs = carve.take(2 * input_floats), *gradients = carve.take(gradient_floats);
+  float* du = carve.take(task.vectors * vector_floats);
   for (int64_t block = 0; block < task.blocks; ++block) {
     RowPrefetch next;
     if (block + 1 < task.blocks)
@@ -109,11 +130,29 @@ void wgrad_by_tiles(const WgradPass& p, const WinogradBlocks& task, const Winogr
       after->prefetch<T>(p, 0, &next);
     next.spread(task.vectors * POSITIONS);
     const bool fresh = block % BLOCKS_PER_SUM == 0;
+    const int64_t tiles = (task.image_end(block) - task.image(block)) *
+                          (task.row_end(block) - task.row(block)) * task.across;
+    const BlockValues at{
+        tiles, position_floats(tiles), block_floats(tiles), {inputs, inputs + input_floats}, gradients};
+    int64_t transformed = task.first_group;
+    const auto transform = [&](int64_t group) {
+      if (group < transformed) return;
+      each_tile_row(task, block, [&](int64_t n, int64_t row, int64_t tile) {
+        const TileSource x{&p.x,     n,     s.h, s.w, 2 * row - s.pad_h, -s.pad_w, group * channels,
+                           LANES};
+        transform_inputs<T>(x, channels, task.across, at.inputs[group % 2] + tile, at.tiles);
+      });
+      ++transformed;
+    };
     for (int64_t group = task.first_group; group < task.group_end; ++group) {
-      const int64_t begin = std::max(task.first_vector, group * group_vectors);
-      const int64_t end = std::min(task.first_vector + task.vectors, (group + 1) * group_vectors);
-      add_block<T>(p, task, block, begin, end, inputs, du + (begin - task.first_vector) * vector_floats,
-                   fresh, next);
+      const GroupVectors of_group(group, p.output_per_group, s.groups);
+      const int64_t begin = std::max(task.first_vector, of_group.begin);
+      const int64_t end = std::min(task.first_vector + task.vectors, of_group.end);
+      if (begin >= end) continue;
+      transform(group);
+      if (of_group.spans(end - 1)) transform(group + 1);
+      add_block<T>(p, task, block, group, of_group, begin, end, at,
+                   du + (begin - task.first_vector) * vector_floats, fresh, next);
     }
     // One sum over very many blocks would lose digits: every so often it is added to the total.
     if ((block + 1) % BLOCKS_PER_SUM != 0 && block + 1 < task.blocks) continue;

@@ -140,6 +140,7 @@ struct Vec {
 };
 using Index = __m512i;
 
+using Mask = __mmask16;
 GCONV_INLINE __mmask16 lanes_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 GCONV_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
@@ -156,6 +157,7 @@ GCONV_INLINE Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)};
 GCONV_INLINE Vec relu_mask(Vec g, Vec z) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z.v, _mm512_setzero_ps(), _CMP_NLE_UQ), g.v)};
 }
+GCONV_INLINE Vec choose(Mask first, Vec a, Vec b) { return {_mm512_mask_blend_ps(first, b.v, a.v)}; }
 GCONV_INLINE Index index_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 GCONV_INLINE Index index_add(Index i, int32_t n) { return _mm512_add_epi32(i, _mm512_set1_epi32(n)); }
 // lane l of the result is lane index[l] (modulo LANES) of a.
@@ -268,6 +270,7 @@ struct Vec {
 };
 using Index = __m256i;
 
+using Mask = __m256i;
 GCONV_INLINE __m256i lanes_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -283,6 +286,9 @@ GCONV_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 GCONV_INLINE Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
 GCONV_INLINE Vec relu_mask(Vec g, Vec z) {
   return {_mm256_and_ps(_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ), g.v)};
+}
+GCONV_INLINE Vec choose(Mask first, Vec a, Vec b) {
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(first))};
 }
 GCONV_INLINE Index index_load(const int32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -391,6 +397,9 @@ struct Vec {
 };
 using Index = Int4;
 
+using Mask = Int4;
+GCONV_INLINE Mask lanes_mask(int n) { return Int4{0, 1, 2, 3} < Int4{n, n, n, n}; }
+GCONV_INLINE Vec choose(Mask first, Vec a, Vec b) { return {first ? a.v : b.v}; }
 GCONV_INLINE Vec zero() { return {Float4{0, 0, 0, 0}}; }
 GCONV_INLINE Vec set1(float s) { return {Float4{s, s, s, s}}; }
 GCONV_INLINE Vec load(const float* p) {
