@@ -29,9 +29,9 @@ inline int64_t winograd_wgrad_overhead() {
   return single_wide_fma() ? 150 : 600;
 }
 
-// Whether to use it. It can where a vector holds channels of one group or of two neighbours, and pays where it
-// saves more multiplications than the overhead: the direct algorithm leaves out taps in the padding and has
-// no half-empty tiles.
+// Whether to use it. It can where a vector holds channels of one group or of two neighbours, and pays where
+// it saves more multiplications than the overhead: the direct algorithm leaves out taps in the padding and
+// has no half-empty tiles.
 inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overhead) {
   const int64_t c = s.c / s.groups, k = s.k / s.groups;
   if (PAIRS || use == Winograd::never || c < LANES || k < LANES) return false;
@@ -195,9 +195,9 @@ void transform_gradients(const TileSource& s, int64_t tiles, float* out, int64_t
 constexpr int WINOGRAD_SINGLE = LANES == 16 ? 14 : 6, WINOGRAD_PAIR = WINOGRAD_SINGLE / 2;
 
 struct TileProducts {
-  const float* v;       // inputs, from the first tile on
-  int64_t second;       // from there to the next group's, if the vector spans two
-  Mask first;           // lanes of the first of them
+  const float* v;  // inputs, from the first tile on
+  int64_t second;  // from there to the next group's, if the vector spans two
+  Mask first;      // lanes of the first of them
   int64_t v_block, v_position;
   const float* u;  // weights [column][outer?][channel][2][LANES] of each vector
   int64_t u_vector;

@@ -49,9 +49,11 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
   const int64_t blocks = (p.source_per_group + LANES - 1) / LANES;
   const int64_t input_floats = blocks * block_floats(across * p.band / 2);  // of a group
   Carve carve(scratch);
-  carve.reserve({task.vectors * vector_floats, 2 * input_floats});
+  // Even groups and odd ones in turn where vectors span two.
+  const int64_t apart = p.output_per_group % LANES == 0 ? 0 : input_floats;
+  carve.reserve({task.vectors * vector_floats, input_floats + apart});
   float* results = carve.take(task.vectors * vector_floats);
-  float* both_inputs = carve.take(2 * input_floats);  // of even groups and of odd ones
+  float* even_inputs = carve.take(input_floats + apart);
 
   TaskSums sums(task.vectors);
   for (int64_t first = task.rows.begin; first < task.rows.end; first += p.band) {
@@ -66,7 +68,7 @@ void winograd_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) 
     next.spread(4 * pairs * (task.group_end - task.first_group));
     int64_t transformed = task.first_group;
     const auto inputs_of = [&](int64_t group) {
-      float* inputs = both_inputs + group % 2 * input_floats;
+      float* inputs = even_inputs + group % 2 * apart;
       if (group < transformed) return inputs;
       for (int64_t row = 0; row < down; ++row) {
         const TileSource source{&p.source,

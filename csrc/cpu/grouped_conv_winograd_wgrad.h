@@ -60,7 +60,7 @@ struct WinogradBlocks {
 // The places of a block's transformed values.
 struct BlockValues {
   int64_t tiles, position, values;  // of a vector
-  float* inputs[2];                 // of even groups and of odd ones
+  float* inputs[2];                 // of even groups and of odd ones; the same where no vector spans two
   float* gradients;                 // of the vectors that begin in a group
 };
 
@@ -119,8 +119,9 @@ void wgrad_by_tiles(const WgradPass& p, const WinogradBlocks& task, const Winogr
   const int64_t input_floats = (channels + LANES - 1) / LANES * values;  // of a group
   const int64_t gradient_floats = std::min(group_vectors, task.vectors) * values;
   Carve carve(scratch);
-  carve.reserve({2 * input_floats, gradient_floats, task.vectors * vector_floats});
-  float *inputs = carve.take(2 * input_floats), *gradients = carve.take(gradient_floats);
+  const int64_t apart = p.output_per_group % LANES == 0 ? 0 : input_floats;
+  carve.reserve({input_floats + apart, gradient_floats, task.vectors * vector_floats});
+  float *inputs = carve.take(input_floats + apart), *gradients = carve.take(gradient_floats);
   float* du = carve.take(task.vectors * vector_floats);
   for (int64_t block = 0; block < task.blocks; ++block) {
     RowPrefetch next;
@@ -130,16 +131,15 @@ void wgrad_by_tiles(const WgradPass& p, const WinogradBlocks& task, const Winogr
       after->prefetch<T>(p, 0, &next);
     next.spread(task.vectors * POSITIONS);
     const bool fresh = block % BLOCKS_PER_SUM == 0;
-    const int64_t tiles = (task.image_end(block) - task.image(block)) *
-                          (task.row_end(block) - task.row(block)) * task.across;
+    const int64_t tiles =
+        (task.image_end(block) - task.image(block)) * (task.row_end(block) - task.row(block)) * task.across;
     const BlockValues at{
-        tiles, position_floats(tiles), block_floats(tiles), {inputs, inputs + input_floats}, gradients};
+        tiles, position_floats(tiles), block_floats(tiles), {inputs, inputs + apart}, gradients};
     int64_t transformed = task.first_group;
     const auto transform = [&](int64_t group) {
       if (group < transformed) return;
       each_tile_row(task, block, [&](int64_t n, int64_t row, int64_t tile) {
-        const TileSource x{&p.x,     n,     s.h, s.w, 2 * row - s.pad_h, -s.pad_w, group * channels,
-                           LANES};
+        const TileSource x{&p.x, n, s.h, s.w, 2 * row - s.pad_h, -s.pad_w, group * channels, LANES};
         transform_inputs<T>(x, channels, task.across, at.inputs[group % 2] + tile, at.tiles);
       });
       ++transformed;
