@@ -1,5 +1,7 @@
 // What the convolutions' bindings share: checks of shapes and what a gradient starts from.
 #pragma once
+#include <cstring>
+
 #include "torch_ops.h"
 
 namespace gconv {
@@ -24,6 +26,47 @@ inline Shape shape_of(const char* op, const char* name, const Tensor& t) {
 inline Shape shape_of(const char* op, const char* name, const Ints& sizes) {
   check(sizes.size() == 4, op, ": ", name, ": want 4 sizes, got ", sizes.size());
   return Shape{sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
+// Whether the kernel is 1x1; then nothing else may be said of it but its stride.
+inline bool is_pointwise(const char* op, const Shape& weight, const Ints& padding, int64_t groups) {
+  if (weight.rank != 4 || weight.size[2] != 1 || weight.size[3] != 1) return false;
+  check_pair(op, "padding", padding, 0, 0);
+  check(groups == 1, op, ": groups: want 1 with a 1x1 kernel, got ", groups);
+  return true;
+}
+
+// Weights packed ahead are a vector of floats: this header, then the weights, as far from a line's start.
+struct PackedHeader {
+  int64_t packing, k, channels, groups, taps, unused[3];
+
+  static constexpr int64_t FLOATS = 16;
+  static PackedHeader of(int64_t packing, const Shape& weight, int64_t groups) {
+    return {packing, weight.size[0], weight.size[1], groups, weight.size[2] * weight.size[3], {}};
+  }
+};
+static_assert(sizeof(PackedHeader) == PackedHeader::FLOATS * sizeof(float));
+
+// `pack`, a stage, of a weight of that size, by the params p.
+template <typename Params>
+Tensor pack_ahead(Params& p, const PackedHeader& header, int64_t floats, const Tensor& weight,
+                  void (*pack)(const Params&, int64_t, int64_t)) {
+  Tensor packed = empty_floats({PackedHeader::FLOATS + floats}, weight);
+  std::memcpy(packed.mutable_data_ptr(), &header, sizeof(header));
+  p.workspace = floats_of(packed) + PackedHeader::FLOATS;
+  run_stage(pack, p, weight.numel());
+  return packed;
+}
+
+// The weights in a vector that pack_ahead made with such a header.
+inline const float* packed_ahead(const char* op, const Tensor& packed, const PackedHeader& header,
+                                 int64_t floats, const Shape& weight) {
+  const bool fits = packed.device().is_cpu() && packed.scalar_type() == ScalarType::Float &&
+                    has_shape(packed, {PackedHeader::FLOATS + floats}) && packed.is_contiguous();
+  check(fits && std::memcmp(packed.const_data_ptr(), &header, sizeof(header)) == 0, op,
+        ": packed: want what conv_pack makes of a weight ", weight,
+        " for this dtype, image, geometry and instruction set, got ", Described{packed}, " of another");
+  return static_cast<const float*>(packed.const_data_ptr()) + PackedHeader::FLOATS;
 }
 
 // Its channels side by side; else a copy in which they are.

@@ -6,14 +6,6 @@ namespace gconv {
 
 namespace {
 
-// Whether the kernel is 1x1; then nothing else may be said of it but its stride.
-bool is_pointwise(const char* op, const Tensor& weight, const Ints& padding, int64_t groups) {
-  if (weight.dim() != 4 || weight.size(2) != 1 || weight.size(3) != 1) return false;
-  check_pair(op, "padding", padding, 0, 0);
-  check(groups == 1, op, ": groups: want 1 with a 1x1 kernel, got ", groups);
-  return true;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
     const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& residual,
@@ -23,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_fwd_train(
   check(running_mean.has_value() == running_var.has_value(), op, ": ",
         running_mean.has_value() ? "running_var" : "running_mean", ": want both running statistics or none");
   auto [y, mean, var] =
-      is_pointwise(op, weight, padding, groups)
+      is_pointwise(op, shape_of(op, "weight", weight), padding, groups)
           ? pointwise_conv_fwd_stats(x, weight, stride, std::nullopt)
           : grouped_conv_fwd_stats(x, weight, stride, padding, dilation, groups, std::nullopt);
   auto [rstd, affine] = batch_norm_fold(mean, var, gamma, beta, eps);
@@ -39,12 +31,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_bwd(
     const Ints& dilation, int64_t groups, const Tensor& y, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& gamma, const OptionalTensor& affine, const OptionalTensor& z, bool want_dx,
     bool want_dweight, bool want_g, bool weight_channels_last) {
+  const char* op = "conv_bn_relu_bwd";
   // The convolution's gradients finish dz as they load it. A mask that only z knows is applied before.
   const bool masked = want_g || (z.has_value() && (want_dx || want_dweight));
   auto [dgamma, dbeta, finish, g] = batch_norm_bwd_reduce(dz, y, mean, rstd, gamma, affine, z, masked);
   const Tensor& dy = masked ? g : dz;
   auto [dx, dweight, sums] =
-      is_pointwise("conv_bn_relu_bwd", weight, padding, groups)
+      is_pointwise(op, shape_of(op, "weight", weight), padding, groups)
           ? pointwise_conv_bwd(dy, x, weight, stride, y, finish, std::nullopt, std::nullopt, want_dx,
                                want_dweight, weight_channels_last)
           : grouped_conv_bwd(dy, x, weight, stride, padding, dilation, groups, y, finish, std::nullopt,

@@ -40,6 +40,8 @@ struct GroupedConvFwdParams {
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C/groups, 3, 3]
   WeightLayout layout;  // of weight
+  const float* packed;  // incoming, on the CPU: what grouped_conv_pack_weights_cpu made of weight, which is
+                        //   not read then, nor does fwd_pack do anything; null: not given
   const float* act;     // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
   const float* affine;  // incoming [2, K]: c, d of the epilogue; null: identity
   Nhwc residual;        // incoming, added after the affine; data null: none
@@ -97,6 +99,13 @@ int64_t grouped_conv_fwd_workspace(const GroupedConvFwdParams& p);
 void grouped_conv_fwd_pack_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth);
 void grouped_conv_fwd_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth);
 void grouped_conv_fwd_merge_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth);  // if mean
+
+// Weights packed ahead, for any number of forwards: grouped_conv_packed_floats() floats into p.workspace,
+// from shape, dtype, isa, winograd, weight and layout alone. Those of two calls are alike where c, k and
+// groups of the shape and grouped_conv_packing() are.
+int64_t grouped_conv_packing(const GroupedConvFwdParams& p);
+int64_t grouped_conv_packed_floats(const GroupedConvFwdParams& p);
+void grouped_conv_pack_weights_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth);
 
 int64_t grouped_conv_bwd_input_workspace(const GroupedConvBwdInputParams& p);
 void grouped_conv_bwd_input_pack_cpu(const GroupedConvBwdInputParams& p, int64_t ith, int64_t nth);

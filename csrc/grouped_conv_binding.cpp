@@ -27,7 +27,7 @@ struct CpuKernels {
   }
 
   static void run(const GroupedConvFwdParams& p, int64_t workspace) {
-    run_stage(grouped_conv_fwd_pack_cpu, p, workspace);
+    if (p.packed == nullptr) run_stage(grouped_conv_fwd_pack_cpu, p, workspace);
     run_stage(grouped_conv_fwd_cpu, p, work_of(p.shape));
     if (p.mean != nullptr) run_stage(grouped_conv_fwd_merge_cpu, p, p.shape.n * p.shape.k);
   }
@@ -59,6 +59,33 @@ struct CpuKernels {
 using CpuOps = GroupedConvOps<CpuKernels>;
 
 }  // namespace
+
+Tensor grouped_conv_pack(const Tensor& weight, const Ints& input_size, const Ints& stride,
+                         const Ints& padding, const Ints& dilation, int64_t groups) {
+  const char* op = "conv_pack";
+  const Shape input = shape_of(op, "input_size", input_size), size = shape_of(op, "weight", weight);
+  GroupedConvFwdParams p{};
+  p.dtype = activation_dtype(op, "weight", weight);
+  CpuKernels::prepare(p);
+  const Geometry geometry{op, stride, padding, dilation, groups};
+  p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3], size);
+  const Tensor dense = dense_weight(weight);
+  p.weight = dense.const_data_ptr();
+  p.layout = weight_layout(size.size[1], is_channels_last(dense));
+  const auto header = PackedHeader::of(grouped_conv_packing(p), size, groups);
+  return pack_ahead(p, header, grouped_conv_packed_floats(p), dense, grouped_conv_pack_weights_cpu);
+}
+
+Tensor grouped_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into) {
+  const Geometry geometry{call.op, call.stride, call.padding, call.dilation, call.groups};
+  Forward f(DeviceType::CPU, call.op, call.x, call.weight, geometry, call.act, into);
+  CpuKernels::prepare(f.p);
+  const auto header = PackedHeader::of(grouped_conv_packing(f.p), call.weight, call.groups);
+  f.p.packed = packed_ahead(call.op, call.packed, header, grouped_conv_packed_floats(f.p), call.weight);
+  f.epilogue(call.op, call.affine, call.residual, call.relu);
+  f.run(CpuKernels{});
+  return f.y;
+}
 
 std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight,
                                                           const Ints& stride, const Ints& padding,

@@ -69,17 +69,21 @@ struct Forward : Output<GroupedConvFwdParams> {
 
   Forward(DeviceType home, const char* op, const Tensor& input, const Tensor& filters,
           const Geometry& geometry, const OptionalTensor& act, const OptionalTensor& into)
-      : x(input), weight(filters) {
-    p.dtype = activation_dtype(op, "x", x, home);
-    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), shape_of(op, "weight", weight));
-    const GroupedConvShape& s = p.shape;
-    check_tensor(op, "weight", weight, x.scalar_type(), shape_of(op, "weight", weight), x.device());
-    x = channels_adjacent(x);
-    weight = dense_weight(weight);
-    p.x = view_of(x);
+      : Forward(home, op, input, shape_of(op, "weight", filters), geometry, act, into) {
+    check_tensor(op, "weight", filters, x.scalar_type(), shape_of(op, "weight", filters), x.device());
+    weight = dense_weight(filters);
     p.weight = weight.const_data_ptr();
-    p.layout = weight_layout(s.c / s.groups, is_channels_last(weight));
-    p.act = channel_floats(op, "act", act, {2, s.c}, x.device());
+    p.layout = weight_layout(p.shape.c / p.shape.groups, is_channels_last(weight));
+  }
+  // Without a weight, whose size alone is known.
+  Forward(DeviceType home, const char* op, const Tensor& input, const Shape& weight_size,
+          const Geometry& geometry, const OptionalTensor& act, const OptionalTensor& into)
+      : x(input), weight(input) {
+    p.dtype = activation_dtype(op, "x", x, home);
+    p.shape = geometry.shape(x.size(0), x.size(1), x.size(2), x.size(3), weight_size);
+    x = channels_adjacent(x);
+    p.x = view_of(x);
+    p.act = channel_floats(op, "act", act, {2, p.shape.c}, x.device());
     place(op, x, into);
   }
 

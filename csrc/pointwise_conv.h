@@ -27,6 +27,8 @@ struct PointwiseConvFwdParams {
   Isa isa;              // which set of kernels runs
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C]
+  const float* packed;  // incoming: what pointwise_conv_pack_weights_cpu made of weight, which is not read
+                        //   then, nor does fwd_pack do anything; null: not given
   const float* act;     // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
   const float* affine;  // incoming [2, K]: c, d of the epilogue; null: identity
   Nhwc residual;        // incoming, added after the affine; data null: none
@@ -62,6 +64,13 @@ int64_t pointwise_conv_fwd_workspace(const PointwiseConvFwdParams& p);
 void pointwise_conv_fwd_pack_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth);
 void pointwise_conv_fwd_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth);
 void pointwise_conv_fwd_merge_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth);  // if mean
+
+// Weights packed ahead, for any number of forwards: pointwise_conv_packed_floats() floats into p.workspace,
+// from shape, dtype, isa and weight alone. Those of two calls are alike where shape.c, shape.k and
+// pointwise_conv_packing() are.
+int64_t pointwise_conv_packing(const PointwiseConvFwdParams& p);
+int64_t pointwise_conv_packed_floats(const PointwiseConvFwdParams& p);
+void pointwise_conv_pack_weights_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth);
 
 int64_t pointwise_conv_bwd_workspace(const PointwiseConvBwdParams& p);
 void pointwise_conv_bwd_pack_cpu(const PointwiseConvBwdParams& p, int64_t ith, int64_t nth);  // if dx

@@ -7,16 +7,18 @@ namespace gconv {
 
 namespace {
 
-// The shape of a convolution of x with a weight [K, C, 1, 1].
-PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride) {
+// The shape of a convolution of x with a weight [K, C, 1, 1], of which k is known.
+PointwiseConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ints& stride) {
   check_pair(op, "stride", stride, 1, 2);
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  check_tensor(op, "weight", weight, x.scalar_type(), {weight.dim() > 0 ? weight.size(0) : 1, c, 1, 1});
-  check(c >= 1 && weight.size(0) >= 1, op, ": weight: want at least one channel on each side, got ",
-        Described{weight});
+  check(c >= 1 && k >= 1, op, ": weight: want at least one channel on each side, got ", Shape{k, c, 1, 1});
   check(h >= 1 && w >= 1, op, ": x: want an image with pixels, got ", Described{x});
-  return {x.size(0),      h,         w,        c, (h - 1) / stride[0] + 1, (w - 1) / stride[1] + 1,
-          weight.size(0), stride[0], stride[1]};
+  return {x.size(0), h, w, c, (h - 1) / stride[0] + 1, (w - 1) / stride[1] + 1, k, stride[0], stride[1]};
+}
+PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride) {
+  const int64_t k = weight.dim() > 0 ? weight.size(0) : 1;
+  check_tensor(op, "weight", weight, x.scalar_type(), {k, x.size(1), 1, 1});
+  return conv_shape(op, x, k, stride);
 }
 
 // weight itself where it is [K, C] in memory, in either of torch's layouts, else a copy that is.
@@ -37,14 +39,20 @@ struct Forward : Output<PointwiseConvFwdParams> {
   Forward(const char* op, const Tensor& input, const Tensor& filters, const Ints& stride,
           const OptionalTensor& act, const OptionalTensor& into) {
     p.dtype = activation_dtype(op, "x", input);
-    p.isa = isa_current();
     p.shape = conv_shape(op, input, filters, stride);
-    x = channels_adjacent(input);
     weight = dense_weight(filters);
-    p.x = view_of(x);
     p.weight = weight.const_data_ptr();
-    p.act = channel_floats(op, "act", act, {2, p.shape.c});
-    place(op, x, into);
+    read(op, input, act, into);
+  }
+  Forward(const PackedCall& call, const OptionalTensor& into) : weight(call.packed) {
+    p.dtype = activation_dtype(call.op, "x", call.x);
+    check(call.weight.size[1] == call.x.size(1), call.op,
+          ": weight_size: want [K, C, 1, 1] with C = ", call.x.size(1), ", got ", call.weight);
+    p.shape = conv_shape(call.op, call.x, call.weight.size[0], call.stride);
+    read(call.op, call.x, call.act, into);
+    const auto header = PackedHeader::of(pointwise_conv_packing(p), call.weight, 1);
+    p.packed = packed_ahead(call.op, weight, header, pointwise_conv_packed_floats(p), call.weight);
+    epilogue(call.op, call.affine, call.residual, call.relu);
   }
 
   void run() {
@@ -52,9 +60,18 @@ struct Forward : Output<PointwiseConvFwdParams> {
     const int64_t floats = pointwise_conv_fwd_workspace(p);
     workspace = empty_floats({floats}, x);
     p.workspace = floats_of(workspace);
-    run_stage(pointwise_conv_fwd_pack_cpu, p, s.c * s.k);
+    if (p.packed == nullptr) run_stage(pointwise_conv_fwd_pack_cpu, p, s.c * s.k);
     run_stage(pointwise_conv_fwd_cpu, p, work_of(s));
     if (p.mean != nullptr) run_stage(pointwise_conv_fwd_merge_cpu, p, s.n * s.k);
+  }
+
+ private:
+  void read(const char* op, const Tensor& input, const OptionalTensor& act, const OptionalTensor& into) {
+    p.isa = isa_current();
+    x = channels_adjacent(input);
+    p.x = view_of(x);
+    p.act = channel_floats(op, "act", act, {2, p.shape.c});
+    place(op, x, into);
   }
 };
 
@@ -141,6 +158,24 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv_fwd_stats(const Tensor& x, con
   f.statistics(op, true);
   f.run();
   return {f.y, f.mean, f.var};
+}
+
+Tensor pointwise_conv_pack(const Tensor& weight) {
+  const char* op = "conv_pack";
+  PointwiseConvFwdParams p{};
+  p.dtype = activation_dtype(op, "weight", weight);
+  p.isa = isa_current();
+  p.shape.k = weight.size(0), p.shape.c = weight.size(1);
+  const Tensor dense = dense_weight(weight);
+  p.weight = dense.const_data_ptr();
+  const auto header = PackedHeader::of(pointwise_conv_packing(p), shape_of(op, "weight", weight), 1);
+  return pack_ahead(p, header, pointwise_conv_packed_floats(p), dense, pointwise_conv_pack_weights_cpu);
+}
+
+Tensor pointwise_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into) {
+  Forward f(call, into);
+  f.run();
+  return f.y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pointwise_conv_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,

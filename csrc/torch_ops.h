@@ -10,6 +10,22 @@ namespace gconv {
 
 using Ints = std::vector<int64_t>;
 
+// The arguments of a forward by weights that were packed ahead, of a weight of that size.
+struct PackedCall {
+  const char* op;
+  const Tensor &x, &packed;
+  const Shape& weight;
+  const Ints &stride, &padding, &dilation;
+  int64_t groups;
+  const OptionalTensor &act, &affine, &residual;
+  bool relu;
+};
+
+Tensor grouped_conv_pack(const Tensor& weight, const Ints& input_size, const Ints& stride,
+                         const Ints& padding, const Ints& dilation, int64_t groups);
+Tensor grouped_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into);
+Tensor pointwise_conv_pack(const Tensor& weight);
+Tensor pointwise_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into);
 std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight,
                                                           const Ints& stride, const Ints& padding,
                                                           const Ints& dilation, int64_t groups,

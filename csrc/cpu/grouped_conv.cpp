@@ -31,6 +31,12 @@ void grouped_conv_fwd_merge_cpu(const GroupedConvFwdParams& p, int64_t ith, int6
   table(p).fwd_merge(p, ith, nth);
 }
 
+int64_t grouped_conv_packing(const GroupedConvFwdParams& p) { return table(p).packing(p); }
+int64_t grouped_conv_packed_floats(const GroupedConvFwdParams& p) { return table(p).packed_floats(p); }
+void grouped_conv_pack_weights_cpu(const GroupedConvFwdParams& p, int64_t ith, int64_t nth) {
+  table(p).pack_weights(p, ith, nth);
+}
+
 int64_t grouped_conv_bwd_input_workspace(const GroupedConvBwdInputParams& p) {
   return table(p).bwd_input_workspace(p);
 }

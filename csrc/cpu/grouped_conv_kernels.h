@@ -32,7 +32,7 @@ void plan(Pass& p, const Params& q) {
   p.narrow = !p.winograd && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
   p.narrow ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
   p.raw_weight = q.weight, p.layout = q.layout;
-  p.weight = q.workspace;
+  p.weight = p.ahead != nullptr ? p.ahead : q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
 }
 
@@ -48,6 +48,7 @@ inline Pass plan_forward(const GroupedConvFwdParams& q) {
   p.relu = q.relu;
   p.moments = q.mean != nullptr;
   p.output = q.y;
+  p.ahead = q.packed;
   plan(p, q);
   return p;
 }
@@ -66,11 +67,16 @@ inline Pass plan_input_gradient(const GroupedConvBwdInputParams& q) {
   return p;
 }
 
-// A share of the weights that all threads use.
-inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
-  if (p.packs_chunks()) return;
+// A share of all weights, packed ahead.
+inline void pack_all(const Pass& p, float* packed, int64_t ith, int64_t nth) {
   const Share share(p.vectors(), ith, nth);
   pack_vectors(p, share.begin, share.end, packed + share.begin * p.weight_floats());
+}
+
+// A share of the weights that all threads use, in the call.
+inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
+  if (p.by_chunk() || p.ahead != nullptr) return;
+  pack_all(p, packed, ith, nth);
 }
 
 // Up to part / parts of the tasks.
@@ -82,6 +88,15 @@ inline void run_part(PassTasks& tasks, int64_t part, int64_t parts) {
 inline void run_pass(const Pass& p, int64_t ith, int64_t nth) {
   PassTasks tasks(p, ith, nth);
   run_part(tasks, 1, 1);
+}
+
+int64_t packing(const GroupedConvFwdParams& q) { return packing_of(q.dtype, plan_forward(q).winograd); }
+int64_t packed_floats(const GroupedConvFwdParams& q) {
+  const Pass p = plan_forward(q);
+  return p.vectors() * p.weight_floats();
+}
+void pack_weights(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
+  pack_all(plan_forward(q), q.workspace, ith, nth);
 }
 
 int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_forward(q)); }
@@ -151,6 +166,9 @@ const GroupedConvTable GCONV_TABLE_NAME(grouped_conv, GCONV_ISA_NS) = {GCONV_ISA
                                                                        GCONV_ISA_NS::fwd_pack,
                                                                        GCONV_ISA_NS::fwd,
                                                                        GCONV_ISA_NS::fwd_merge,
+                                                                       GCONV_ISA_NS::packing,
+                                                                       GCONV_ISA_NS::packed_floats,
+                                                                       GCONV_ISA_NS::pack_weights,
                                                                        GCONV_ISA_NS::bwd_input_workspace,
                                                                        GCONV_ISA_NS::bwd_input_pack,
                                                                        GCONV_ISA_NS::bwd_input,

@@ -401,7 +401,7 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
   TaskSums sums(vectors);
   LinePrefetch below;
   const int64_t next = (index / p.chunks() + 1) * p.chunks();
-  if (next < end && p.chunks() > 1 && !p.packs_chunks()) {
+  if (next < end && p.chunks() > 1 && !p.by_chunk()) {
     // Each chunk's pass fetches its share of the next stripe's rows in the order of the tensor, all channels.
     const PassTask after = p.task(next);
     const Share rows = p.source_rows(after.stripe), part(rows.end - rows.begin, chunk, p.chunks());

@@ -39,6 +39,7 @@ struct Pass {
   RowSource source;
   const void* raw_weight;  // as torch keeps it
   WeightLayout layout;
+  const float* ahead;   // all weights, packed before the call; null: packed by it
   const float* weight;  // packed, of vectors from first_packed on
   int64_t first_packed;
   const float* affine;  // forward epilogue
@@ -65,9 +66,13 @@ struct Pass {
   int64_t weight_floats() const {
     return source_per_group * (winograd ? POSITIONS * LANES : WEIGHTS_PER_CHANNEL);
   }
-  // Large weights are packed chunk by chunk by the thread that uses them next; others once, for all threads.
-  bool packs_chunks() const { return vectors() * weight_floats() > SHARED_WEIGHT_FLOATS; }
-  int64_t packed_weight_floats() const { return packs_chunks() ? 0 : vectors() * weight_floats(); }
+  // Unless they are packed ahead, large weights are packed chunk by chunk by the thread that uses them next;
+  // others once, for all threads.
+  bool by_chunk() const { return vectors() * weight_floats() > SHARED_WEIGHT_FLOATS; }
+  bool packs_chunks() const { return by_chunk() && ahead == nullptr; }
+  int64_t packed_weight_floats() const {
+    return by_chunk() || ahead != nullptr ? 0 : vectors() * weight_floats();
+  }
   const float* weights_of(int64_t vector) const { return weight + (vector - first_packed) * weight_floats(); }
   int64_t partial_rows() const { return n * stripes; }
   int64_t tile_columns() const { return (output_w + 1) / 2; }
@@ -82,9 +87,8 @@ struct Pass {
   int64_t tasks() const { return partial_rows() * chunks(); }
   // Tasks in turn share what is dearer to fetch anew: the weights of a chunk, or the rows of a stripe.
   PassTask task(int64_t index) const {
-    const bool by_chunk = packs_chunks();
-    const int64_t at = by_chunk ? index % partial_rows() : index / chunks();
-    return {at / stripes, at % stripes, by_chunk ? index / partial_rows() : index % chunks()};
+    const int64_t at = by_chunk() ? index % partial_rows() : index / chunks();
+    return {at / stripes, at % stripes, by_chunk() ? index / partial_rows() : index % chunks()};
   }
 
   // Source rows that the taps of a stripe's output rows reach.

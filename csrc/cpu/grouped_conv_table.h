@@ -8,6 +8,8 @@ namespace gconv {
 struct GroupedConvTable {
   Workspace<GroupedConvFwdParams> fwd_workspace;
   Stage<GroupedConvFwdParams> fwd_pack, fwd, fwd_merge;
+  Workspace<GroupedConvFwdParams> packing, packed_floats;
+  Stage<GroupedConvFwdParams> pack_weights;
   Workspace<GroupedConvBwdInputParams> bwd_input_workspace;
   Stage<GroupedConvBwdInputParams> bwd_input_pack, bwd_input, bwd_input_merge;
   Workspace<GroupedConvBwdWeightParams> bwd_weight_workspace;

@@ -29,6 +29,12 @@ void pointwise_conv_fwd_merge_cpu(const PointwiseConvFwdParams& p, int64_t ith, 
   table(p).fwd_merge(p, ith, nth);
 }
 
+int64_t pointwise_conv_packing(const PointwiseConvFwdParams& p) { return table(p).packing(p); }
+int64_t pointwise_conv_packed_floats(const PointwiseConvFwdParams& p) { return table(p).packed_floats(p); }
+void pointwise_conv_pack_weights_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth) {
+  table(p).pack_weights(p, ith, nth);
+}
+
 int64_t pointwise_conv_bwd_workspace(const PointwiseConvBwdParams& p) { return table(p).bwd_workspace(p); }
 void pointwise_conv_bwd_pack_cpu(const PointwiseConvBwdParams& p, int64_t ith, int64_t nth) {
   table(p).bwd_pack(p, ith, nth);

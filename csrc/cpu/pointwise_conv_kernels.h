@@ -26,8 +26,9 @@ inline PointSource source_of_dy(const PointwiseConvBwdParams& q) {
 
 // What both directions share: cuts and workspace.
 template <typename Params>
-Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, float* workspace) {
+Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, const float* ahead) {
   Pass p{};
+  p.ahead = ahead;
   p.dtype = q.dtype;
   p.shape = q.shape;
   p.pixels = q.shape.n * q.shape.oh * q.shape.ow;
@@ -35,14 +36,14 @@ Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, flo
   p.raw_weight = q.weight;
   p.residual = q.residual;
   plan_cuts(p);
-  p.weight = workspace;
-  p.partials = workspace == nullptr ? nullptr : workspace + p.weight_floats();
+  p.weight = ahead != nullptr ? ahead : q.workspace;
+  p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_floats();
   return p;
 }
 
 inline Pass plan_forward(const PointwiseConvFwdParams& q) {
   const PointwiseConvShape& s = q.shape;
-  Pass p = plan(q, s.c, s.k, q.workspace);
+  Pass p = plan(q, s.c, s.k, q.packed);
   p.source = source_of_x(s, q.x, q.act);
   p.affine = q.affine;
   p.relu = q.relu;
@@ -54,7 +55,7 @@ inline Pass plan_forward(const PointwiseConvFwdParams& q) {
 
 inline Pass plan_input_gradient(const PointwiseConvBwdParams& q) {
   const PointwiseConvShape& s = q.shape;
-  Pass p = plan(q, s.k, s.c, q.workspace);
+  Pass p = plan(q, s.k, s.c, nullptr);
   p.transposed = true;
   p.source = source_of_dy(q);
   p.mask_x = q.x, p.mask_act = q.act, p.add = q.add;
@@ -64,7 +65,7 @@ inline Pass plan_input_gradient(const PointwiseConvBwdParams& q) {
 }
 
 // Workspace of a pass: packed weights, then the partial sums.
-inline int64_t pass_floats(const Pass& p) { return p.weight_floats() + p.partial_floats(); }
+inline int64_t pass_floats(const Pass& p) { return p.packed_floats() + p.partial_floats(); }
 
 inline Wgrad plan_weight_gradient(const PointwiseConvBwdParams& q) {
   Wgrad p{};
@@ -87,9 +88,15 @@ inline Backward plan_backward(const PointwiseConvBwdParams& q) {
   return b;
 }
 
+int64_t packing(const PointwiseConvFwdParams& q) { return packing_of(q.dtype, false); }
+int64_t packed_floats(const PointwiseConvFwdParams& q) { return plan_forward(q).weight_floats(); }
+void pack_ahead(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
+  pack_weights(plan_forward(q), q.workspace, ith, nth);
+}
+
 int64_t fwd_workspace(const PointwiseConvFwdParams& q) { return pass_floats(plan_forward(q)); }
 void fwd_pack(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
-  pack_weights(plan_forward(q), q.workspace, ith, nth);
+  if (q.packed == nullptr) pack_ahead(q, ith, nth);
 }
 void fwd(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
 void fwd_merge(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
@@ -115,8 +122,9 @@ void bwd_merge(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
   merge_sums(b.dx.partials, b.dx.blocks(), 2 * b.dx.output_channels, q.sums, ith, nth);
 }
 
-constexpr PointwiseConvTable TABLE = {fwd_workspace, fwd_pack, fwd, fwd_merge,
-                                      bwd_workspace, bwd_pack, bwd, bwd_merge};
+constexpr PointwiseConvTable TABLE = {fwd_workspace, fwd_pack,      fwd,        fwd_merge,
+                                      packing,       packed_floats, pack_ahead, bwd_workspace,
+                                      bwd_pack,      bwd,           bwd_merge};
 
 }  // namespace pointwise
 }  // namespace GCONV_ISA_NS

@@ -32,6 +32,7 @@ struct Pass {
   bool transposed;
   PointSource source;
   const void* raw_weight;  // [K, C]
+  const float* ahead;      // weights packed before the call; null: by its first stage, into the workspace
   const float* weight;     // packed
   const float* affine;     // forward epilogue
   bool relu;
@@ -53,6 +54,7 @@ struct Pass {
   int64_t tasks() const { return blocks() * chunks(); }
   int64_t block_pixels(int64_t at) const { return std::min(pixels, (at + 1) * block) - at * block; }
   int64_t weight_floats() const { return vectors() * LANES * source_channels; }
+  int64_t packed_floats() const { return ahead != nullptr ? 0 : weight_floats(); }  // in the workspace
   int64_t partial_floats() const {
     return moments || mask_act != nullptr ? blocks() * 2 * output_channels : 0;
   }

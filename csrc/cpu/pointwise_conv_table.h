@@ -8,6 +8,8 @@ namespace gconv {
 struct PointwiseConvTable {
   Workspace<PointwiseConvFwdParams> fwd_workspace;
   Stage<PointwiseConvFwdParams> fwd_pack, fwd, fwd_merge;
+  Workspace<PointwiseConvFwdParams> packing, packed_floats;
+  Stage<PointwiseConvFwdParams> pack_weights;
   Workspace<PointwiseConvBwdParams> bwd_workspace;
   Stage<PointwiseConvBwdParams> bwd_pack, bwd, bwd_merge;
 };
