@@ -49,7 +49,21 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_winograd", TORCH_BOX(&gconv::set_cpu_winograd));
 }
 
+// What packed weights depend on besides the call, as one number. No op, for it is asked before each
+// convolution: an op's way through the dispatcher takes twenty times as long.
+static PyObject* cpu_settings(PyObject*, PyObject*) {
+  try {
+    const long isa = static_cast<long>(gconv::isa_current());
+    return PyLong_FromLong(4 * isa + static_cast<long>(gconv::winograd_current()));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+static PyMethodDef methods[] = {{"cpu_settings", cpu_settings, METH_NOARGS, nullptr},
+                                {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -18,11 +18,12 @@ from gconv.backend import FallbackWarning, explain, set_policy, trace, use_backe
 from gconv.concat import Concat  # noqa: E402
 from gconv.convert import convert, revert  # noqa: E402
 from gconv.dense_layers import DenseBlock  # noqa: E402
+from gconv.freeze import freeze  # noqa: E402
 from gconv.layers import Conv2d, ConvBNReLU  # noqa: E402
 
 __all__ = [
     "Concat", "Conv2d", "ConvBNReLU", "DenseBlock", "FallbackWarning", "bench", "convert", "explain",
-    "functional", "kernels", "models", "revert", "set_policy", "trace", "use_backend",
+    "freeze", "functional", "kernels", "models", "revert", "set_policy", "trace", "use_backend",
 ]  # fmt: skip
 
 _LAZY = ("bench", "kernels", "models")

@@ -59,7 +59,9 @@ class Decision(NamedTuple):
 
 
 _missing_extension = extensions.load("_C", "run `make develop`")
-if _missing_extension is not None:
+if _missing_extension is None:
+    from gconv._C import cpu_settings  # noqa: F401
+else:
     schemas.define()
 gpu.register()
 

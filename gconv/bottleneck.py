@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from gconv import backend, pointwise_conv
+from gconv import backend, packed, pointwise_conv
 from gconv.autograd import (
     applier,
     call,
@@ -377,16 +377,28 @@ _backward_apply = applier(BottleneckBackward)
 # ------------------------------------------------------------------------------------------- the functions
 
 
-def _infer(x, residual, weights, gammas, betas, means, variances, conf):
-    """z by constants alone, each normalisation in its convolution's epilogue."""
-    norms = zip(means, variances, gammas, betas, conf.eps)
-    affines = [None if norm[0] is None else fold(*norm)[1] for norm in norms]
-    h = pointwise_conv.fwd(x, weights[0], conf.first, None, affines[0], None, True)
-    h = fwd(h, weights[1], *conf.middle, None, affines[1], None, True)
+def _infer(x, residual, weights, affines, conf):
+    """z by constants alone, each normalisation in its convolution's epilogue; weights may be `Packed`."""
+    plain = pointwise_conv.DENSE
+    h = packed.run_fwd(x, weights[0], conf.first, *plain, None, affines[0], None, True)
+    h = packed.run_fwd(h, weights[1], *conf.middle, None, affines[1], None, True)
     if conf.shortcut == "down":
-        residual = pointwise_conv.fwd(x, weights[3], conf.down, None, affines[3], None, False)
+        residual = packed.run_fwd(x, weights[3], conf.down, *plain, None, affines[3], None, False)
     more = x if conf.shortcut == "x" else residual
-    return pointwise_conv.fwd(h, weights[2], conf.last, None, affines[2], more, True)
+    return packed.run_fwd(h, weights[2], conf.last, *plain, None, affines[2], more, True)
+
+
+def _kept(x, layers, sizes) -> tuple | None:
+    """(packed weights, affines) of the layers if all are frozen and run on the CPU's kernels, else None."""
+    if backend.backend_of(x) != "cpu" or any(layer.kept is None for layer in layers):
+        return None
+    if not packed.plain(x, *(layer.weight for layer in layers)):
+        return None
+    read = (x.shape, sizes[0], sizes[1], x.shape)
+    weights = [
+        packed.packed_of(layer.kept, layer.weight, size[2:], *layer.conf) for layer, size in zip(layers, read)
+    ]
+    return weights, [packed.affine_of(layer.bn, state_of(layer.bn)) for layer in layers]
 
 
 class Layer(NamedTuple):
@@ -399,6 +411,11 @@ class Layer(NamedTuple):
     padding: tuple = (0, 0)
     dilation: tuple = (1, 1)
     groups: int = 1
+    kept: packed.Kept | None = None  # of the convolution, if it is frozen
+
+    @property
+    def conf(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups
 
     def output_size(self, size) -> tuple:
         """[N, K, OH, OW] of an input of this size."""
@@ -435,7 +452,7 @@ def _sizes(x, layers) -> tuple | None:
 def _reason(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
     for layer in layers:
-        decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
+        decision = decide("bottleneck", x, layer.weight, None, *layer.conf, True)
         if not decision.ours:
             return decision.reason
     if sizes is None:
@@ -452,7 +469,7 @@ def _reason(x, layers, sizes) -> str | None:
 
 
 def _chain(x, layers, sizes, residual):
-    """The chain on the kernels."""
+    """(the chain on the kernels, whether by packed weights)"""
     padded = [*layers, *(None,) * (4 - len(layers))]
     states = [(None,) * 4 if layer is None else state_of(layer.bn) for layer in padded]
     batch = tuple(layer is not None and uses_batch_statistics(layer.bn) for layer in padded)
@@ -465,7 +482,7 @@ def _chain(x, layers, sizes, residual):
     x = channels_last(x)
     conf = Conf(
         first=first.stride,
-        middle=middle[2:],
+        middle=middle.conf,
         last=last.stride,
         down=None if down is None else down.stride,
         shortcut="down" if down is not None else "x" if residual is None else "given",
@@ -479,8 +496,11 @@ def _chain(x, layers, sizes, residual):
     )
     tensors = (x, residual, *weights, *gammas, *betas, *means, *variances)
     if not any(batch) and unwatched(*tensors):
-        z = call(_infer, x, residual, weights, gammas, betas, means, variances, conf)
-        return in_format(z, keep)
+        found = _kept(x, layers, sizes)
+        if found is None:
+            norms = zip(means, variances, gammas, betas, conf.eps)
+            found = weights, [None if norm[0] is None else call(fold, *norm)[1] for norm in norms]
+        return in_format(call(_infer, x, residual, *found, conf), keep), found[0] is not weights
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
     _, tables, found = _outputs(rest, conf)
@@ -489,7 +509,7 @@ def _chain(x, layers, sizes, residual):
     ):
         if by_batch:
             update_state(layer.bn, *state[:2], table[2], variance, n * h * w)
-    return in_format(z, keep)
+    return in_format(z, keep), False
 
 
 def _layer_by_layer(run, x, layers, residual):
@@ -507,7 +527,7 @@ def not_chained(reason, x) -> None:
 
 
 def _run_layer(x, layer, residual, relu):
-    return run_conv_bn_relu(x, layer.weight, layer.bn, None, *layer[2:], residual, relu, True)
+    return run_conv_bn_relu(x, layer.weight, layer.bn, None, *layer.conf, residual, relu, True)
 
 
 def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downsample=None, residual=None):
@@ -573,8 +593,9 @@ def _run(x, layers, residual):
     check_residual("bottleneck", residual, sizes[2], x)
     if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
         raise ValueError(f"bottleneck: x: want {list(sizes[2])} as the output, got {list(x.shape)}")
-    z = _chain(x, layers, sizes, residual)
-    backend.record(backend.whole("bottleneck", x, layers[1].weight, layers[1].groups), "bottleneck", x, z)
+    z, by_packed = _chain(x, layers, sizes, residual)
+    decision = backend.whole("bottleneck", x, layers[1].weight, layers[1].groups)
+    backend.record(packed.named(decision) if by_packed else decision, "bottleneck", x, z)
     return z
 
 
@@ -615,9 +636,10 @@ def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
     if reason is not None:
         not_chained(reason, x)
     else:
-        here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
+        weights = [packed.parameters_of(conv, x)[0] for conv, _ in pairs]
+        here, given, *weights = autocast(x, residual, *weights)
         layers = [
-            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups)
+            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups, packed.kept_of(conv))
             for weight, (conv, bn) in zip(weights, pairs)
         ]
         z = _run(here, layers, given)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from gconv import backend
+from gconv import backend, packed
 from gconv.autograd import (
     applier,
     call,
@@ -389,13 +389,19 @@ def conv_bn_relu(
 
 
 def run_conv_bn_relu(
-    x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design, into=None
+    x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design, into=None, kept=None
 ):
+    """`conv_bn_relu`; `kept` is what is kept of the convolution if it is frozen."""
     check_tensors("conv_bn_relu", x, weight, bias)
     check_into("conv_bn_relu", into)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
     if not decision.ours:
+        if kept is not None and not decision.fallback and backend.backend_mode() != "torch":
+            z = packed.infer_on_torch(kept, x, weight, bias, bn, residual, relu, conf)
+            if z is not None:
+                backend.record(packed.named(decision, "folded batch norm"), "conv_bn_relu", x, z)
+                return placed(z, into)
         y = F.conv2d(x, weight, bias, *conf)
         backend.record(decision, "conv_bn_relu", x, y)
         return placed(batch_norm_module(y, bn, residual, relu), into)
@@ -411,7 +417,12 @@ def run_conv_bn_relu(
         count = check_count("conv_bn_relu", shape)
         z = _train(x, weight, bias, bn, state, residual, relu, conf, count, into)
     else:
-        z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
+        z = None
+        if kept is not None and decision.backend == "cpu":
+            z = packed.infer(kept, x, weight, bias, bn, state, residual, relu, conf, into)
+            decision = decision if z is None else packed.named(decision)
+        if z is None:
+            z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
     backend.record(decision, "conv_bn_relu", x, z)
     return z
 
@@ -493,6 +504,7 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = (0, 0)
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
-        weight, bias = conv.weight, conv.bias
+        weight, bias = packed.parameters_of(conv, x)
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into)
+        rest = (residual, relu, by_design, into, packed.kept_of(conv))
+        return run_conv_bn_relu(x, weight, bn, bias, *conf, *rest)

@@ -12,7 +12,7 @@ from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
-from gconv import backend
+from gconv import backend, packed
 from gconv.autograd import (
     applier,
     autocast_enabled,
@@ -31,6 +31,7 @@ from gconv.batch_norm import (
     as_float,
     check_count,
     check_eps,
+    fold,
     kernels_run,
     only,
     state_of,
@@ -47,6 +48,7 @@ from gconv.dense_stages import (
     backward_stages,
     forward_stages,
     infer_stages,
+    packed_parts,
 )
 from gconv.grouped_conv import autocast, check_tensors
 from gconv.ranks import Alone, mixed_reason, ranks_of
@@ -439,8 +441,8 @@ def _noise(x, layer: LayerConf):
     return (noise.bernoulli_(1 - layer.dropout) if layer.dropout < 1 else noise.zero_()).bool()
 
 
-def _shared(x, layers, end, ultra):
-    """The block on the kernels."""
+def _shared(x, layers, end, ultra, kept):
+    """(the block on the kernels, whether by packed weights)"""
     norms, weights = _norms_of(layers, end), _weights_of(layers, end)
     batch = [uses_batch_statistics(bn) for bn in norms]
     for bn, by_batch in zip(norms, batch):
@@ -467,20 +469,24 @@ def _shared(x, layers, end, ultra):
     noises = [_noise(x, layer) for layer in conf.layers if layer.dropout > 0]
     params = Params(weights, gammas, betas, means, variances, noises)
     if not any(batch) and not noises and unwatched(x, *weights, *gammas, *betas):
-        return in_format(call(infer_stages, x, params, conf), keep)
+        found = packed_parts(x, params, norms, states, conf, kept)
+        if found is None:
+            vectors = zip(means, variances, gammas, betas, conf.all_eps)
+            found = weights, [call(fold, *norm)[1] for norm in vectors]
+        return in_format(call(infer_stages, x, *found, conf), keep), found[0] is not weights
     if torch.compiler.is_compiling():
         found = torch.ops.gconv.dense_block_fwd(x, *map(list, params), *_packed(conf))
-        out, *kept = found if conf.end == "buffer" else (found[0], *found[2:])
+        out, *left = found if conf.end == "buffer" else (found[0], *found[2:])
     else:
         buffer = empty_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
         if untracked():
             Enter.forward(x, buffer)
-            out, kept = call(forward_stages, buffer, params, conf, ranks)
-            kept = _flat_kept(kept)
+            out, left = call(forward_stages, buffer, params, conf, ranks)
+            left = _flat_kept(left)
         else:
-            out, *kept = _block_apply(_enter(x, buffer), buffer, *_flat(params), conf, ranks)
-    _update(norms, batch, states, _kept(kept, conf), conf, ranks)
-    return in_format(out, keep)
+            out, *left = _block_apply(_enter(x, buffer), buffer, *_flat(params), conf, ranks)
+    _update(norms, batch, states, _kept(left, conf), conf, ranks)
+    return in_format(out, keep), False
 
 
 def _update(norms, batch, states, kept: Kept, conf: Conf, ranks) -> None:
@@ -504,8 +510,9 @@ def _check(x, layers, end, memory) -> None:
         check_tensors("dense_block", x, weight, None)
 
 
-def _run(x, layers, end, memory):
-    """The block on the kernels, or None, said in a trace, where it has to run as plain modules."""
+def _run(x, layers, end, memory, kept=None):
+    """The block on the kernels, or None, said in a trace, where it has to run as plain modules; `kept` is
+    what is kept of each convolution, None for those that are not frozen."""
     if memory == "naive":
         reason = "memory='naive'"
     else:
@@ -516,9 +523,9 @@ def _run(x, layers, end, memory):
     if reason is not None:
         not_shared(reason, x)
         return None
-    out = _shared(x, layers, end, memory == "ultra")
+    out, by_packed = _shared(x, layers, end, memory == "ultra", kept)
     decision = backend.whole("dense_block", x, layers[0].weights[-1], layers[0].groups)
-    backend.record(decision, "dense_block", x, out)
+    backend.record(packed.named(decision) if by_packed else decision, "dense_block", x, out)
     return out
 
 
@@ -672,15 +679,17 @@ def fuse_dense_block_forward(x, layers, transition=None, memory="shared", called
     if reason is not None:
         not_shared(reason, x)
         return called(x)
-    shared = []
+    shared, kept = [], []
     for bn1, conv1, bn2, conv2, dropout in layers:
         last = conv1 if conv2 is None else conv2
         norms, convs = ((bn1,), (conv1,)) if conv2 is None else ((bn1, bn2), (conv1, conv2))
         rest = (dropout if last.training else 0.0, last.dilation[0], last.groups)
-        shared.append(Layer(norms, tuple(conv.weight for conv in convs), *rest))
+        shared.append(Layer(norms, tuple(packed.parameters_of(conv, x)[0] for conv in convs), *rest))
+        kept += map(packed.kept_of, convs)
     end = transition
     if end is not None and end[1] is not None:
-        end = end[0], end[1].weight
+        kept.append(packed.kept_of(end[1]))
+        end = end[0], packed.parameters_of(end[1], x)[0]
     _check(x, shared, end, memory)
-    out = _run(*_in_autocast(x, shared, end), memory)
+    out = _run(*_in_autocast(x, shared, end), memory, kept)
     return called(x) if out is None else out

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from gconv import pointwise_conv
+from gconv import backend, packed, pointwise_conv
 from gconv.autograd import empty_channels_last
 from gconv.batch_norm import (
     apply_into,
@@ -31,6 +31,8 @@ from gconv.batch_norm import (
     stats,
 )
 from gconv.grouped_conv import bwd, fwd_into, in_channels_last, wide
+
+POINTWISE = ((1, 1), *pointwise_conv.DENSE)  # (stride, padding, dilation, groups) of the 1x1 convolutions
 
 
 class LayerConf(NamedTuple):
@@ -76,6 +78,12 @@ class Conf(NamedTuple):
     @property
     def total(self) -> int:
         return self.channels + sum(layer.growth for layer in self.layers)
+
+    @property
+    def all_eps(self) -> list[float]:
+        """Of each normalisation."""
+        eps = [value for layer in self.layers for value in layer.eps]
+        return eps if self.end == "buffer" else [*eps, self.eps]
 
     @property
     def norms(self) -> int:
@@ -195,27 +203,40 @@ def pointwise_relu(x, affine):
     return out
 
 
-def infer_stages(x, params: Params, conf: Conf):
-    """The output by constants alone, second normalisations in the epilogue of the 1x1 convolutions."""
+def packed_parts(x, params, norms, states, conf: Conf, kept) -> tuple | None:
+    """(packed weights, affines) if all convolutions are frozen, `kept` being theirs, and run on the CPU's
+    kernels; else None."""
+    if kept is None or None in kept or backend.backend_of(x) != "cpu" or not packed.plain(x, *params.weights):
+        return None
+    geometries = []
+    for layer in conf.layers:
+        geometries += [POINTWISE] * layer.bottleneck + [layer.geometry]
+    geometries += [POINTWISE] * (conf.end == "pool")
+    every = zip(kept, params.weights, geometries)
+    weights = [packed.packed_of(own, weight, x.shape[2:], *geometry) for own, weight, geometry in every]
+    return weights, [packed.affine_of(bn, state) for bn, state in zip(norms, states)]
+
+
+def infer_stages(x, weights, affines, conf: Conf):
+    """The output by constants alone, second normalisations in the epilogue of the 1x1 convolutions. weights,
+    which may be `Packed`, and the normalisations' affines in their order."""
     n, _, h, w = x.shape
     buffer = empty_channels_last(x, (n, conf.total, h, w))
     buffer[:, : conf.channels].copy_(x)
-    weights = iter(params.weights)
-    norms = iter(zip(params.means, params.variances, params.gammas, params.betas))
+    weights, affines = iter(weights), iter(affines)
     for layer, start in zip(conf.layers, conf.starts):
-        _, act = fold(*next(norms), layer.eps[0])
-        source = buffer[:, :start]
+        source, act = buffer[:, :start], next(affines)
         if layer.bottleneck:
-            _, affine = fold(*next(norms), layer.eps[1])
-            source, act = pointwise_conv.fwd(source, next(weights), (1, 1), act, affine, None, True), None
+            rest = (act, next(affines), None, True)
+            source, act = packed.run_fwd(source, next(weights), *POINTWISE, *rest), None
         out = buffer[:, start : start + layer.growth]
-        fwd_into(source, next(weights), *layer.geometry, act, None, None, False, False, out)
+        packed.run_fwd_into(source, next(weights), *layer.geometry, act, None, None, False, out)
     if conf.end == "buffer":
         return buffer
-    _, act = fold(*next(norms), conf.eps)
+    act = next(affines)
     if conf.end == "relu":
         return pointwise_relu(buffer, act)
-    return pointwise_conv.fwd(pool(buffer, act), next(weights), (1, 1), None, None, None, False)
+    return packed.run_fwd(pool(buffer, act), next(weights), *POINTWISE, None, None, None, False)
 
 
 class _Corrections:

@@ -25,7 +25,8 @@ import torch
 from gconv import extensions
 from gconv.schemas import schemas
 
-STEMS = ("grouped_conv", "pointwise_conv", "batch_norm", "conv_bn_relu")  # modules of gconv.kernels
+# Modules of gconv.kernels; other ops have kernels for the CPU alone.
+STEMS = ("grouped_conv", "pointwise_conv", "batch_norm", "conv_bn_relu")
 # In "auto" a 3x3 convolution of fewer channels per group than this, in and out, runs on CUDA C++, where a
 # tile is read into shared memory once, with its halo, for all nine taps; the Triton kernels read it once for
 # each column of taps. With more channels the products outweigh the reading, and Triton's matrix instructions
@@ -185,7 +186,8 @@ def _launcher(schema: str) -> Callable:
 def _registered(key: str, override: bool) -> torch.library.Library:
     library = torch.library.Library("gconv", "IMPL")
     for schema in schemas():
-        library.impl(schema.partition("(")[0], _launcher(schema), key, allow_override=override)
+        if schema.startswith(STEMS):
+            library.impl(schema.partition("(")[0], _launcher(schema), key, allow_override=override)
     return library
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gconv import packed
 from gconv.concat import placed
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.grouped_conv import grouped_conv
@@ -50,6 +51,11 @@ class Conv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         conf = (self.stride, padding, self.dilation, self.groups)
+        kept = packed.kept_of(self)
+        if kept is not None:
+            y = packed.conv2d(kept, input, *packed.parameters_of(self, input), conf, into)
+            if y is not None:
+                return y
         return grouped_conv(input, self.weight, self.bias, *conf, into)
 
     @classmethod

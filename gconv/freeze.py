@@ -1,0 +1,64 @@
+"""freeze(model): inference with weights packed once and batch norms folded once."""
+
+from torch import nn
+
+from gconv.batch_norm import is_frozen
+from gconv.packed import KEPT, Kept
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module is gconv's, or what `gconv.convert` made gconv's."""
+    return any(cls.__module__.partition(".")[0] == "gconv" for cls in type(module).__mro__)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Makes `model` faster in inference: what its convolutions otherwise do in every call, bringing weights
+    into the order in which the kernels multiply and folding batch norms, is done once and kept.
+
+        model = gconv.freeze(gconv.models.resnext50_32x4d().eval())
+        with torch.inference_mode():
+            logits = model(images)
+
+    Parameters, buffers, names, state_dict, hooks and classes stay as they were. Weights are packed in a
+    layer's first call, and once more for another dtype (autocast's too), for images for which another
+    algorithm is faster, and for another instruction set. Results are those of the model as it was, bit for
+    bit, but where a convolution runs on torch (the 7x7 of a stem): there the batch norm is folded into its
+    weights, which rounds otherwise.
+
+    Nothing goes stale: each call asks whether weights, biases, statistics and eps are the same tensors in the
+    same memory, not written to since, and packs again where they are not (after an optimizer's step,
+    load_state_dict, `.to`). Only writes past torch's version counter are not seen: through `.data`, NumPy or
+    a raw pointer. Call `freeze` again after such. Parameters made under torch.inference_mode count no writes
+    and are packed in every call, as without `freeze`.
+
+    Kept weights are used on the CPU, in eval mode, where nothing in the call wants a gradient, outside
+    torch.compile, torch.export, torch.jit and function transforms; everything else runs as before.
+    `gconv.trace` shows "packed weights" for the calls that used them. They take as much memory again as the
+    weights (twice that for bfloat16 and float16 where the CPU does not multiply pairs of bfloat16). Copies
+    and pickles of the model are frozen too and pack for themselves. Threads may share a frozen model.
+
+    Args:
+        model: a model of gconv.models, gconv's layers or anything that holds them, or what `gconv.convert`
+            was given; in eval mode.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it is in train mode, or has no layer of gconv's.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: model: want a torch.nn.Module, got {type(model).__name__}")
+    parts = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or is_frozen(m)]
+    training = [m for m in (model, *parts) if m.training and not is_frozen(m)]
+    if training:
+        raise ValueError(f"freeze: model: want eval mode, got a {type(training[0]).__name__} in train mode")
+    if not any(map(_is_ours, model.modules())):
+        raise ValueError(
+            f"freeze: model: want layers of gconv (gconv.convert puts them in), got a {type(model).__name__} "
+            "without"
+        )
+    for part in parts:
+        part.__dict__[KEPT] = Kept()
+    return model
