@@ -166,6 +166,11 @@ def policy() -> str:
     return _policy
 
 
+def explaining() -> bool:
+    """Whether this is the dry run of `explain`."""
+    return _explaining
+
+
 def settings() -> tuple:
     """What decisions in favour of our kernels depend on besides the call."""
     return _mode, _missing_extension, DENSE_TO_TORCH_CHANNELS, POINTWISE_BFLOAT16_TO_TORCH

@@ -388,19 +388,6 @@ def _infer(x, residual, weights, affines, conf):
     return packed.run_fwd(h, weights[2], conf.last, *plain, None, affines[2], more, True)
 
 
-def _kept(x, layers, sizes) -> tuple | None:
-    """(packed weights, affines) of the layers if all are frozen and run on the CPU's kernels, else None."""
-    if backend.backend_of(x) != "cpu" or any(layer.kept is None for layer in layers):
-        return None
-    if not packed.plain(x, *(layer.weight for layer in layers)):
-        return None
-    read = (x.shape, sizes[0], sizes[1], x.shape)
-    weights = [
-        packed.packed_of(layer.kept, layer.weight, size[2:], *layer.conf) for layer, size in zip(layers, read)
-    ]
-    return weights, [packed.affine_of(layer.bn, state_of(layer.bn)) for layer in layers]
-
-
 class Layer(NamedTuple):
     """One convolution and its normalisation: weight [K, C/groups, R, S], `bn` as in `conv_bn_relu`, pairs of
     ints and an int."""
@@ -411,11 +398,6 @@ class Layer(NamedTuple):
     padding: tuple = (0, 0)
     dilation: tuple = (1, 1)
     groups: int = 1
-    kept: packed.Kept | None = None  # of the convolution, if it is frozen
-
-    @property
-    def conf(self) -> tuple:
-        return self.stride, self.padding, self.dilation, self.groups
 
     def output_size(self, size) -> tuple:
         """[N, K, OH, OW] of an input of this size."""
@@ -452,7 +434,7 @@ def _sizes(x, layers) -> tuple | None:
 def _reason(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
     for layer in layers:
-        decision = decide("bottleneck", x, layer.weight, None, *layer.conf, True)
+        decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
         if not decision.ours:
             return decision.reason
     if sizes is None:
@@ -468,27 +450,32 @@ def _reason(x, layers, sizes) -> str | None:
     return None
 
 
-def _chain(x, layers, sizes, residual):
-    """(the chain on the kernels, whether by packed weights)"""
-    padded = [*layers, *(None,) * (4 - len(layers))]
-    states = [(None,) * 4 if layer is None else state_of(layer.bn) for layer in padded]
-    batch = tuple(layer is not None and uses_batch_statistics(layer.bn) for layer in padded)
-    for layer, by_batch, size in zip(layers, batch, sizes):
-        check_eps("bottleneck", layer.bn.eps, by_batch)
-        if by_batch:
-            check_count("bottleneck", size)
+def _conf(padded, residual) -> Conf:
+    """Of four layers, the last perhaps None."""
     first, middle, last, down = padded
-    keep = any(map(suggests_channels_last, (x, first.weight, middle.weight, last.weight)))
-    x = channels_last(x)
-    conf = Conf(
+    return Conf(
         first=first.stride,
-        middle=middle.conf,
+        middle=middle[2:],
         last=last.stride,
         down=None if down is None else down.stride,
         shortcut="down" if down is not None else "x" if residual is None else "given",
         eps=tuple(0.0 if layer is None else layer.bn.eps for layer in padded),
-        batch=batch,
+        batch=tuple(layer is not None and uses_batch_statistics(layer.bn) for layer in padded),
     )
+
+
+def _chain(x, layers, sizes, residual):
+    """The chain on the kernels."""
+    padded = [*layers, *(None,) * (4 - len(layers))]
+    states = [(None,) * 4 if layer is None else state_of(layer.bn) for layer in padded]
+    conf = _conf(padded, residual)
+    batch = conf.batch
+    for layer, by_batch, size in zip(layers, batch, sizes):
+        check_eps("bottleneck", layer.bn.eps, by_batch)
+        if by_batch:
+            check_count("bottleneck", size)
+    keep = _keeps(x, layers)
+    x = channels_last(x)
     weights = [None if layer is None else layer.weight for layer in padded]
     gammas, betas = [as_float(state[2]) for state in states], [as_float(state[3]) for state in states]
     means, variances = (
@@ -496,11 +483,9 @@ def _chain(x, layers, sizes, residual):
     )
     tensors = (x, residual, *weights, *gammas, *betas, *means, *variances)
     if not any(batch) and unwatched(*tensors):
-        found = _kept(x, layers, sizes)
-        if found is None:
-            norms = zip(means, variances, gammas, betas, conf.eps)
-            found = weights, [None if norm[0] is None else call(fold, *norm)[1] for norm in norms]
-        return in_format(call(_infer, x, residual, *found, conf), keep), found[0] is not weights
+        norms = zip(means, variances, gammas, betas, conf.eps)
+        affines = [None if norm[0] is None else call(fold, *norm)[1] for norm in norms]
+        return in_format(call(_infer, x, residual, weights, affines, conf), keep)
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
     _, tables, found = _outputs(rest, conf)
@@ -509,7 +494,12 @@ def _chain(x, layers, sizes, residual):
     ):
         if by_batch:
             update_state(layer.bn, *state[:2], table[2], variance, n * h * w)
-    return in_format(z, keep), False
+    return in_format(z, keep)
+
+
+def _keeps(x, layers) -> bool:
+    """Whether the result is channels_last."""
+    return any(map(suggests_channels_last, (x, *(layer.weight for layer in layers[:3]))))
 
 
 def _layer_by_layer(run, x, layers, residual):
@@ -527,7 +517,7 @@ def not_chained(reason, x) -> None:
 
 
 def _run_layer(x, layer, residual, relu):
-    return run_conv_bn_relu(x, layer.weight, layer.bn, None, *layer.conf, residual, relu, True)
+    return run_conv_bn_relu(x, layer.weight, layer.bn, None, *layer[2:], residual, relu, True)
 
 
 def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downsample=None, residual=None):
@@ -593,9 +583,44 @@ def _run(x, layers, residual):
     check_residual("bottleneck", residual, sizes[2], x)
     if residual is None and len(layers) == 3 and sizes[2] != tuple(x.shape):
         raise ValueError(f"bottleneck: x: want {list(sizes[2])} as the output, got {list(x.shape)}")
-    z, by_packed = _chain(x, layers, sizes, residual)
-    decision = backend.whole("bottleneck", x, layers[1].weight, layers[1].groups)
-    backend.record(packed.named(decision) if by_packed else decision, "bottleneck", x, z)
+    z = _chain(x, layers, sizes, residual)
+    backend.record(backend.whole("bottleneck", x, layers[1].weight, layers[1].groups), "bottleneck", x, z)
+    return z
+
+
+def _run_frozen(x, pairs, residual):
+    """The chain by what is kept of its modules, or None if they are not frozen or it has to run otherwise."""
+    convs, bns = zip(*pairs)
+    if packed.kept_of(convs[0]) is None:
+        return None
+    here, given = autocast(x, residual)
+
+    def make():
+        layers = [
+            Layer(packed.parameters_of(conv, x)[0], bn, conv.stride, conv.padding, conv.dilation, conv.groups)
+            for conv, bn in pairs
+        ]
+        sizes = _sizes(here, layers)
+        fits = sizes is not None and (len(layers) == 4 or given is not None or sizes[2] == tuple(x.shape))
+        if not fits or _reason(here, layers, sizes) is not None:
+            return None
+        check_residual("bottleneck", given, sizes[2], here)
+        for layer in layers:
+            check_eps("bottleneck", layer.bn.eps, False)
+        read = (x.shape, *sizes[:2], x.shape)
+        every = zip(convs, layers, read)
+        weights = [packed.packed_of(conv, layer.weight, size[2:], *layer[2:]) for conv, layer, size in every]
+        affines = [packed.affine_of(bn, state_of(bn)) for bn in bns]
+        conf = _conf([*layers, None][:4], given)
+        decision = backend.whole("bottleneck", here, layers[1].weight, layers[1].groups)
+        return weights, affines, conf, _keeps(here, layers), packed.named(decision)
+
+    found = packed.block_of(here, convs, bns, make, given)
+    if found is None:
+        return None
+    weights, affines, conf, keep, decision = found
+    z = in_format(call(_infer, channels_last(here), given, weights, affines, conf), keep)
+    backend.record(decision, "bottleneck", here, z)
     return z
 
 
@@ -636,10 +661,12 @@ def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
     if reason is not None:
         not_chained(reason, x)
     else:
-        weights = [packed.parameters_of(conv, x)[0] for conv, _ in pairs]
-        here, given, *weights = autocast(x, residual, *weights)
+        z = _run_frozen(x, pairs, residual)
+        if z is not None:
+            return z
+        here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
         layers = [
-            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups, packed.kept_of(conv))
+            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups)
             for weight, (conv, bn) in zip(weights, pairs)
         ]
         z = _run(here, layers, given)

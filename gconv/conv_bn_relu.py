@@ -389,16 +389,16 @@ def conv_bn_relu(
 
 
 def run_conv_bn_relu(
-    x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design, into=None, kept=None
+    x, weight, bn, bias, stride, padding, dilation, groups, residual, relu, by_design, into=None, frozen=None
 ):
-    """`conv_bn_relu`; `kept` is what is kept of the convolution if it is frozen."""
+    """`conv_bn_relu`; `frozen` is the module of the convolution if it is frozen."""
     check_tensors("conv_bn_relu", x, weight, bias)
     check_into("conv_bn_relu", into)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     conf, decision = plan("conv_bn_relu", x, weight, bias, stride, padding, dilation, groups, by_design)
     if not decision.ours:
-        if kept is not None and not decision.fallback and backend.backend_mode() != "torch":
-            z = packed.infer_on_torch(kept, x, weight, bias, bn, residual, relu, conf)
+        if frozen is not None and not decision.fallback and backend.backend_mode() != "torch":
+            z = packed.infer_on_torch(frozen, x, weight, bias, bn, residual, relu, conf)
             if z is not None:
                 backend.record(packed.named(decision, "folded batch norm"), "conv_bn_relu", x, z)
                 return placed(z, into)
@@ -418,8 +418,8 @@ def run_conv_bn_relu(
         z = _train(x, weight, bias, bn, state, residual, relu, conf, count, into)
     else:
         z = None
-        if kept is not None and decision.backend == "cpu":
-            z = packed.infer(kept, x, weight, bias, bn, state, residual, relu, conf, into)
+        if frozen is not None and decision.backend == "cpu":
+            z = packed.infer(frozen, x, weight, bias, bn, state, residual, relu, conf, into)
             decision = decision if z is None else packed.named(decision)
         if z is None:
             z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
@@ -506,5 +506,5 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         weight, bias = packed.parameters_of(conv, x)
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        rest = (residual, relu, by_design, into, packed.kept_of(conv))
+        rest = (residual, relu, by_design, into, None if packed.kept_of(conv) is None else conv)
         return run_conv_bn_relu(x, weight, bn, bias, *conf, *rest)

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gconv import backend
 from gconv.conv_bn_relu import watched
-from gconv.dense_block import fuse_dense_block_forward, modules_reason, not_shared
+from gconv.dense_block import not_shared
 from gconv.dense_layers import layer_reason, transition_reason
+from gconv.dense_modules import fuse_dense_block_forward, modules_reason
 from gconv.fingerprint import same_code
 
 # ----------------------------------------------------------------------------------------- the blocks we know

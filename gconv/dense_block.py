@@ -3,7 +3,6 @@ concatenation, statistics once per channel. How it computes is in `dense_stages`
 Function, its op for compilers, and the functions that users and modules call.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
-from gconv import backend, packed
+from gconv import backend
 from gconv.autograd import (
     applier,
     autocast_enabled,
@@ -38,7 +37,6 @@ from gconv.batch_norm import (
     update_state,
     uses_batch_statistics,
 )
-from gconv.conv_bn_relu import not_fusable
 from gconv.dense_stages import (
     Conf,
     Kept,
@@ -48,7 +46,6 @@ from gconv.dense_stages import (
     backward_stages,
     forward_stages,
     infer_stages,
-    packed_parts,
 )
 from gconv.grouped_conv import autocast, check_tensors
 from gconv.ranks import Alone, mixed_reason, ranks_of
@@ -381,7 +378,7 @@ def _shape_reason(x, layers, end) -> str | None:
     return None
 
 
-def _reason(x, layers, end) -> str | None:
+def reason_against(x, layers, end) -> str | None:
     """Why the block cannot run on the kernels, or None."""
     if x.dim() != 4:
         return f"x: want [N, C, H, W], got {list(x.shape)}"
@@ -421,7 +418,7 @@ def _widths(x, layers, end) -> list:
     return widths + ([] if end is None else [channels])
 
 
-def _conf(x, layers, end, ultra) -> Conf:
+def conf_of(x, layers, end, ultra) -> Conf:
     confs = []
     for layer in layers:
         eps, batch = zip(*((bn.eps, uses_batch_statistics(bn)) for bn in layer.norms))
@@ -441,8 +438,8 @@ def _noise(x, layer: LayerConf):
     return (noise.bernoulli_(1 - layer.dropout) if layer.dropout < 1 else noise.zero_()).bool()
 
 
-def _shared(x, layers, end, ultra, kept):
-    """(the block on the kernels, whether by packed weights)"""
+def _shared(x, layers, end, ultra):
+    """The block on the kernels."""
     norms, weights = _norms_of(layers, end), _weights_of(layers, end)
     batch = [uses_batch_statistics(bn) for bn in norms]
     for bn, by_batch in zip(norms, batch):
@@ -451,7 +448,7 @@ def _shared(x, layers, end, ultra, kept):
     if any(batch) and ranks.count == 1:
         check_count("dense_block", x.shape)
     keep = any(map(suggests_channels_last, (x, *weights)))
-    conf = _conf(x, layers, end, ultra)
+    conf = conf_of(x, layers, end, ultra)
     states = [state_of(bn) for bn in norms]
     widths = _widths(x, layers, end)
     nothing = x.new_empty(0, dtype=torch.float32)
@@ -469,24 +466,22 @@ def _shared(x, layers, end, ultra, kept):
     noises = [_noise(x, layer) for layer in conf.layers if layer.dropout > 0]
     params = Params(weights, gammas, betas, means, variances, noises)
     if not any(batch) and not noises and unwatched(x, *weights, *gammas, *betas):
-        found = packed_parts(x, params, norms, states, conf, kept)
-        if found is None:
-            vectors = zip(means, variances, gammas, betas, conf.all_eps)
-            found = weights, [call(fold, *norm)[1] for norm in vectors]
-        return in_format(call(infer_stages, x, *found, conf), keep), found[0] is not weights
+        norms = zip(means, variances, gammas, betas, conf.all_eps)
+        affines = [call(fold, *norm)[1] for norm in norms]
+        return in_format(call(infer_stages, x, weights, affines, conf), keep)
     if torch.compiler.is_compiling():
         found = torch.ops.gconv.dense_block_fwd(x, *map(list, params), *_packed(conf))
-        out, *left = found if conf.end == "buffer" else (found[0], *found[2:])
+        out, *kept = found if conf.end == "buffer" else (found[0], *found[2:])
     else:
         buffer = empty_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
         if untracked():
             Enter.forward(x, buffer)
-            out, left = call(forward_stages, buffer, params, conf, ranks)
-            left = _flat_kept(left)
+            out, kept = call(forward_stages, buffer, params, conf, ranks)
+            kept = _flat_kept(kept)
         else:
-            out, *left = _block_apply(_enter(x, buffer), buffer, *_flat(params), conf, ranks)
-    _update(norms, batch, states, _kept(left, conf), conf, ranks)
-    return in_format(out, keep), False
+            out, *kept = _block_apply(_enter(x, buffer), buffer, *_flat(params), conf, ranks)
+    _update(norms, batch, states, _kept(kept, conf), conf, ranks)
+    return in_format(out, keep)
 
 
 def _update(norms, batch, states, kept: Kept, conf: Conf, ranks) -> None:
@@ -502,7 +497,7 @@ def _update(norms, batch, states, kept: Kept, conf: Conf, ranks) -> None:
         update_state(norms[at], *states[at][:2], kept.tables[at][2], kept.var, ranks.count)
 
 
-def _check(x, layers, end, memory) -> None:
+def check(x, layers, end, memory) -> None:
     if memory not in MEMORY:
         wanted = f"{', '.join(MEMORY[:-1])} or {MEMORY[-1]}"
         raise ValueError(f"dense_block: memory: want {wanted}, got {memory!r}")
@@ -510,22 +505,21 @@ def _check(x, layers, end, memory) -> None:
         check_tensors("dense_block", x, weight, None)
 
 
-def _run(x, layers, end, memory, kept=None):
-    """The block on the kernels, or None, said in a trace, where it has to run as plain modules; `kept` is
-    what is kept of each convolution, None for those that are not frozen."""
+def run(x, layers, end, memory):
+    """The block on the kernels, or None, said in a trace, where it has to run as plain modules."""
     if memory == "naive":
         reason = "memory='naive'"
     else:
-        reason = _reason(x, layers, end)
+        reason = reason_against(x, layers, end)
         if reason is None:
             norms = _norms_of(layers, end)
             reason = mixed_reason(norms, [uses_batch_statistics(bn) for bn in norms])
     if reason is not None:
         not_shared(reason, x)
         return None
-    out, by_packed = _shared(x, layers, end, memory == "ultra", kept)
+    out = _shared(x, layers, end, memory == "ultra")
     decision = backend.whole("dense_block", x, layers[0].weights[-1], layers[0].groups)
-    backend.record(packed.named(decision) if by_packed else decision, "dense_block", x, out)
+    backend.record(decision, "dense_block", x, out)
     return out
 
 
@@ -587,13 +581,13 @@ def dense_block(x, layers, transition=None, memory="shared", dropout=0.0):
     if not layers:
         raise ValueError("dense_block: layers: want at least one layer, got none")
     layers = [Layer(layer[::2], layer[1::2], dropout) for layer in layers]
-    _check(x, layers, transition, memory)
-    x, layers, end = _in_autocast(x, layers, transition)
-    out = _run(x, layers, end, memory)
+    check(x, layers, transition, memory)
+    x, layers, end = in_autocast(x, layers, transition)
+    out = run(x, layers, end, memory)
     return dense_block_ref(x, layers, end) if out is None else out
 
 
-def _in_autocast(x, layers, end):
+def in_autocast(x, layers, end):
     """The same with x and all weights in autocast's dtype where it is on."""
     if not autocast_enabled(x):
         return x, layers, end
@@ -601,95 +595,3 @@ def _in_autocast(x, layers, end):
     weights = iter(weights)
     layers = [layer._replace(weights=tuple(next(weights) for _ in layer.weights)) for layer in layers]
     return x, layers, end if end is None or end[1] is None else (end[0], next(weights))
-
-
-def _module_reason(conv, bn, kernel) -> str | None:
-    """Why a layer's two modules must be called as they are, or None."""
-    reason = not_fusable(conv, bn, in_dense_block=True)
-    if reason is not None:
-        return reason
-    if conv.bias is not None:
-        return "conv: has a bias"
-    if tuple(conv.kernel_size) != kernel:
-        return f"conv: want a {kernel[0]}x{kernel[1]} kernel, got {conv.kernel_size[0]}x{conv.kernel_size[1]}"
-    kept = conv.dilation if kernel == (3, 3) else (0, 0)
-    geometry = conv.padding in (kept, "same") and conv.dilation[0] == conv.dilation[1]
-    if tuple(conv.stride) != (1, 1) or not geometry or conv.padding_mode != "zeros":
-        return f"conv: stride {conv.stride}, padding {conv.padding} with {conv.padding_mode}"
-    return f"conv: {conv.groups} groups" if kernel == (1, 1) and conv.groups != 1 else None
-
-
-def modules_reason(layers, transition) -> str | None:
-    """Why `fuse_dense_block_forward` calls these modules one by one, or None."""
-    for i, (bn1, conv1, bn2, conv2, _) in enumerate(layers):
-        pairs = ((conv1, bn1, (3, 3)),) if conv2 is None else ((conv1, bn1, (1, 1)), (conv2, bn2, (3, 3)))
-        for conv, bn, kernel in pairs:
-            reason = _module_reason(conv, bn, kernel)
-            if reason is not None:
-                return f"layer {i}: {reason}"
-    if transition is not None:
-        bn, conv = transition
-        reason = not_fusable(None, bn, in_dense_block=True)
-        if reason is None and conv is not None:
-            reason = _module_reason(conv, bn, (1, 1))
-        if reason is not None:
-            return f"transition: {reason}"
-    return None
-
-
-def _called(x, layers, transition):
-    """The modules one by one, as torchvision's DenseNet calls its own."""
-    features = [x]
-    for bn1, conv1, bn2, conv2, dropout in layers:
-        h = conv1(torch.relu(bn1(torch.cat(features, 1))))
-        last = conv1 if conv2 is None else conv2
-        if conv2 is not None:
-            h = conv2(torch.relu(bn2(h)))
-        features.append(F.dropout(h, dropout, last.training) if dropout > 0 else h)
-    out = torch.cat(features, 1)
-    if transition is None:
-        return out
-    bn, conv = transition
-    out = torch.relu(bn(out))
-    return out if conv is None else F.avg_pool2d(conv(out), 2)
-
-
-def fuse_dense_block_forward(x, layers, transition=None, memory="shared", called=None):
-    """`dense_block` of modules: what dense blocks made of torch's modules call.
-
-    Where a module has hooks, a replaced forward or a type that is not fused, or a convolution has a bias,
-    the modules are called one by one, and `gconv.trace` says why. Global module hooks are not run for the
-    fused modules.
-
-    Args:
-        x: [N, C, H, W].
-        layers: of each (bn1, conv1, bn2, conv2, dropout); bn2 and conv2 None without a bottleneck. Dropout is
-            the probability, used while the layer's last convolution is in training mode. The convolutions
-            may be dilated; a 3x3 one may have groups.
-        transition: (bn, conv) for BN, ReLU, 1x1 convolution, AvgPool2d(2), or (bn, None) for BN and ReLU.
-        memory: as in `dense_block`.
-        called: runs on x where the modules are called one by one; by default they are as in torchvision's
-            DenseNet, and nothing is recomputed.
-
-    Returns, raises: as `dense_block`.
-    """
-    if called is None:
-        called = partial(_called, layers=layers, transition=transition)
-    reason = modules_reason(layers, transition)
-    if reason is not None:
-        not_shared(reason, x)
-        return called(x)
-    shared, kept = [], []
-    for bn1, conv1, bn2, conv2, dropout in layers:
-        last = conv1 if conv2 is None else conv2
-        norms, convs = ((bn1,), (conv1,)) if conv2 is None else ((bn1, bn2), (conv1, conv2))
-        rest = (dropout if last.training else 0.0, last.dilation[0], last.groups)
-        shared.append(Layer(norms, tuple(packed.parameters_of(conv, x)[0] for conv in convs), *rest))
-        kept += map(packed.kept_of, convs)
-    end = transition
-    if end is not None and end[1] is not None:
-        kept.append(packed.kept_of(end[1]))
-        end = end[0], packed.parameters_of(end[1], x)[0]
-    _check(x, shared, end, memory)
-    out = _run(*_in_autocast(x, shared, end), memory, kept)
-    return called(x) if out is None else out

@@ -6,7 +6,7 @@ of DenseNet-B, the compression of DenseNet-C). A block of C channels and L layer
 C + L*k channels.
 
 The modules hold parameters and say what is computed; a whole block, and the transition behind it, runs as one
-call (`gconv.dense_block.fuse_dense_block_forward`) on one buffer that every layer writes its slice of.
+call (`gconv.dense_modules.fuse_dense_block_forward`) on one buffer that every layer writes its slice of.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gconv import backend
 from gconv.batch_norm import batch_norm_module, is_frozen
 from gconv.conv_bn_relu import brings_relu, not_fusable, not_plain_relu, watched
-from gconv.dense_block import fuse_dense_block_forward
+from gconv.dense_modules import fuse_dense_block_forward
 from gconv.grouped_conv import grouped_conv
 from gconv.layers import Conv2d
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from gconv import backend, packed, pointwise_conv
+from gconv import packed, pointwise_conv
 from gconv.autograd import empty_channels_last
 from gconv.batch_norm import (
     apply_into,
@@ -84,6 +84,14 @@ class Conf(NamedTuple):
         """Of each normalisation."""
         eps = [value for layer in self.layers for value in layer.eps]
         return eps if self.end == "buffer" else [*eps, self.eps]
+
+    @property
+    def geometries(self) -> list[tuple]:
+        """(stride, padding, dilation, groups) of each convolution."""
+        found = []
+        for layer in self.layers:
+            found += [POINTWISE] * layer.bottleneck + [layer.geometry]
+        return found + [POINTWISE] * (self.end == "pool")
 
     @property
     def norms(self) -> int:
@@ -201,20 +209,6 @@ def pointwise_relu(x, affine):
     out = empty_channels_last(x, x.shape)
     apply_into(x, affine, None, None, True, out)
     return out
-
-
-def packed_parts(x, params, norms, states, conf: Conf, kept) -> tuple | None:
-    """(packed weights, affines) if all convolutions are frozen, `kept` being theirs, and run on the CPU's
-    kernels; else None."""
-    if kept is None or None in kept or backend.backend_of(x) != "cpu" or not packed.plain(x, *params.weights):
-        return None
-    geometries = []
-    for layer in conf.layers:
-        geometries += [POINTWISE] * layer.bottleneck + [layer.geometry]
-    geometries += [POINTWISE] * (conf.end == "pool")
-    every = zip(kept, params.weights, geometries)
-    weights = [packed.packed_of(own, weight, x.shape[2:], *geometry) for own, weight, geometry in every]
-    return weights, [packed.affine_of(bn, state) for bn, state in zip(norms, states)]
 
 
 def infer_stages(x, weights, affines, conf: Conf):

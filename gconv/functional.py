@@ -4,7 +4,8 @@ blocks."""
 from gconv.batch_norm import batch_norm
 from gconv.bottleneck import bottleneck, fuse_bottleneck_forward
 from gconv.conv_bn_relu import conv_bn_relu, fuse_modules_forward
-from gconv.dense_block import dense_block, fuse_dense_block_forward
+from gconv.dense_block import dense_block
+from gconv.dense_modules import fuse_dense_block_forward
 from gconv.grouped_conv import grouped_conv
 from gconv.pointwise_conv import pointwise_conv
 

@@ -51,9 +51,8 @@ class Conv2d(nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         conf = (self.stride, padding, self.dilation, self.groups)
-        kept = packed.kept_of(self)
-        if kept is not None:
-            y = packed.conv2d(kept, input, *packed.parameters_of(self, input), conf, into)
+        if packed.kept_of(self) is not None:
+            y = packed.conv2d(self, input, *packed.parameters_of(self, input), conf, into)
             if y is not None:
                 return y
         return grouped_conv(input, self.weight, self.bias, *conf, into)

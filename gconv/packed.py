@@ -116,6 +116,8 @@ class Kept:
         """make(), or what it returned when it was last called for this key, if `tensors` (some may be None)
         are still the same and were not written to. Inference tensors do not count writes: nothing that is
         made of them is kept."""
+        if backend.explaining():
+            return make()
         found = self.made.get(key)
         if found is not None and _same(found[0], tensors):
             return found[1]
@@ -148,16 +150,18 @@ def parameters_of(conv: nn.Module, x) -> tuple:
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(name, tensor):
-        if type(tensor) not in PLAIN or tensor.dtype is dtype or not unwatched(tensor):
+        if tensor is None or tensor.dtype is dtype or not _ready(tensor):
             return tensor
         return kept.get((name, dtype), (tensor,), lambda: autocast(tensor)[0])
 
     return cast("weight", conv.weight), cast("bias", conv.bias)
 
 
-def packed_of(kept: Kept, weight, image, *conf) -> Packed:
-    """The packed weights of a convolution of an image of that size (H, W)."""
-    size = weight.shape
+def packed_of(conv: nn.Module, weight, image, *conf) -> Packed:
+    """The packed weights of a frozen convolution of an image of that size (H, W); `weight` in its dtype."""
+    kept, size = conv.__dict__[KEPT], weight.shape
+    if backend.explaining():
+        return Packed(weight, size)
     pointwise = size[2] == 1 and size[3] == 1
     key = ("packed", weight.dtype, backend.cpu_settings(), None if pointwise else image, conf)
 
@@ -192,13 +196,33 @@ def named(decision: backend.Decision, what: str = "packed weights") -> backend.D
 
 
 def plain(*tensors) -> bool:
-    """Whether these are tensors with memory of their own, as fake ones and many subclasses are not."""
-    return all(type(t) in PLAIN for t in tensors)
+    """Whether these are tensors with memory of their own, as fake ones and many subclasses are not; a dry run
+    has no others."""
+    return backend.explaining() or all(type(t) in PLAIN for t in tensors)
 
 
-def _ready(x, weight, *tensors) -> bool:
-    """Whether nobody watches these tensors and x and weight are plain."""
-    return plain(x, weight) and unwatched(x, weight, *tensors)
+def _ready(*tensors) -> bool:
+    """Whether these, some of them perhaps None, are plain tensors and nobody watches them."""
+    return plain(*(t for t in tensors if t is not None)) and unwatched(*tensors)
+
+
+def block_of(x, convs, bns, make, residual=None):
+    """make(), remembered, for a block of these modules that runs as one call on x and residual: what it needs
+    to know besides, or None where that cannot run by what is kept. None too if not all of them are frozen."""
+    if not x.is_cpu or None in map(kept_of, convs) or any(map(uses_batch_statistics, bns)):
+        return None
+    tensors = [conv.weight for conv in convs]
+    for bn in bns:
+        tensors += state_of(bn)
+    if backend.backend_of(x) != "cpu" or not _ready(x, residual, *tensors):
+        return None
+    key = (
+        "block", x.shape, x.dtype, x.layout, suggests_channels_last(x), autocast_enabled(x),
+        residual if residual is None else (residual.shape, residual.dtype, residual.device),
+        tuple((conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs),
+        tuple(bn.eps for bn in bns), *backend.settings(), backend.cpu_settings(),
+    )  # fmt: skip
+    return convs[0].__dict__[KEPT].get(key, tuple(tensors), make)
 
 
 def run_fwd(x, weight, *conf_and_epilogue):
@@ -230,16 +254,16 @@ def _run(x, packed, weight, conf, affine, residual, relu, into):
     return placed(in_format(call(fwd_packed, channels_last(x), packed.data, *rest), keep), into)
 
 
-def infer(kept, x, weight, bias, bn, state, residual, relu, conf, into):
-    """relu?(bn(conv2d(x, weight, bias)) + residual) on the CPU's kernels by what is kept, `state` that of
-    `bn`; None where it has to run from the parameters."""
+def infer(conv, x, weight, bias, bn, state, residual, relu, conf, into):
+    """relu?(bn(conv2d(x, weight, bias)) + residual) on the CPU's kernels by what is kept of `conv` and `bn`,
+    whose state is `state`; None where it has to run from the parameters."""
     if not _ready(x, weight, bias, residual, *state):
         return None
-    packed, affine = packed_of(kept, weight, x.shape[2:], *conf), affine_of(bn, state, bias)
+    packed, affine = packed_of(conv, weight, x.shape[2:], *conf), affine_of(bn, state, bias)
     return _run(x, packed, weight, conf, affine, residual, relu, into)
 
 
-def infer_on_torch(kept, x, weight, bias, bn, residual, relu, conf):
+def infer_on_torch(conv, x, weight, bias, bn, residual, relu, conf):
     """The same on torch's convolution, the normalisation folded into its weight and bias."""
     state = state_of(bn)
     if uses_batch_statistics(bn) or None in state[:2] or not x.is_cpu:
@@ -251,14 +275,14 @@ def infer_on_torch(kept, x, weight, bias, bn, residual, relu, conf):
         scale, shift = inference_affine(*state, bn.eps, bias)
         return (scale[:, None, None, None] * weight).to(weight.dtype), shift.to(weight.dtype)
 
-    folded = kept.get(("folded", bn.eps), (weight, bias, *state), make)
+    folded = conv.__dict__[KEPT].get(("folded", bn.eps), (weight, bias, *state), make)
     y = F.conv2d(x, *folded, *conf)
     if residual is not None:
         y = y + residual
     return y.relu_() if relu else y
 
 
-def conv2d(kept, x, weight, bias, conf, into):
+def conv2d(conv, x, weight, bias, conf, into):
     """`grouped_conv` of a frozen convolution, or None where it has to run from the parameters."""
     name = "grouped_conv"
     check_tensors(name, x, weight, bias)
@@ -273,7 +297,7 @@ def conv2d(kept, x, weight, bias, conf, into):
     def make():
         return torch.stack((torch.ones_like(bias, dtype=torch.float32), bias.float()))
 
-    affine = None if bias is None else kept.get("bias", (bias,), make)
-    y = _run(x, packed_of(kept, weight, x.shape[2:], *conf), weight, conf, affine, None, False, into)
+    affine = None if bias is None else conv.__dict__[KEPT].get("bias", (bias,), make)
+    y = _run(x, packed_of(conv, weight, x.shape[2:], *conf), weight, conf, affine, None, False, into)
     backend.record(named(decision), name, x, y)
     return y
