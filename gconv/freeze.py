@@ -6,11 +6,6 @@ from gconv.batch_norm import is_frozen
 from gconv.packed import KEPT, Kept
 
 
-def _is_ours(module: nn.Module) -> bool:
-    """Whether a module is gconv's, or what `gconv.convert` made gconv's."""
-    return any(cls.__module__.partition(".")[0] == "gconv" for cls in type(module).__mro__)
-
-
 def freeze(model: nn.Module) -> nn.Module:
     """Makes `model` faster in inference: what its convolutions otherwise do in every call, bringing weights
     into the order in which the kernels multiply and folding batch norms, is done once and kept.
@@ -38,15 +33,16 @@ def freeze(model: nn.Module) -> nn.Module:
     and pickles of the model are frozen too and pack for themselves. Threads may share a frozen model.
 
     Args:
-        model: a model of gconv.models, gconv's layers or anything that holds them, or what `gconv.convert`
-            was given; in eval mode.
+        model: in eval mode: a model of gconv.models, gconv's layers or anything that holds them, what
+            `gconv.convert` was given, or modules that call gconv.functional.fuse_*_forward. What does not run
+            through gconv stays as it was.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it is in train mode, or has no layer of gconv's.
+        ValueError: it, or a convolution or batch norm in it, is in train mode; it has no convolution.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model: want a torch.nn.Module, got {type(model).__name__}")
@@ -54,11 +50,8 @@ def freeze(model: nn.Module) -> nn.Module:
     training = [m for m in (model, *parts) if m.training and not is_frozen(m)]
     if training:
         raise ValueError(f"freeze: model: want eval mode, got a {type(training[0]).__name__} in train mode")
-    if not any(map(_is_ours, model.modules())):
-        raise ValueError(
-            f"freeze: model: want layers of gconv (gconv.convert puts them in), got a {type(model).__name__} "
-            "without"
-        )
+    if not any(isinstance(part, nn.Conv2d) for part in parts):
+        raise ValueError(f"freeze: model: want convolutions, got a {type(model).__name__} without")
     for part in parts:
         part.__dict__[KEPT] = Kept()
     return model

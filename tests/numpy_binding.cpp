@@ -2,6 +2,7 @@
 //
 // The workspace is allocated here at its exact size and filled with NaN, and a stage's shares run on threads
 // of their own.
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -17,9 +18,10 @@ struct Run : Arrays {
   Isa isa;
   int64_t threads;
   Winograd winograd;
+  bool ahead;  // forwards get their weights packed
   Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count,
-      const std::string& winograd_text)
-      : Arrays(dtype_text), threads(thread_count) {
+      const std::string& winograd_text, bool packs_ahead)
+      : Arrays(dtype_text), threads(thread_count), ahead(packs_ahead) {
     if (!winograd_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
     if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
@@ -48,12 +50,26 @@ struct Workspace : NanFilled {
   explicit Workspace(int64_t floats) : NanFilled(floats, 64) {}
 };
 
+// Packs the weights of a forward before it, if the run is of that kind.
+template <typename Params>
+std::unique_ptr<Workspace> pack_ahead(const Run& run, Params& p, int64_t (*floats)(const Params&),
+                                      void (*pack)(const Params&, int64_t, int64_t)) {
+  if (!run.ahead) return nullptr;
+  auto packed = std::make_unique<Workspace>(floats(p));
+  p.workspace = packed->data();
+  run.stage(pack, p);
+  p.packed = packed->data();
+  p.weight = nullptr;
+  return packed;
+}
+
 void conv_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair stride, Pair pad, Pair dilation,
               int64_t groups, py::object x, py::object weight, py::object act, py::object affine,
               py::object residual, bool relu, py::object y, py::object mean, py::object var) {
   const GroupedConvShape s = conv_shape(input, k, stride, pad, dilation, groups);
   GroupedConvFwdParams p =
       run.chosen(fwd_params(run, s, x, weight, act, affine, residual, relu, y, mean, var));
+  const auto packed = pack_ahead(run, p, grouped_conv_packed_floats, grouped_conv_pack_weights_cpu);
   const Workspace workspace(grouped_conv_fwd_workspace(p));
   p.workspace = workspace.data();
   run.stage(grouped_conv_fwd_pack_cpu, p);
@@ -124,6 +140,7 @@ void pointwise_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair
   p.y = run.activation("y", y, output);
   p.mean = floats("mean", mean, s.k);
   p.var = floats("var", var, s.k);
+  const auto packed = pack_ahead(run, p, pointwise_conv_packed_floats, pointwise_conv_pack_weights_cpu);
   const Workspace workspace(pointwise_conv_fwd_workspace(p));
   p.workspace = workspace.data();
   run.stage(pointwise_conv_fwd_pack_cpu, p);
@@ -298,8 +315,9 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 PYBIND11_MODULE(gconv_kernels_numpy, m) {
-  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t, std::string>(), py::arg("isa"),
-                                py::arg("dtype"), py::arg("threads") = 1, py::arg("winograd") = "auto");
+  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t, std::string, bool>(),
+                                py::arg("isa"), py::arg("dtype"), py::arg("threads") = 1,
+                                py::arg("winograd") = "auto", py::arg("ahead") = false);
   m.def("supported_isas", &supported_isas);
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);

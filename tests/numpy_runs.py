@@ -78,8 +78,9 @@ class Runs:
 
 
 def cpu_runs(kernels, isa, dtype, winograd="never"):
-    """The kernels of the CPU, with one thread and with three."""
-    return Runs(kernels, dtype, *(kernels.Run(isa, dtype, threads, winograd) for threads in (1, 3)))
+    """The kernels of the CPU, with one thread and with three, then with weights packed ahead."""
+    runs = (kernels.Run(isa, dtype, threads, winograd, threads == 3) for threads in (1, 3))
+    return Runs(kernels, dtype, *runs)
 
 
 def cuda_runs(cuda_kernels, dtype, seed=0, **options):

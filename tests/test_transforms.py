@@ -308,6 +308,9 @@ def test_every_op_is_sampled(ops):
         "set_cpu_winograd",
         "dense_block_fwd",  # of lists: test_dense_block_autograd.py has their opcheck
         "dense_block_bwd",
+        "conv_pack",  # test_freeze.py has theirs
+        "conv_fwd_packed",
+        "conv_fwd_packed_into",
     }
     assert [entry[0] for entry in samples(ops)] == [name for name, _ in ALL_CASES]
 
