@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import gconv
 from gconv import models
 from gconv.dense_layers import DenseLayer
 
@@ -48,6 +49,7 @@ __all__ = [
 ]  # fmt: skip
 
 LABELS = LAYER_LABELS | {
+    "gconv_frozen": "gconv frozen",
     "gconv_shared": "gconv shared",
     "gconv_ultra": "gconv ultra",
     "checkpoint": "checkpointing",
@@ -60,7 +62,7 @@ SHIFT = 1.0  # of the batch norms in a dense layer, see make_state
 MOVED = 0.1  # how far the running statistics are from those of the images, see make_state
 EAGER = ("eager_nchw", "eager_channels_last")  # their error is torch's own
 
-OURS = ("gconv", *VARIANTS, "gconv_shared", "gconv_ultra")
+OURS = ("gconv", "gconv_frozen", *VARIANTS, "gconv_shared", "gconv_ultra")
 DENSENETS = "densenet*"  # their layers can be told what to keep for the backward
 
 MODEL, AUTOCAST, HINT = "model in bfloat16", "autocast", "bfloat16 hint"  # precisions
@@ -110,6 +112,10 @@ def _memory(how: str) -> Callable[[Job], nn.Module]:
 
 def _as_it_is(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
     return module
+
+
+def _frozen(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
+    return gconv.freeze(module)
 
 
 def _compile(module: nn.Module, network: Network) -> Callable[[Tensor], Tensor]:
@@ -214,6 +220,14 @@ CONTESTANTS: dict[str, Contestant] = {
     contestant.name: contestant
     for contestant in (
         Contestant("gconv", LABELS["gconv"], build=Job.build, but=DENSENETS),
+        Contestant(
+            "gconv_frozen",
+            LABELS["gconv_frozen"],
+            build=Job.build,
+            make=_frozen,
+            modes=("inference",),
+            devices=("cpu",),
+        ),
         *_backends(),
         Contestant("gconv_shared", LABELS["gconv_shared"], build=_memory("shared"), models=DENSENETS),
         Contestant(

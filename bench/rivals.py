@@ -154,7 +154,10 @@ def _gconv(problem: Problem, mode: str) -> Rival:
     )
     module.conv.to(problem.dtype)
     module.to(problem.x.device).load_state_dict(problem.stock.state_dict())
-    return Rival("gconv", module, problem, mode, torch.channels_last)
+    rival = Rival("gconv", module, problem, mode, torch.channels_last)
+    if mode == "inference":
+        gconv.freeze(module)  # the other compiled and packed ones pack their weights once too
+    return rival
 
 
 def _variant(name: str):

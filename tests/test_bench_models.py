@@ -53,7 +53,7 @@ def network(name, of, state):
 def test_contestants_to_leave_out():
     everyone = models.pick("resnext50_32x4d")
     assert everyone[0] == "gconv" and set(EAGER) < set(everyone)
-    assert models.pick(MODEL, "torch.compile, ONNXRUNTIME,openvino") == ("gconv", *EAGER)
+    assert models.pick(MODEL, "torch.compile, ONNXRUNTIME,openvino") == ("gconv", "gconv_frozen", *EAGER)
     for without in ("gconv", "tensorflow"):
         with pytest.raises(ValueError, match=r"want some of eager NCHW.*torch\.compile"):
             models.pick(MODEL, without)
