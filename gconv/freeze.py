@@ -23,14 +23,15 @@ def freeze(model: nn.Module) -> nn.Module:
     Nothing goes stale: each call asks whether weights, biases, statistics and eps are the same tensors in the
     same memory, not written to since, and packs again where they are not (after an optimizer's step,
     load_state_dict, `.to`). Only writes past torch's version counter are not seen: through `.data`, NumPy or
-    a raw pointer. Call `freeze` again after such. Parameters made under torch.inference_mode count no writes
-    and are packed in every call, as without `freeze`.
+    a raw pointer. Call `freeze` again after such. Parameters made under torch.inference_mode count no writes:
+    layers that have some run as without `freeze`.
 
     Kept weights are used on the CPU, in eval mode, where nothing in the call wants a gradient, outside
     torch.compile, torch.export, torch.jit and function transforms; everything else runs as before.
-    `gconv.trace` shows "packed weights" for the calls that used them. They take as much memory again as the
-    weights (twice that for bfloat16 and float16 where the CPU does not multiply pairs of bfloat16). Copies
-    and pickles of the model are frozen too and pack for themselves. Threads may share a frozen model.
+    `gconv.trace` shows "packed weights" for the calls that used them. They take about as much memory again as
+    the weights would in float32 (bfloat16 half of it where the CPU multiplies pairs of bfloat16; under
+    autocast the cast weights are kept too). Copies and pickles of the model are frozen too and pack for
+    themselves. Threads may share a frozen model.
 
     Args:
         model: in eval mode: a model of gconv.models, gconv's layers or anything that holds them, what

@@ -114,22 +114,22 @@ class Kept:
 
     def get(self, key, tensors: tuple, make: Callable):
         """make(), or what it returned when it was last called for this key, if `tensors` (some may be None)
-        are still the same and were not written to. Inference tensors do not count writes: nothing that is
-        made of them is kept."""
+        are still the same and were not written to. None if one of them is an inference tensor: these do not
+        count writes."""
         if backend.explaining():
             return make()
         found = self.made.get(key)
         if found is not None and _same(found[0], tensors):
             return found[1]
-        counted = not any(t is not None and t.is_inference() for t in tensors)
+        if any(t is not None and t.is_inference() for t in tensors):
+            return None
         # Seen before it is read: what another thread writes meanwhile must be noticed. What is made outlives
         # an inference_mode that this call may be in.
-        seen = tuple(map(_see, tensors)) if counted else None
+        seen = tuple(map(_see, tensors))
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        if counted:
-            made = list(self.made.items())[1 - MOST :]
-            self.made = {k: item for k, item in made if _current(item[0])} | {key: (seen, value)}
+        made = list(self.made.items())[1 - MOST :]
+        self.made = {k: item for k, item in made if _current(item[0])} | {key: (seen, value)}
         return value
 
 
@@ -152,13 +152,15 @@ def parameters_of(conv: nn.Module, x) -> tuple:
     def cast(name, tensor):
         if tensor is None or tensor.dtype is dtype or not _ready(tensor):
             return tensor
-        return kept.get((name, dtype), (tensor,), lambda: autocast(tensor)[0])
+        found = kept.get((name, dtype), (tensor,), lambda: autocast(tensor)[0])
+        return tensor if found is None else found
 
     return cast("weight", conv.weight), cast("bias", conv.bias)
 
 
-def packed_of(conv: nn.Module, weight, image, *conf) -> Packed:
-    """The packed weights of a frozen convolution of an image of that size (H, W); `weight` in its dtype."""
+def packed_of(conv: nn.Module, weight, image, *conf) -> Packed | None:
+    """The packed weights of a frozen convolution of an image of that size (H, W), or None if they cannot be
+    kept; `weight` is in the image's dtype."""
     kept, size = conv.__dict__[KEPT], weight.shape
     if backend.explaining():
         return Packed(weight, size)
@@ -184,7 +186,8 @@ def affine_of(bn: nn.Module, state: tuple, bias=None) -> torch.Tensor:
         return call(fold, mean if bias is None else mean - bias, var, gamma, beta, bn.eps)[1]
 
     kept = kept_of(bn)
-    return make() if kept is None else kept.get(("affine", bn.eps), (*state, bias), make)
+    found = None if kept is None else kept.get(("affine", bn.eps), (*state, bias), make)
+    return make() if found is None else found
 
 
 # ------------------------------------------------------------------------------------- convolutions by it
@@ -209,7 +212,9 @@ def _ready(*tensors) -> bool:
 def block_of(x, convs, bns, make, residual=None):
     """make(), remembered, for a block of these modules that runs as one call on x and residual: what it needs
     to know besides, or None where that cannot run by what is kept. None too if not all of them are frozen."""
-    if not x.is_cpu or None in map(kept_of, convs) or any(map(uses_batch_statistics, bns)):
+    if not x.is_cpu or not backend.extension_loaded():
+        return None
+    if None in map(kept_of, convs) or any(map(uses_batch_statistics, bns)):
         return None
     tensors = [conv.weight for conv in convs]
     for bn in bns:
@@ -259,8 +264,10 @@ def infer(conv, x, weight, bias, bn, state, residual, relu, conf, into):
     whose state is `state`; None where it has to run from the parameters."""
     if not _ready(x, weight, bias, residual, *state):
         return None
-    packed, affine = packed_of(conv, weight, x.shape[2:], *conf), affine_of(bn, state, bias)
-    return _run(x, packed, weight, conf, affine, residual, relu, into)
+    packed = packed_of(conv, weight, x.shape[2:], *conf)
+    if packed is None:
+        return None
+    return _run(x, packed, weight, conf, affine_of(bn, state, bias), residual, relu, into)
 
 
 def infer_on_torch(conv, x, weight, bias, bn, residual, relu, conf):
@@ -276,6 +283,8 @@ def infer_on_torch(conv, x, weight, bias, bn, residual, relu, conf):
         return (scale[:, None, None, None] * weight).to(weight.dtype), shift.to(weight.dtype)
 
     folded = conv.__dict__[KEPT].get(("folded", bn.eps), (weight, bias, *state), make)
+    if folded is None:
+        return None
     y = F.conv2d(x, *folded, *conf)
     if residual is not None:
         y = y + residual
@@ -297,7 +306,10 @@ def conv2d(conv, x, weight, bias, conf, into):
     def make():
         return torch.stack((torch.ones_like(bias, dtype=torch.float32), bias.float()))
 
+    packed = packed_of(conv, weight, x.shape[2:], *conf)
     affine = None if bias is None else conv.__dict__[KEPT].get("bias", (bias,), make)
-    y = _run(x, packed_of(conv, weight, x.shape[2:], *conf), weight, conf, affine, None, False, into)
+    if packed is None or (bias is not None and affine is None):
+        return None
+    y = _run(x, packed, weight, conf, affine, None, False, into)
     backend.record(named(decision), name, x, y)
     return y

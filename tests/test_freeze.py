@@ -368,7 +368,7 @@ def test_modes(layer):
 
 
 def test_parameters_of_inference_mode():
-    """They count no writes: packed anew in every call."""
+    """They count no writes: such layers run as if not frozen."""
     with torch.inference_mode():
         plain = gconv.ConvBNReLU(16, 24, 1).eval()
         frozen = gconv.freeze(copy.deepcopy(plain))
@@ -377,6 +377,8 @@ def test_parameters_of_inference_mode():
         for model in (frozen, plain):
             model.conv.weight.mul_(2)
         assert_same_bits(frozen(x), plain(x))
+    assert_frozen(frozen, plain, x, as_packed=False)
+    assert_frozen(frozen, plain, x, dtype="autocast", as_packed=False)
 
 
 def test_hooks_and_backends(layer):
