@@ -417,12 +417,7 @@ def run_conv_bn_relu(
         count = check_count("conv_bn_relu", shape)
         z = _train(x, weight, bias, bn, state, residual, relu, conf, count, into)
     else:
-        z = None
-        if frozen is not None and decision.backend == "cpu":
-            z = packed.infer(frozen, x, weight, bias, bn, state, residual, relu, conf, into)
-            decision = decision if z is None else packed.named(decision)
-        if z is None:
-            z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
+        z = _infer(x, weight, bias, bn.eps, state, residual, relu, conf, into)
     backend.record(decision, "conv_bn_relu", x, z)
     return z
 
@@ -504,7 +499,11 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
             padding = (0, 0)
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
+        frozen = None if packed.kept_of(conv) is None else conv
+        if frozen is not None and isinstance(x, torch.Tensor):
+            z = packed.conv_bn_relu(x, conv, bn, residual, relu, padding, by_design, into)
+            if z is not None:
+                return z
         weight, bias = packed.parameters_of(conv, x)
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        rest = (residual, relu, by_design, into, None if packed.kept_of(conv) is None else conv)
-        return run_conv_bn_relu(x, weight, bn, bias, *conf, *rest)
+        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into, frozen)

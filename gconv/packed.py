@@ -24,7 +24,16 @@ from gconv.autograd import (
     suggests_channels_last,
     unwatched,
 )
-from gconv.batch_norm import as_float, fold, inference_affine, state_of, uses_batch_statistics
+from gconv.batch_norm import (
+    as_float,
+    check_eps,
+    check_residual,
+    fold,
+    inference_affine,
+    kernels_run,
+    state_of,
+    uses_batch_statistics,
+)
 from gconv.concat import check_into, placed, writes_in_place
 from gconv.grouped_conv import autocast, check_tensors, conv_output_size, ops_for, plan
 
@@ -164,6 +173,8 @@ def packed_of(conv: nn.Module, weight, image, *conf) -> Packed | None:
     kept, size = conv.__dict__[KEPT], weight.shape
     if backend.explaining():
         return Packed(weight, size)
+    if conv.weight.is_inference():
+        return None
     pointwise = size[2] == 1 and size[3] == 1
     key = ("packed", weight.dtype, backend.cpu_settings(), None if pointwise else image, conf)
 
@@ -209,14 +220,15 @@ def _ready(*tensors) -> bool:
     return plain(*(t for t in tensors if t is not None)) and unwatched(*tensors)
 
 
-def block_of(x, convs, bns, make, residual=None):
+def block_of(x, convs, bns, make, residual=None, more=()):
     """make(), remembered, for a block of these modules that runs as one call on x and residual: what it needs
-    to know besides, or None where that cannot run by what is kept. None too if not all of them are frozen."""
-    if not x.is_cpu or not backend.extension_loaded():
+    to know besides, which may depend on `more` too, or None where that cannot run by what is kept. None too
+    if not all of them are frozen."""
+    if x.dim() != 4 or not x.is_cpu or not backend.extension_loaded():
         return None
     if None in map(kept_of, convs) or any(map(uses_batch_statistics, bns)):
         return None
-    tensors = [conv.weight for conv in convs]
+    tensors = [t for conv in convs for t in (conv.weight, conv.bias)]
     for bn in bns:
         tensors += state_of(bn)
     if backend.backend_of(x) != "cpu" or not _ready(x, residual, *tensors):
@@ -225,7 +237,7 @@ def block_of(x, convs, bns, make, residual=None):
         "block", x.shape, x.dtype, x.layout, suggests_channels_last(x), autocast_enabled(x),
         residual if residual is None else (residual.shape, residual.dtype, residual.device),
         tuple((conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs),
-        tuple(bn.eps for bn in bns), *backend.settings(), backend.cpu_settings(),
+        tuple(bn.eps for bn in bns), more, *backend.settings(), backend.cpu_settings(),
     )  # fmt: skip
     return convs[0].__dict__[KEPT].get(key, tuple(tensors), make)
 
@@ -245,7 +257,8 @@ def run_fwd_into(x, weight, *rest) -> None:
         ops_for(weight.shape).fwd_into(x, weight, *rest[:-1], False, rest[-1])
 
 
-def _run(x, packed, weight, conf, affine, residual, relu, into):
+def _run(x, packed, conf, shape, keep, affine, residual, relu, into):
+    """The forward, of that shape, into a slot or in channels_last if x is or `keep` says so."""
     rest = (packed.size, *conf, None, affine, residual, relu)
     if writes_in_place(into):
 
@@ -253,21 +266,38 @@ def _run(x, packed, weight, conf, affine, residual, relu, into):
             call(fwd_packed_into, x, packed.data, *rest, memory)
             return ()
 
-        size = conv_output_size(x, weight, *conf[:3])
-        return into.run(None, fill, size, channels_last(x))[0]
-    keep = suggests_channels_last(x) or suggests_channels_last(weight)
+        return into.run(None, fill, shape, channels_last(x))[0]
+    keep = keep or suggests_channels_last(x)
     return placed(in_format(call(fwd_packed, channels_last(x), packed.data, *rest), keep), into)
 
 
-def infer(conv, x, weight, bias, bn, state, residual, relu, conf, into):
-    """relu?(bn(conv2d(x, weight, bias)) + residual) on the CPU's kernels by what is kept of `conv` and `bn`,
-    whose state is `state`; None where it has to run from the parameters."""
-    if not _ready(x, weight, bias, residual, *state):
+def conv_bn_relu(x, conv, bn, residual, relu, padding, by_design, into):
+    """`conv_bn_relu` of a frozen convolution and normalisation on the CPU's kernels, or None where it has to
+    run from the parameters."""
+    name = "conv_bn_relu"
+    check_into(name, into)
+    x, residual = autocast(x, residual)
+
+    def make():
+        weight, bias = autocast(*parameters_of(conv, x))
+        conf, decision = plan(
+            name, x, weight, bias, conv.stride, padding, conv.dilation, conv.groups, by_design
+        )
+        shape, state = conv_output_size(x, weight, *conf[:3]) if decision.ours else None, state_of(bn)
+        if decision.backend != "cpu" or not kernels_run(x, shape, False, *state):
+            return None
+        check_residual(name, residual, shape, x)
+        check_eps(name, bn.eps, False)
+        found = packed_of(conv, weight, x.shape[2:], *conf)
+        return found, affine_of(bn, state, bias), conf, shape, suggests_channels_last(weight), named(decision)
+
+    found = block_of(x, (conv,), (bn,), make, residual, (padding, by_design))
+    if found is None or found[0] is None:
         return None
-    packed = packed_of(conv, weight, x.shape[2:], *conf)
-    if packed is None:
-        return None
-    return _run(x, packed, weight, conf, affine_of(bn, state, bias), residual, relu, into)
+    weight, affine, conf, shape, keep, decision = found
+    z = _run(x, weight, conf, shape, keep, affine, residual, relu, into)
+    backend.record(decision, name, x, z)
+    return z
 
 
 def infer_on_torch(conv, x, weight, bias, bn, residual, relu, conf):
@@ -310,6 +340,7 @@ def conv2d(conv, x, weight, bias, conf, into):
     affine = None if bias is None else conv.__dict__[KEPT].get("bias", (bias,), make)
     if packed is None or (bias is not None and affine is None):
         return None
-    y = _run(x, packed, weight, conf, affine, None, False, into)
+    shape = conv_output_size(x, weight, *conf[:3])
+    y = _run(x, packed, conf, shape, suggests_channels_last(weight), affine, None, False, into)
     backend.record(named(decision), name, x, y)
     return y
