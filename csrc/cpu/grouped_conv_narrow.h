@@ -2,17 +2,16 @@
 // whole groups fill a vector, so that output vector v reads source vector v and nothing else. Forward and
 // input gradient.
 //
-// Computes: what grouped_conv_pass.h does, as the scattering of source pixels: pixel (r, j) goes through nine
-//   taps to three output rows (two or one where the source is the finer grid).
+// Computes: what grouped_conv_pass.h does.
 // Grid: image x stripe of output rows x chunk of consecutive vectors (LANES channels).
-// Tile: a strip of up to strip_pixels() output columns, walked down row by row. A source row is staged in L1
-//   (prologue, storage type and borders are dealt with there); each of its vectors is spread over its groups'
-//   lanes once per channel, one shuffle or broadcast for nine multiplications. The output rows in flight are
-//   the accumulators; between rows they rest in L1. A complete row leaves from the registers.
-// Bytes moved: source and output once, two columns of each strip twice (from L2); weights and rows in flight
-//   stay in L1. The next row is fetched while a row is computed, the next stripe while all chunks pass over
-//   one.
-// Accumulation: float32, taps in a fixed order; statistics per strip, merged by Chan's rule.
+// Tile: strip_rows() rows of a strip of up to strip_pixels() output columns, walked down. Their sums stay in
+//   registers over all channels and taps and leave from there. The source rows around them are staged in L1
+//   (prologue, storage type and borders are dealt with there); each of their vectors is spread over its
+//   groups' lanes once per channel, one shuffle or broadcast for up to nine multiplications.
+// Bytes moved: source and output once, two columns of each strip twice (from L2); weights and staged rows
+//   stay in L1. The rows of the next tile are fetched while one is computed, the next stripe while all chunks
+//   pass over one.
+// Accumulation: float32, channels and taps in a fixed order; statistics per strip, merged by Chan's rule.
 #pragma once
 #include "grouped_conv_pass.h"
 
@@ -36,37 +35,28 @@ inline bool is_narrow(const GroupedConvShape& s, int64_t widest) {
 // One group fills a vector: a scalar feeds all lanes, no shuffle, and no register for its index.
 inline bool broadcasts(const Pass& p) { return p.output_per_group == LANES; }
 
-// Output columns of a strip: three rows of them in registers, two where the stride leaves only two.
+// Output rows and columns of a tile, whose sums are registers beside nine weights.
+constexpr int strip_rows(Scale scale) { return scale == Scale::twice ? 2 : 3; }
 constexpr int strip_pixels(Scale scale, bool broadcast) {
-  return scale == Scale::same    ? STRIP_PIXELS + (broadcast ? 1 : 0)
-         : scale == Scale::halve ? STRIP_PIXELS_HALVE
-                                 : STRIP_PIXELS / 2 * 2;
-}
-constexpr int strip_rows(Scale scale) { return scale == Scale::halve ? 2 : 3; }
-
-// Staged columns that `pixels` output columns need.
-constexpr int staged_columns(Scale scale, int pixels) {
-  return scale == Scale::same ? pixels + 2 : scale == Scale::halve ? 2 * pixels + 1 : pixels / 2 + 1;
+  return scale == Scale::twice ? STRIP_PIXELS_TWICE
+                               : STRIP_PIXELS + (scale == Scale::same && broadcast ? 1 : 0);
 }
 
-// The output column, from the strip's first, that staged column j feeds through packed tap t; may be outside.
-constexpr int fed_pixel(Scale scale, int j, int t) {
+// Source rows (columns) around `count` output rows (columns); of an even first one where the output is the
+// finer grid.
+constexpr int reach(Scale scale, int count) {
+  return scale == Scale::same ? count + 2 : scale == Scale::halve ? 2 * count + 1 : count / 2 + 1;
+}
+inline int64_t first_source(Scale scale, int64_t output) {
+  return scale == Scale::same ? output - 1 : scale == Scale::twice ? output / 2 : 2 * output - 1;
+}
+
+// The output row (column), from the tile's first, that row (column) j around it feeds through packed tap t;
+// may be outside.
+constexpr int fed(Scale scale, int j, int t) {
   if (scale == Scale::same) return j - t;
   if (scale == Scale::twice) return 2 * j + 1 - t;
   return (j - t) % 2 == 0 ? (j - t) / 2 : -1;
-}
-
-// The output row that source row r feeds through packed tap i, or -1 where the stride skips it.
-inline int64_t fed_row(Scale scale, int64_t r, int64_t i) {
-  if (scale == Scale::same) return r + 1 - i;
-  if (scale == Scale::twice) return 2 * r + 1 - i;
-  return (r + 1 - i) % 2 == 0 ? (r + 1 - i) / 2 : -1;
-}
-inline int64_t first_source_row(Scale scale, int64_t output) {
-  return scale == Scale::same ? output - 1 : scale == Scale::twice ? output / 2 : 2 * output - 1;
-}
-inline int64_t last_source_row(Scale scale, int64_t output) {
-  return scale == Scale::same ? output + 1 : scale == Scale::twice ? (output + 1) / 2 : 2 * output + 1;
 }
 
 // Sums of a strip about the mean of its first row, which is near enough to the strip's that little cancels.
@@ -96,35 +86,34 @@ struct StripMoments {
   }
 };
 
-// One staged source row of every vector of a chunk; the steps lead from one vector to the next.
+// A tile of every vector of a chunk; the steps lead from one vector to the next.
 struct StripStep {
-  const float* source;  // staged, [column][SOURCE_LANES]
+  static constexpr int MOST_ROWS = reach(Scale::halve, strip_rows(Scale::halve));
+  const float* source[MOST_ROWS];  // staged rows around the tile, [column][SOURCE_LANES]; null: outside
   int64_t source_step;
-  const float* in[3];  // sums so far of each output row fed, [pixel][LANES]
-  int64_t in_step[3];
-  float* out[3];
-  int64_t out_step;
-  const float* weight[3];  // packed weights of each row's vertical tap, first channel
+  const float* weight;  // packed
   int64_t weight_step;
   int vectors;
   int channels;  // of a group, in slots
   Index lanes;   // first slot of each lane's group
   FetchAhead ahead;
   LinePrefetch* below;  // rows of the next task
-  // Complete rows of whole vectors go from the registers to the tensor; null: to `out` as well.
-  Value* direct[3];
-  int64_t direct_pixel;        // elements between its pixels
-  const float *scale, *shift;  // of the first vector; null: none
+  float* out;           // results that do not leave directly, [row][pixel][LANES]
+  int64_t out_row, out_step;
+  // Whole vectors go from the registers to the tensor; null: to `out`.
+  Value* direct;
+  int64_t direct_row, direct_pixel;  // elements between its rows and pixels
+  const float *scale, *shift;        // of the first vector; null: none
   bool relu, stream;
   bool lines;  // two vectors are a cache line, which leaves as a whole: the first waits for the second in
                // `out`
   StripMoments* moments;  // null: not wanted
-  bool first[3];          // the row is the stripe's first
+  bool first;             // the tile is the stripe's first
 };
 
 // What finish_forward does, from the registers.
 template <int PIXELS>
-GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)[PIXELS]) {
+GCONV_INLINE void finish_direct(const StripStep& a, int row, int64_t v, Vec (&acc)[PIXELS]) {
   if (a.scale != nullptr) {
     const Vec scale = load(a.scale + v * LANES), shift = load(a.shift + v * LANES);
     GCONV_UNROLL
@@ -134,12 +123,12 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) acc[p] = relu(acc[p]);
   }
-  Value* out = a.direct[r] + v * LANES;
+  Value* out = a.direct + row * a.direct_row + v * LANES;
   if (a.moments != nullptr)
-    a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first[r],
+    a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first && row == 0,
                          [&](int64_t p) GCONV_LAMBDA { return rounded_to(out, acc[p]); });
   if (PAIRS && a.lines && (v % 2 == 1 || v + 1 < a.vectors)) {
-    float* kept = a.out[r] + v / 2 * 2 * a.out_step;
+    float* kept = a.out + row * a.out_row + v / 2 * 2 * a.out_step;
     GCONV_UNROLL
     for (int p = 0; p < PIXELS; ++p) {
       if (v % 2 == 0)
@@ -156,58 +145,57 @@ GCONV_INLINE void finish_direct(const StripStep& a, int r, int64_t v, Vec (&acc)
   }
 }
 
-// Whether the next row's lines are fetched a few per channel: where a vector's are more than the core has
-// line buffers. Otherwise all before the first channel.
-constexpr bool fetch_by_channel(Scale scale) { return scale == Scale::halve; }
-
 template <Scale SCALE, int ROWS, int PIXELS, bool BROADCAST>
 void strip_step(const StripStep& a) {
-  constexpr int COLUMNS = staged_columns(SCALE, PIXELS);
+  constexpr int AROUND = reach(SCALE, ROWS), COLUMNS = reach(SCALE, PIXELS);
   LinePrefetch below = *a.below;
   for (int64_t v = 0; v < a.vectors; ++v) {
-    if constexpr (!fetch_by_channel(SCALE)) a.ahead.fetch(v);
     below.renew();
     Vec acc[ROWS][PIXELS];
-    const float* weight[ROWS];
     GCONV_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      const float* in = a.in[r] + v * a.in_step[r];
-      weight[r] = a.weight[r] + v * a.weight_step;
       GCONV_UNROLL
-      for (int p = 0; p < PIXELS; ++p) acc[r][p] = load(in + p * LANES);
+      for (int p = 0; p < PIXELS; ++p) acc[r][p] = zero();
     }
-    const float* source = a.source + v * a.source_step;
+    const float* weight = a.weight + v * a.weight_step;
     Index lanes = a.lanes;
-    for (int c = 0; c < a.channels; ++c, lanes = index_add(lanes, 1)) {
-      if constexpr (fetch_by_channel(SCALE)) a.ahead.fetch(v, c);
-      below.step();
-      Vec w[ROWS][3];
+    for (int c = 0; c < a.channels; ++c, lanes = index_add(lanes, 1), weight += WEIGHTS_PER_CHANNEL) {
+      a.ahead.fetch(v, c);
+      Vec w[3][3];
       GCONV_UNROLL
-      for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 3; ++i) {
         GCONV_UNROLL
-        for (int t = 0; t < 3; ++t) w[r][t] = load(weight[r] + t * LANES);
-        weight[r] += WEIGHTS_PER_CHANNEL;
+        for (int t = 0; t < 3; ++t) w[i][t] = load(weight + (3 * i + t) * LANES);
       }
       GCONV_UNROLL
-      for (int j = 0; j < COLUMNS; ++j) {
-        const float* column = source + j * SOURCE_LANES;
-        const Vec x = BROADCAST ? set1(column[c]) : permute(load_half(column), lanes);
+      for (int k = 0; k < AROUND; ++k) {
+        if (a.source[k] == nullptr) continue;
+        const float* source = a.source[k] + v * a.source_step;
+        below.step();
         GCONV_UNROLL
-        for (int t = 0; t < 3; ++t) {
-          const int p = fed_pixel(SCALE, j, t);
-          if (p < 0 || p >= PIXELS) continue;
+        for (int j = 0; j < COLUMNS; ++j) {
+          const float* column = source + j * SOURCE_LANES;
+          const Vec x = BROADCAST ? set1(column[c]) : permute(load_half(column), lanes);
           GCONV_UNROLL
-          for (int r = 0; r < ROWS; ++r) acc[r][p] = multiply_add(x, w[r][t], acc[r][p]);
+          for (int i = 0; i < 3; ++i) {
+            const int r = fed(SCALE, k, i);
+            if (r < 0 || r >= ROWS) continue;
+            GCONV_UNROLL
+            for (int t = 0; t < 3; ++t) {
+              const int p = fed(SCALE, j, t);
+              if (p >= 0 && p < PIXELS) acc[r][p] = multiply_add(x, w[i][t], acc[r][p]);
+            }
+          }
         }
       }
     }
     GCONV_UNROLL
-    for (int r = ROWS - 1; r >= 0; --r) {  // upper rows come last
-      if (a.direct[r] != nullptr) {
+    for (int r = 0; r < ROWS; ++r) {
+      if (a.direct != nullptr) {
         finish_direct<PIXELS>(a, r, v, acc[r]);
         continue;
       }
-      float* out = a.out[r] + v * a.out_step;
+      float* out = a.out + r * a.out_row + v * a.out_step;
       GCONV_UNROLL
       for (int p = 0; p < PIXELS; ++p) store(out + p * LANES, acc[r][p]);
     }
@@ -256,24 +244,22 @@ inline void plan_narrow(Pass& p) {
   p.stripes = std::max(p.stripes, std::min(wanted, p.output_h / 4));
 }
 
-// A chunk's staged row and rows in flight, in L1; sizes in floats, one vector's after the other's.
+// A chunk's staged rows and the results of a tile, in L1; sizes in floats, one vector's after the other's.
 struct StripBuffers {
-  static constexpr int RING = 4;  // output rows in flight, at row % RING
+  int64_t ring;  // staged rows, row r at r % ring
   int64_t row_floats, staged_floats;
-  float *rows, *staged, *nothing;
+  float *staged, *rows;
 
   StripBuffers(const Pass& p, int64_t vectors, Scratch& scratch) {
-    const int pixels = strip_pixels(scale_of(p), broadcasts(p));
-    row_floats = pixels * LANES, staged_floats = staged_columns(scale_of(p), pixels) * SOURCE_LANES;
+    const Scale scale = scale_of(p);
+    const int pixels = strip_pixels(scale, broadcasts(p)), most = strip_rows(scale);
+    ring = reach(scale, most);
+    row_floats = pixels * LANES, staged_floats = reach(scale, pixels) * SOURCE_LANES;
     Carve carve(scratch);
-    carve.reserve({vectors * RING * row_floats, vectors * staged_floats, row_floats});
-    rows = carve.take(vectors * RING * row_floats);
-    staged = carve.take(vectors * staged_floats);
-    nothing = carve.take(row_floats);
-    std::fill(nothing, nothing + row_floats, 0.f);
+    carve.reserve({vectors * ring * staged_floats, vectors * most * row_floats});
+    staged = carve.take(vectors * ring * staged_floats);
+    rows = carve.take(vectors * most * row_floats);
   }
-  // Of the first vector; the next lie RING * row_floats on.
-  float* row(int64_t at) const { return rows + at % RING * row_floats; }
 };
 
 // Where a strip lies: `pixels` output columns from `first`, of which `width` exist. Strips are cut in the
@@ -294,10 +280,7 @@ struct Strip {
     first = step * share.begin;
     pixels = step * (share.end - share.begin);
     width = std::min(pixels, p.output_w - first);
-    const int64_t source_first = scale == Scale::same    ? first - 1
-                                 : scale == Scale::halve ? 2 * first - 1
-                                                         : share.begin;
-    source = RowColumns{source_first, staged_columns(scale, static_cast<int>(pixels)), p.source_w};
+    source = RowColumns{first_source(scale, first), reach(scale, static_cast<int>(pixels)), p.source_w};
   }
 };
 
@@ -321,59 +304,60 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
                   StripMoments* moments, CompensatedSum (*sums)[2], LinePrefetch* below) {
   const Scale scale = scale_of(p);
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
+  const int64_t most = strip_rows(scale);
   const Share& rows = tile.rows;
   const int pixels = static_cast<int>(strip.pixels);
   const auto function = broadcasts(p) ? strip_function<true> : strip_function<false>;
   const StripFunction functions[3] = {function(scale, 1, pixels), function(scale, 2, pixels),
                                       function(scale, 3, pixels)};
+  const int64_t strides = p.output.stride_n | p.output.stride_h | p.output.stride_w | channel;
+  const bool direct = std::is_same_v<T, Value> && p.residual.data == nullptr && p.mask_act == nullptr &&
+                      strip.width == strip.pixels && channel + vectors * LANES <= p.output_channels();
   StripStep step;
-  step.source = buffers.staged, step.source_step = buffers.staged_floats;
-  step.out_step = StripBuffers::RING * buffers.row_floats;
-  step.weight_step = p.source_per_group * WEIGHTS_PER_CHANNEL;
+  step.source_step = buffers.ring * buffers.staged_floats;
+  step.weight = p.weights_of(tile.first_vector), step.weight_step = p.source_per_group * WEIGHTS_PER_CHANNEL;
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.output_per_group, p.source_per_group);
-  step.direct_pixel = p.output.stride_w;
+  step.out = buffers.rows, step.out_row = buffers.row_floats, step.out_step = most * buffers.row_floats;
+  step.direct_row = p.output.stride_h, step.direct_pixel = p.output.stride_w;
   step.scale = p.affine == nullptr ? nullptr : p.affine + channel;
   step.shift = p.affine == nullptr ? nullptr : p.affine + p.output_channels() + channel;
   step.relu = p.relu, step.stream = p.stream;
-  const int64_t strides = p.output.stride_n | p.output.stride_h | p.output.stride_w | channel;
   step.lines = p.stream && reinterpret_cast<uintptr_t>(p.output.data) % 64 == 0 && strides % (2 * LANES) == 0;
   step.moments = p.moments ? moments : nullptr;
   step.below = below;
-  const bool direct = std::is_same_v<T, Value> && p.residual.data == nullptr && p.mask_act == nullptr &&
-                      strip.width == strip.pixels && channel + vectors * LANES <= p.output_channels();
-  int64_t next = rows.begin;  // output row to be written next, where they do not leave directly
-  const int64_t last = last_source_row(scale, rows.end - 1);
-  for (int64_t r = first_source_row(scale, rows.begin); r <= last; ++r) {
-    if (r >= 0 && r < p.source_h) {
-      stage_row<T, Slots::channels>(p.source, {image, false}, r, channel, vectors, strip.source,
-                                    buffers.staged, buffers.staged_floats);
-      int fed = 0;
-      for (int i = 0; i < 3; ++i) {
-        const int64_t o = fed_row(scale, r, i);
-        if (o < rows.begin || o >= rows.end) continue;
-        const bool fresh = r == std::max<int64_t>(0, first_source_row(scale, o));
-        const bool complete = r == std::min(last_source_row(scale, o), p.source_h - 1);
-        step.out[fed] = buffers.row(o);
-        step.in[fed] = fresh ? buffers.nothing : step.out[fed];
-        step.in_step[fed] = fresh ? 0 : step.out_step;
-        step.direct[fed] = direct && complete
-                               ? static_cast<Value*>(p.output.data) + image * p.output.stride_n +
-                                     o * p.output.stride_h + strip.first * p.output.stride_w + channel
-                               : nullptr;
-        step.first[fed] = o == rows.begin;
-        step.weight[fed++] = p.weights_of(tile.first_vector) + i * 3 * LANES;
-      }
-      step.ahead = FetchAhead();
-      if (r + 1 < p.source_h) {
-        step.ahead.add<T>(p.source, {image, false}, r + 1, channel, strip.source);
-        if (fetch_by_channel(scale)) step.ahead.split(step.channels);
-      }
-      if (fed > 0) functions[fed - 1](step);
+  int64_t staged = std::max<int64_t>(0, first_source(scale, rows.begin));  // rows before it are
+  for (int64_t o = rows.begin; o < rows.end; o += most) {
+    const int count = static_cast<int>(std::min(most, rows.end - o));
+    const int64_t first = first_source(scale, o), around = reach(scale, count);
+    const int64_t end = std::min(p.source_h, first + around);
+    for (; staged < end; ++staged)
+      stage_row<T, Slots::channels>(p.source, {image, false}, staged, channel, vectors, strip.source,
+                                    buffers.staged + staged % buffers.ring * buffers.staged_floats,
+                                    step.source_step);
+    for (int64_t k = 0; k < around; ++k) {
+      const int64_t r = first + k;
+      step.source[k] =
+          r >= 0 && r < end ? buffers.staged + r % buffers.ring * buffers.staged_floats : nullptr;
     }
-    for (; !direct && next < rows.end && last_source_row(scale, next) <= r; ++next) {
-      const RowResult result{buffers.row(next), step.out_step, image,       next,
-                             tile.first_vector, vectors,       strip.first, strip.width};
+    step.ahead = FetchAhead();
+    const int64_t next = std::min(most, rows.end - o - count);
+    if (next > 0) {
+      const int64_t ahead_end = first_source(scale, o + count) + reach(scale, static_cast<int>(next));
+      for (int64_t r = end; r < std::min(p.source_h, ahead_end); ++r)
+        step.ahead.add<T>(p.source, {image, false}, r, channel, strip.source);
+      step.ahead.split(step.channels);
+    }
+    if (direct)
+      step.direct = static_cast<Value*>(p.output.data) + image * p.output.stride_n + o * p.output.stride_h +
+                    strip.first * p.output.stride_w + channel;
+    else
+      step.direct = nullptr;
+    step.first = o == rows.begin;
+    functions[count - 1](step);
+    for (int64_t r = 0; !direct && r < count; ++r) {
+      const RowResult result{step.out + r * step.out_row, step.out_step, image,       o + r,
+                             tile.first_vector,           vectors,       strip.first, strip.width};
       if (p.mask_act != nullptr)
         finish_input_gradient<T>(p, result, sums);
       else
@@ -381,7 +365,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
       for (int64_t v = 0; p.moments && v < vectors; ++v) {
         const float* row = result.row + v * result.row_floats;
         const T* storage = nullptr;
-        moments[v].add_row(strip.width, next == rows.begin,
+        moments[v].add_row(strip.width, o + r == rows.begin,
                            [&](int64_t w) { return rounded_to(storage, load(row + w * LANES)); });
       }
     }

@@ -3,12 +3,12 @@
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset.
 // Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels). All
 //   chunks pass over a block of rows before the next one.
-// Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector. Each vector of dy is spread over its
-//   groups' lanes once per channel and meets the nine vectors of x around it as they lie: the lanes of dw are
-//   the input channels.
+// Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector over OUTER_ROWS rows of a strip, in
+//   registers. Each vector of dy is spread over its groups' lanes once per channel and meets the nine vectors
+//   of x around it as they lie: the lanes of dw are the input channels.
 // Bytes moved: x and dy once, and two columns of x twice per strip (from L2, where a block of rows stays); dw
-//   of a chunk and three rows of x of a strip stay in L1. The next row is fetched while a row is computed, a
-//   few lines per pair of channels.
+//   of a chunk and the staged rows of a tile stay in L1 and L2. The next tile's rows are fetched while one is
+//   computed, a few lines per row and pair of channels.
 // Accumulation: float32, pixels in a fixed order, in three levels (block of rows, split, splits).
 #pragma once
 #include "grouped_conv_narrow.h"
@@ -20,16 +20,19 @@ namespace GCONV_ISA_NS {
 constexpr int64_t NARROW_DW_FLOATS = 5 * 1024;  // dw of a chunk: under half of L1
 constexpr int64_t NARROW_WGRAD_TASKS = 32;
 constexpr int OUTER_COLUMNS = 7;  // of dy in a strip: wider ones crowd the sets of L1
+constexpr int OUTER_ROWS = 4;     // of dy in a tile
 
-// One staged row of dy of every vector of a chunk, and the staged rows of x around it. Distances in floats.
+// The staged rows of dy of a tile, of every vector of a chunk, and those of x around them. Distances in
+// floats.
 struct OuterStep {
+  static constexpr int MOST_ROWS = reach(Scale::halve, OUTER_ROWS);
   const float* dy;
-  int64_t dy_step;    // from one vector to the next
-  const float* x[3];  // row of each vertical tap, at the first column's leftmost tap
-  int64_t x_step[3];  // 0 for a row of zeros
-  float* dw;          // [vector][channel of dy][9][LANES]
+  int64_t dy_row, dy_step;    // from one row and from one vector to the next
+  const float* x[MOST_ROWS];  // at the first column's leftmost tap
+  int64_t x_step[MOST_ROWS];  // 0 for a row of zeros
+  float* dw;                  // [vector][channel of dy][9][LANES]
   int64_t dw_step;
-  int64_t columns;  // of dy
+  int rows, columns;  // of dy
   int vectors;
   int channels;  // of a group
   Index lanes;   // first channel of each lane's group
@@ -38,32 +41,36 @@ struct OuterStep {
 
 // dw of CHANNELS channels of dy: each spread vector of dy meets nine of x.
 template <int CHANNELS, int STRIDE>
-GCONV_INLINE void outer_columns(const OuterStep& a, int64_t v, Index lanes, float* dw) {
+GCONV_INLINE void outer_tile(const OuterStep& a, int64_t v, int first, float* dw) {
   Vec acc[CHANNELS][9];
   Index index[CHANNELS];
   GCONV_UNROLL
   for (int k = 0; k < CHANNELS; ++k) {
-    index[k] = index_add(lanes, k);
+    index[k] = index_add(a.lanes, first + k);
     GCONV_UNROLL
     for (int t = 0; t < 9; ++t) acc[k][t] = load(dw + (k * 9 + t) * LANES);
   }
-  const float* dy = a.dy + v * a.dy_step;
-  const float *x0 = a.x[0] + v * a.x_step[0], *x1 = a.x[1] + v * a.x_step[1], *x2 = a.x[2] + v * a.x_step[2];
-  for (int64_t q = 0; q < a.columns; ++q) {
-    const Vec value = load(dy);
-    Vec spread[CHANNELS];
+  for (int r = 0; r < a.rows; ++r) {
+    a.ahead.fetch(v, first / CHANNELS * a.rows + r);
+    const float* dy = a.dy + r * a.dy_row + v * a.dy_step;
+    const float* x[3];
     GCONV_UNROLL
-    for (int k = 0; k < CHANNELS; ++k) spread[k] = permute(value, index[k]);
-    GCONV_UNROLL
-    for (int t = 0; t < 9; ++t) {
-      const Vec x = load((t < 3 ? x0 : t < 6 ? x1 : x2) + t % 3 * LANES);
+    for (int i = 0; i < 3; ++i) x[i] = a.x[r * STRIDE + i] + v * a.x_step[r * STRIDE + i];
+    for (int q = 0; q < a.columns; ++q) {
+      const Vec value = load(dy);
+      Vec spread[CHANNELS];
       GCONV_UNROLL
-      for (int k = 0; k < CHANNELS; ++k) acc[k][t] = multiply_add(x, spread[k], acc[k][t]);
+      for (int k = 0; k < CHANNELS; ++k) spread[k] = permute(value, index[k]);
+      GCONV_UNROLL
+      for (int t = 0; t < 9; ++t) {
+        const Vec around = load(x[t / 3] + t % 3 * LANES);
+        GCONV_UNROLL
+        for (int k = 0; k < CHANNELS; ++k) acc[k][t] = multiply_add(around, spread[k], acc[k][t]);
+      }
+      dy += LANES;
+      GCONV_UNROLL
+      for (int i = 0; i < 3; ++i) x[i] += STRIDE * LANES;
     }
-    dy += LANES;
-    x0 += STRIDE * LANES;
-    x1 += STRIDE * LANES;
-    x2 += STRIDE * LANES;
   }
   GCONV_UNROLL
   for (int k = 0; k < CHANNELS; ++k) {
@@ -72,22 +79,12 @@ GCONV_INLINE void outer_columns(const OuterStep& a, int64_t v, Index lanes, floa
   }
 }
 
-template <int STRIDE>
+template <int CHANNELS, int STRIDE>
 void outer_step(const OuterStep& a) {
   for (int64_t v = 0; v < a.vectors; ++v) {
     float* dw = a.dw + v * a.dw_step;
-    Index lanes = a.lanes;
-    int k = 0;
-    if (a.channels < OUTER_CHANNELS) a.ahead.fetch(v);
-    for (; k + OUTER_CHANNELS <= a.channels; k += OUTER_CHANNELS, dw += OUTER_CHANNELS * 9 * LANES) {
-      a.ahead.fetch(v, k / OUTER_CHANNELS);
-      outer_columns<OUTER_CHANNELS, STRIDE>(a, v, lanes, dw);
-      lanes = index_add(lanes, OUTER_CHANNELS);
-    }
-    for (; k < a.channels; ++k, dw += 9 * LANES) {
-      outer_columns<1, STRIDE>(a, v, lanes, dw);
-      lanes = index_add(lanes, 1);
-    }
+    for (int k = 0; k < a.channels; k += CHANNELS, dw += CHANNELS * 9 * LANES)
+      outer_tile<CHANNELS, STRIDE>(a, v, k, dw);
   }
 }
 
@@ -116,18 +113,19 @@ struct NarrowWgrad : WgradPass {
 
 // A chunk's staged rows and dw, in L1; sizes in floats, one vector's after the other's.
 struct OuterBuffers {
-  static constexpr int RING = 3;  // staged rows of x, at row % RING
+  int64_t ring;  // staged rows of x, row r at r % ring
   int64_t dy_floats, x_floats, dw_floats;
   float *dy, *x, *dw, *nothing;
 
   OuterBuffers(const NarrowWgrad& p, int64_t vectors, Scratch& scratch)
-      : dy_floats(OUTER_COLUMNS * LANES),
-        x_floats(staged_columns(p.input_scale(), OUTER_COLUMNS) * LANES),
+      : ring(reach(p.input_scale(), OUTER_ROWS)),
+        dy_floats(OUTER_COLUMNS * LANES),
+        x_floats(reach(p.input_scale(), OUTER_COLUMNS) * LANES),
         dw_floats(vectors * p.vector_floats()) {
     Carve carve(scratch);
-    carve.reserve({vectors * dy_floats, vectors * RING * x_floats, dw_floats, x_floats});
-    dy = carve.take(vectors * dy_floats);
-    x = carve.take(vectors * RING * x_floats);
+    carve.reserve({vectors * OUTER_ROWS * dy_floats, vectors * ring * x_floats, dw_floats, x_floats});
+    dy = carve.take(vectors * OUTER_ROWS * dy_floats);
+    x = carve.take(vectors * ring * x_floats);
     dw = carve.take(dw_floats);
     nothing = carve.take(x_floats);
     std::fill(nothing, nothing + x_floats, 0.f);
@@ -142,38 +140,53 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
   const int64_t stride = s.stride_h, channel = first_vector * LANES, count = columns.end - columns.begin;
   const RowColumns dy_columns{columns.begin, count, s.ow};
   const RowColumns x_columns{columns.begin * stride - 1,
-                             staged_columns(p.input_scale(), static_cast<int>(count)), s.w};
-  const int64_t staged_step = OuterBuffers::RING * buffers.x_floats;
+                             reach(p.input_scale(), static_cast<int>(count)), s.w};
+  const Scale scale = p.input_scale();
+  const bool paired = p.source_per_group % OUTER_CHANNELS == 0;
+  const auto function = stride == 1 ? (paired ? outer_step<OUTER_CHANNELS, 1> : outer_step<1, 1>)
+                                    : (paired ? outer_step<OUTER_CHANNELS, 2> : outer_step<1, 2>);
+  const int64_t x_step = buffers.ring * buffers.x_floats;
   OuterStep step;
-  step.dy = buffers.dy, step.dy_step = buffers.dy_floats;
+  step.dy = buffers.dy, step.dy_row = buffers.dy_floats, step.dy_step = OUTER_ROWS * buffers.dy_floats;
   step.dw = buffers.dw, step.dw_step = p.vector_floats();
-  step.columns = count;
+  step.columns = static_cast<int>(count);
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.source_per_group, p.source_per_group);
-  int64_t tags[OuterBuffers::RING];
-  std::fill(tags, tags + OuterBuffers::RING, -1);
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    stage_row<T, Slots::pixels>(p.dy, images, r, channel, vectors, dy_columns, buffers.dy, buffers.dy_floats);
+  const int64_t tiles = (rows.end - rows.begin + OUTER_ROWS - 1) / OUTER_ROWS;
+  const auto tile_rows = [&](int64_t tile) {
+    Share tile_rows(rows.end - rows.begin, tile, tiles);
+    tile_rows.begin += rows.begin, tile_rows.end += rows.begin;
+    return tile_rows;
+  };
+  const auto x_end = [&](const Share& tile) {
+    return std::min(s.h, first_source(scale, tile.end - 1) + reach(scale, 1));
+  };
+  int64_t staged = std::max<int64_t>(0, first_source(scale, rows.begin));  // rows of x before it are
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const Share at = tile_rows(tile);
+    step.rows = static_cast<int>(at.end - at.begin);
+    for (int64_t r = at.begin; r < at.end; ++r)
+      stage_row<T, Slots::pixels>(p.dy, images, r, channel, vectors, dy_columns,
+                                  buffers.dy + (r - at.begin) * step.dy_row, step.dy_step);
+    const int64_t end = x_end(at), first = first_source(scale, at.begin);
+    for (; staged < end; ++staged)
+      stage_row<T, Slots::pixels>(p.x, images, staged, channel, vectors, x_columns,
+                                  buffers.x + staged % buffers.ring * buffers.x_floats, x_step);
+    for (int64_t k = 0; k < reach(scale, step.rows); ++k) {
+      const int64_t r = first + k;
+      const bool inside = r >= 0 && r < s.h;
+      step.x[k] = inside ? buffers.x + r % buffers.ring * buffers.x_floats : buffers.nothing;
+      step.x_step[k] = inside ? x_step : 0;
+    }
     step.ahead = FetchAhead();
-    if (r + 1 < s.oh) {
-      step.ahead.add<T>(p.dy, images, r + 1, channel, dy_columns);
-      for (int64_t i = 0; i < stride; ++i) {
-        const int64_t at = (r + 1) * stride + 1 - i;
-        if (at < s.h) step.ahead.add<T>(p.x, images, at, channel, x_columns);
-      }
-      step.ahead.split(std::max(1, step.channels / OUTER_CHANNELS));
+    if (tile + 1 < tiles) {
+      const Share next = tile_rows(tile + 1);
+      for (int64_t r = next.begin; r < next.end; ++r)
+        step.ahead.add<T>(p.dy, images, r, channel, dy_columns);
+      for (int64_t r = end; r < x_end(next); ++r) step.ahead.add<T>(p.x, images, r, channel, x_columns);
+      step.ahead.split(step.rows * std::max(1, step.channels / OUTER_CHANNELS));
     }
-    for (int64_t i = 0; i < 3; ++i) {
-      const int64_t at = r * stride + i - 1, slot = (at + OuterBuffers::RING) % OuterBuffers::RING;
-      const bool inside = at >= 0 && at < s.h;
-      float* x = buffers.x + slot * buffers.x_floats;
-      step.x[i] = inside ? x : buffers.nothing;
-      step.x_step[i] = inside ? staged_step : 0;
-      if (!inside || tags[slot] == at) continue;
-      tags[slot] = at;
-      stage_row<T, Slots::pixels>(p.x, images, at, channel, vectors, x_columns, x, staged_step);
-    }
-    stride == 1 ? outer_step<1>(step) : outer_step<2>(step);
+    function(step);
   }
 }
 

@@ -78,7 +78,8 @@ struct Pass {
   int64_t tile_columns() const { return (output_w + 1) / 2; }
   // Output rows of a stripe; whole tiles but for the last.
   Share stripe_rows(int64_t stripe) const {
-    if (!winograd) return Share(output_h, stripe, stripes);
+    const bool pairs = winograd || (narrow && transposed && stride_h == 2);
+    if (!pairs) return Share(output_h, stripe, stripes);
     Share rows((output_h + 1) / 2, stripe, stripes);
     rows.begin *= 2, rows.end = std::min(output_h, 2 * rows.end);
     return rows;
