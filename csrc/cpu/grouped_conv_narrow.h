@@ -36,10 +36,11 @@ inline bool is_narrow(const GroupedConvShape& s, int64_t widest) {
 inline bool broadcasts(const Pass& p) { return p.output_per_group == LANES; }
 
 // Output rows and columns of a tile, whose sums are registers beside nine weights.
-constexpr int strip_rows(Scale scale) { return scale == Scale::twice ? 2 : 3; }
+constexpr int strip_rows(Scale scale) { return scale == Scale::same ? 3 : 2; }
 constexpr int strip_pixels(Scale scale, bool broadcast) {
-  return scale == Scale::twice ? STRIP_PIXELS_TWICE
-                               : STRIP_PIXELS + (scale == Scale::same && broadcast ? 1 : 0);
+  return scale == Scale::twice   ? STRIP_PIXELS_TWICE
+         : scale == Scale::halve ? STRIP_PIXELS_HALVE
+                                 : STRIP_PIXELS + (broadcast ? 1 : 0);
 }
 
 // Source rows (columns) around `count` output rows (columns); of an even first one where the output is the

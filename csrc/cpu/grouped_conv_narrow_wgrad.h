@@ -39,8 +39,8 @@ struct OuterStep {
   FetchAhead ahead;
 };
 
-// dw of CHANNELS channels of dy: each spread vector of dy meets nine of x.
-template <int CHANNELS, int STRIDE>
+// dw of CHANNELS channels of dy: each spread vector of dy meets nine of x. COLUMNS in a strip; 0: any number.
+template <int CHANNELS, int STRIDE, int COLUMNS>
 GCONV_INLINE void outer_tile(const OuterStep& a, int64_t v, int first, float* dw) {
   Vec acc[CHANNELS][9];
   Index index[CHANNELS];
@@ -56,7 +56,8 @@ GCONV_INLINE void outer_tile(const OuterStep& a, int64_t v, int first, float* dw
     const float* x[3];
     GCONV_UNROLL
     for (int i = 0; i < 3; ++i) x[i] = a.x[r * STRIDE + i] + v * a.x_step[r * STRIDE + i];
-    for (int q = 0; q < a.columns; ++q) {
+    const int columns = COLUMNS > 0 ? COLUMNS : a.columns;
+    for (int q = 0; q < columns; ++q) {
       const Vec value = load(dy);
       Vec spread[CHANNELS];
       GCONV_UNROLL
@@ -84,7 +85,8 @@ void outer_step(const OuterStep& a) {
   for (int64_t v = 0; v < a.vectors; ++v) {
     float* dw = a.dw + v * a.dw_step;
     for (int k = 0; k < a.channels; k += CHANNELS, dw += CHANNELS * 9 * LANES)
-      outer_tile<CHANNELS, STRIDE>(a, v, k, dw);
+      a.columns == OUTER_COLUMNS ? outer_tile<CHANNELS, STRIDE, OUTER_COLUMNS>(a, v, k, dw)
+                                 : outer_tile<CHANNELS, STRIDE, 0>(a, v, k, dw);
   }
 }
 
@@ -139,8 +141,8 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
   const GroupedConvShape& s = p.shape;
   const int64_t stride = s.stride_h, channel = first_vector * LANES, count = columns.end - columns.begin;
   const RowColumns dy_columns{columns.begin, count, s.ow};
-  const RowColumns x_columns{columns.begin * stride - 1,
-                             reach(p.input_scale(), static_cast<int>(count)), s.w};
+  const RowColumns x_columns{columns.begin * stride - 1, reach(p.input_scale(), static_cast<int>(count)),
+                             s.w};
   const Scale scale = p.input_scale();
   const bool paired = p.source_per_group % OUTER_CHANNELS == 0;
   const auto function = stride == 1 ? (paired ? outer_step<OUTER_CHANNELS, 1> : outer_step<1, 1>)
@@ -181,8 +183,7 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
     step.ahead = FetchAhead();
     if (tile + 1 < tiles) {
       const Share next = tile_rows(tile + 1);
-      for (int64_t r = next.begin; r < next.end; ++r)
-        step.ahead.add<T>(p.dy, images, r, channel, dy_columns);
+      for (int64_t r = next.begin; r < next.end; ++r) step.ahead.add<T>(p.dy, images, r, channel, dy_columns);
       for (int64_t r = end; r < x_end(next); ++r) step.ahead.add<T>(p.x, images, r, channel, x_columns);
       step.ahead.split(step.rows * std::max(1, step.channels / OUTER_CHANNELS));
     }

@@ -127,9 +127,9 @@ constexpr int TILE_SINGLE = 14, TILE_PAIR = 8;
 // Pixels whose sums a pointwise tile holds, two vectors of channels each.
 constexpr int POINT_PIXELS = 14;
 // Narrow groups go in strips. Output columns of one, three rows of which are held in registers, or two where
-// the output is twice as fine.
+// one of the grids is twice as fine.
 constexpr bool STRIPS = true;
-constexpr int STRIP_PIXELS = 6, STRIP_PIXELS_TWICE = 10;
+constexpr int STRIP_PIXELS = 6, STRIP_PIXELS_HALVE = 8, STRIP_PIXELS_TWICE = 10;
 // Channels of dy whose nine weight-gradient accumulators a strip holds at once.
 constexpr int OUTER_CHANNELS = 2;
 // Input channels whose weight-gradient accumulators are held in registers at once.
@@ -262,7 +262,7 @@ constexpr int LANES = 8;
 constexpr int TILE_SINGLE = 10, TILE_PAIR = 4;
 constexpr int POINT_PIXELS = 6;
 constexpr bool STRIPS = false;  // too few registers
-constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_TWICE = 2, OUTER_CHANNELS = 1;
+constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_HALVE = 2, STRIP_PIXELS_TWICE = 2, OUTER_CHANNELS = 1;
 constexpr int WGRAD_CHANNELS = 4;
 
 struct Vec {
@@ -386,7 +386,7 @@ constexpr int LANES = 4;
 constexpr int TILE_SINGLE = 8, TILE_PAIR = 4;
 constexpr int POINT_PIXELS = 5;
 constexpr bool STRIPS = false;  // too few registers
-constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_TWICE = 2, OUTER_CHANNELS = 1;
+constexpr int STRIP_PIXELS = 2, STRIP_PIXELS_HALVE = 2, STRIP_PIXELS_TWICE = 2, OUTER_CHANNELS = 1;
 constexpr int WGRAD_CHANNELS = 4;
 
 typedef float Float4 __attribute__((vector_size(16)));
