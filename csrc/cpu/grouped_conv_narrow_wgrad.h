@@ -3,11 +3,11 @@
 // Computes: dw[k][c][kh][kw] = sum over images and pixels of dy[.., k] * x[.., c] at the tap's offset.
 // Grid: split of the images x stripe of rows of dy x chunk of consecutive vectors (LANES channels). All
 //   chunks pass over a block of rows before the next one.
-// Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector over OUTER_ROWS rows of a strip, in
+// Tile: dw of OUTER_CHANNELS channels of dy in every group of a vector over tile_rows() rows of a strip, in
 //   registers. Each vector of dy is spread over its groups' lanes once per channel and meets the nine vectors
 //   of x around it as they lie: the lanes of dw are the input channels.
 // Bytes moved: x and dy once, and two columns of x twice per strip (from L2, where a block of rows stays); dw
-//   of a chunk and the staged rows of a tile stay in L1 and L2. The next tile's rows are fetched while one is
+//   of a chunk and the staged rows of a tile stay in L1. The next tile's rows are fetched while one is
 //   computed, a few lines per row and pair of channels.
 // Accumulation: float32, pixels in a fixed order, in three levels (block of rows, split, splits).
 #pragma once
@@ -19,13 +19,13 @@ namespace GCONV_ISA_NS {
 
 constexpr int64_t NARROW_DW_FLOATS = 5 * 1024;  // dw of a chunk: under half of L1
 constexpr int64_t NARROW_WGRAD_TASKS = 32;
-constexpr int OUTER_COLUMNS = 7;  // of dy in a strip: wider ones crowd the sets of L1
-constexpr int OUTER_ROWS = 4;     // of dy in a tile
+constexpr int OUTER_COLUMNS = 7;           // of dy in a strip: wider ones crowd the sets of L1
+constexpr int OUTER_ROWS = PAIRS ? 1 : 2;  // of dy in a tile, at stride 1; more rows of x crowd L1
 
 // The staged rows of dy of a tile, of every vector of a chunk, and those of x around them. Distances in
 // floats.
 struct OuterStep {
-  static constexpr int MOST_ROWS = reach(Scale::halve, OUTER_ROWS);
+  static constexpr int MOST_ROWS = reach(Scale::same, OUTER_ROWS);
   const float* dy;
   int64_t dy_row, dy_step;    // from one row and from one vector to the next
   const float* x[MOST_ROWS];  // at the first column's leftmost tap
@@ -110,6 +110,7 @@ struct NarrowWgrad : WgradPass {
     const int64_t bytes = rows * (shape.stride_h * shape.w * shape.c + dy_row) * element;
     blocks = std::max<int64_t>(1, std::min((bytes + STRIPE_BYTES - 1) / STRIPE_BYTES, rows / 4));
   }
+  int64_t tile_rows() const { return shape.stride_h == 2 ? 1 : OUTER_ROWS; }
   Scale input_scale() const { return shape.stride_h == 2 ? Scale::halve : Scale::same; }
 };
 
@@ -120,13 +121,13 @@ struct OuterBuffers {
   float *dy, *x, *dw, *nothing;
 
   OuterBuffers(const NarrowWgrad& p, int64_t vectors, Scratch& scratch)
-      : ring(reach(p.input_scale(), OUTER_ROWS)),
+      : ring(reach(p.input_scale(), static_cast<int>(p.tile_rows()))),
         dy_floats(OUTER_COLUMNS * LANES),
         x_floats(reach(p.input_scale(), OUTER_COLUMNS) * LANES),
         dw_floats(vectors * p.vector_floats()) {
     Carve carve(scratch);
-    carve.reserve({vectors * OUTER_ROWS * dy_floats, vectors * ring * x_floats, dw_floats, x_floats});
-    dy = carve.take(vectors * OUTER_ROWS * dy_floats);
+    carve.reserve({vectors * p.tile_rows() * dy_floats, vectors * ring * x_floats, dw_floats, x_floats});
+    dy = carve.take(vectors * p.tile_rows() * dy_floats);
     x = carve.take(vectors * ring * x_floats);
     dw = carve.take(dw_floats);
     nothing = carve.take(x_floats);
@@ -149,12 +150,12 @@ void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& row
                                     : (paired ? outer_step<OUTER_CHANNELS, 2> : outer_step<1, 2>);
   const int64_t x_step = buffers.ring * buffers.x_floats;
   OuterStep step;
-  step.dy = buffers.dy, step.dy_row = buffers.dy_floats, step.dy_step = OUTER_ROWS * buffers.dy_floats;
+  step.dy = buffers.dy, step.dy_row = buffers.dy_floats, step.dy_step = p.tile_rows() * buffers.dy_floats;
   step.dw = buffers.dw, step.dw_step = p.vector_floats();
   step.columns = static_cast<int>(count);
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.source_per_group, p.source_per_group);
-  const int64_t tiles = (rows.end - rows.begin + OUTER_ROWS - 1) / OUTER_ROWS;
+  const int64_t tiles = (rows.end - rows.begin + p.tile_rows() - 1) / p.tile_rows();
   const auto tile_rows = [&](int64_t tile) {
     Share tile_rows(rows.end - rows.begin, tile, tiles);
     tile_rows.begin += rows.begin, tile_rows.end += rows.begin;

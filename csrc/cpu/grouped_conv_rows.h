@@ -348,7 +348,7 @@ void stage_row(const RowSource& s, const RowImages& images, int64_t row, int64_t
 // Columns of a chunk that the next row will read: fetched while this one is computed, a vector at a time, for
 // a core has few line buffers. Byte distances; past the last row a fetch does nothing.
 struct FetchAhead {
-  static constexpr int MOST = 16 * PER_SLOT;
+  static constexpr int MOST = 8 * PER_SLOT;
   const char* at[MOST];
   int64_t pixel[MOST], vector;
   int columns[MOST], part_columns[MOST];
