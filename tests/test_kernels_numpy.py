@@ -61,9 +61,7 @@ def run_bwd(runs, case, finish, mask):
 
 # Each width directly, and by Winograd's algorithm where its groups fill a vector of some instruction set.
 ALGORITHMS = [pytest.param(width, "never", id=name(width)) for width in WIDTHS] + [
-    pytest.param(width, "always", id=f"{name(width)}-winograd")
-    for width in WIDTHS
-    if min(width[:2]) >= 4
+    pytest.param(width, "always", id=f"{name(width)}-winograd") for width in WIDTHS if min(width[:2]) >= 4
 ]
 each_algorithm = pytest.mark.parametrize("width, winograd", ALGORITHMS)
 
