@@ -323,7 +323,7 @@ def op_samples():
         end = ours.transition()
         end = end if end is None or end[1] is None else (end[0], end[1].weight)
         x = torch.randn(2, shape[0], 4, 6)
-        conf = dense_module._conf(x, layers, end, memory == "ultra")
+        conf = dense_module.conf_of(x, layers, end, memory == "ultra")
         norms, empty = dense_module._norms_of(layers, end), torch.empty(0)
         yield (
             x,

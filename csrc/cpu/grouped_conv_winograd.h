@@ -218,7 +218,7 @@ constexpr int64_t weight_place(int64_t row, int64_t column, int64_t channels) {
 // One sum over all channels of a wide group would lose digits.
 template <int VECTORS, int TILES, bool SPAN>
 void multiply_column(const TileProducts& a, int column) {
-  constexpr int64_t PARTIAL = 64;
+  constexpr int64_t PARTIAL = 32;
   for (int64_t first = 0; first < a.channels; first += PARTIAL) {
     const int64_t end = std::min(a.channels, first + PARTIAL);
     Vec acc[2][TILES][VECTORS];

@@ -93,7 +93,7 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
     first += walk.least + (i < walk.longer);
   }
   if (want_dw) store_chunk<T>(g, split, 0, rows, channel, channels, dw, vectors * LANES);
-  if (want_dx) store_sums(p, split, first_vector, sums);
+  if (want_dx && pixels > 0) store_sums(p, split, first_vector, sums);  // there is a place for each block's
 }
 
 inline void run_joint(Backward b, int64_t ith, int64_t nth) {
