@@ -10,6 +10,8 @@
 
 #include <array>
 #include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -66,22 +68,37 @@ inline float* floats(const char* name, const py::object& o, int64_t size) {
   return const_cast<float*>(static_cast<const float*>(a.data()));
 }
 
-// Of exactly the size asked for, and filled with NaN.
+// Floats of NaN, and behind them bytes that nobody may write: it throws at its end if somebody did. Under
+// AddressSanitizer it has the exact size instead.
 class NanFilled {
  public:
-  NanFilled(int64_t floats, size_t alignment) {
+  NanFilled(int64_t floats, size_t alignment) : bytes_(static_cast<size_t>(floats) * sizeof(float)) {
     void* p = nullptr;
-    if (posix_memalign(&p, alignment, static_cast<size_t>(floats) * sizeof(float)) != 0)
-      throw std::bad_alloc();
+    if (posix_memalign(&p, alignment, bytes_ + GUARD) != 0) throw std::bad_alloc();
     data_ = static_cast<float*>(p);
     for (int64_t i = 0; i < floats; ++i) data_[i] = std::numeric_limits<float>::quiet_NaN();
+    std::memset(guard(), BYTE, GUARD);
   }
   NanFilled(const NanFilled&) = delete;
   NanFilled& operator=(const NanFilled&) = delete;
-  ~NanFilled() { std::free(data_); }
+  ~NanFilled() noexcept(false) {
+    bool whole = true;
+    for (size_t i = 0; i < GUARD; ++i) whole = whole && guard()[i] == BYTE;
+    std::free(data_);
+    if (!whole && std::uncaught_exceptions() == 0)
+      throw std::runtime_error("a kernel wrote past the workspace");
+  }
   float* data() const { return data_; }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t GUARD = 0;
+#else
+  static constexpr size_t GUARD = 4096;
+#endif
+  static constexpr unsigned char BYTE = 0xa5;
+  unsigned char* guard() const { return reinterpret_cast<unsigned char*>(data_) + bytes_; }
+  size_t bytes_;
   float* data_;
 };
 

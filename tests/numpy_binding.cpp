@@ -1,7 +1,7 @@
 // The torch-free kernels for NumPy, so that they can be tested on their own and under sanitizers.
 //
-// The workspace is allocated here at its exact size and filled with NaN, and a stage's shares run on threads
-// of their own.
+// The workspace is allocated here, filled with NaN and guarded behind its end, and a stage's shares run on
+// threads of their own.
 #include <memory>
 #include <thread>
 #include <vector>

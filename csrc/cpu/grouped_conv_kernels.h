@@ -75,8 +75,7 @@ inline void pack_all(const Pass& p, float* packed, int64_t ith, int64_t nth) {
 
 // A share of the weights that all threads use, in the call.
 inline void pack_share(const Pass& p, float* packed, int64_t ith, int64_t nth) {
-  if (p.by_chunk() || p.ahead != nullptr) return;
-  pack_all(p, packed, ith, nth);
+  if (p.packed_weight_floats() > 0) pack_all(p, packed, ith, nth);
 }
 
 // Up to part / parts of the tasks.
