@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.profiler import profile, record_function
 
+from gconv.memory import cache_limit, set_cache_limit
+
 __all__ = ["Allocations", "allocations_of"]
 
 FORWARD, MEMORY = "gconv.bench: forward", "[memory]"
@@ -29,13 +31,18 @@ def allocations_of(forward: Callable[[], Tensor], backward: Callable[[Tensor], o
     """Runs forward() and then backward() on its result, and counts every allocation of torch's CPU allocator
     in between, whoever asked for it: autograd's saved tensors, what a Function keeps in its ctx, what
     checkpointing needs to run again, buffers of compiled code. Scratch memory that kernels take elsewhere is
-    not seen. Deterministic for deterministic code.
+    not seen; gconv's tensors are allocated by torch meanwhile. Deterministic for deterministic code.
     """
     gc.collect()
-    with profile(profile_memory=True) as profiled:
-        with record_function(FORWARD):
-            result = forward()
-        backward(result)
+    limit = cache_limit()
+    set_cache_limit(0)
+    try:
+        with profile(profile_memory=True) as profiled:
+            with record_function(FORWARD):
+                result = forward()
+            backward(result)
+    finally:
+        set_cache_limit(limit)
     events = profiled.kineto_results.events()
     end = next(event.start_ns() + event.duration_ns() for event in events if event.name() == FORWARD)
     changes = sorted(

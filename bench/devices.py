@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gconv import info
+from gconv import empty_cache, info
 
 from .allocations import MB, Allocations, allocations_of
 
@@ -128,8 +128,9 @@ class Cpu:
         return switches > switches_allowed or stolen > stolen_allowed
 
     def release(self) -> None:
-        """Gives freed heap pages back to the kernel (glibc's malloc_trim); the next call has to fault them
-        in."""
+        """Gives freed pages back to the kernel, those of the heap (glibc's malloc_trim) and those gconv keeps;
+        the next call has to fault them in."""
+        empty_cache()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def memory_of(self, call: Callable[[], Any]) -> Memory | None:

@@ -150,8 +150,7 @@ struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
     x = channels_adjacent(x);
     p.x = view_of(x);
     p.act = channel_floats(op, "act", act, {act_rows, s.c}, x.device());
-    dweight = torch::stable::empty({size.size, 4}, type, std::nullopt, x.device(), std::nullopt,
-                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    dweight = empty(size, type, x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     p.dweight = dweight.mutable_data_ptr();
     p.layout = weight_layout(s.c / s.groups, channels_last);
   }

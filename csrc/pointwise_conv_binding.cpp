@@ -106,8 +106,8 @@ struct Backward : Gradient<PointwiseConvBwdParams> {
   void to_weight(bool channels_last) {
     read_input();
     const Shape size{p.shape.k, p.shape.c, 1, 1};
-    dweight = torch::stable::empty({size.size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    dweight = empty(size, x.scalar_type(), x,
+                    channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     p.dweight = dweight.mutable_data_ptr();
   }
   void run(bool want_dx, bool want_dweight) {

@@ -2,7 +2,10 @@
 #include <Python.h>
 
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "cpu/caching_allocator.h"
 #include "cpu/isa.h"
 #include "torch_tensors.h"
 
@@ -27,6 +30,23 @@ void set_cpu_winograd(std::string name) {
   winograd_set(use);
 }
 
+void set_cpu_cache_limit(int64_t bytes) {
+  check(bytes >= 0, "set_cpu_cache_limit: bytes: want at least 0, got ", bytes);
+  cache_limit_set(bytes);
+}
+
+std::tuple<int64_t, int64_t> cpu_cache_use() {
+  const CacheUse use = cache_use();
+  return {use.allocated, use.cached};
+}
+
+Tensor cpu_empty_channels_last(std::vector<int64_t> size, ScalarType type) {
+  check(size.size() == 4, "cpu_empty_channels_last: size: want 4 sizes, got ", size.size());
+  for (int64_t s : size) check(s >= 0, "cpu_empty_channels_last: size: want sizes of at least 0, got ", s);
+  return empty({size[0], size[1], size[2], size[3]}, type, Device(DeviceType::CPU),
+               MemoryFormat::ChannelsLast);
+}
+
 }  // namespace
 
 }  // namespace gconv
@@ -36,6 +56,11 @@ STABLE_TORCH_LIBRARY(gconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   m.def("cpu_winograd() -> str");
   m.def("set_cpu_winograd(str use) -> ()");
+  m.def("cpu_cache_limit() -> int");
+  m.def("set_cpu_cache_limit(int bytes) -> ()");
+  m.def("cpu_cache_use() -> (int allocated, int cached)");
+  m.def("empty_cpu_cache() -> ()");
+  m.def("cpu_empty_channels_last(int[] size, ScalarType dtype) -> Tensor");
 #define GCONV_OP(schema) m.def(schema);
 #include "../gconv/schemas.inc"
 #undef GCONV_OP
@@ -47,6 +72,11 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&gconv::set_cpu_isa));
   m.impl("cpu_winograd", TORCH_BOX(&gconv::cpu_winograd));
   m.impl("set_cpu_winograd", TORCH_BOX(&gconv::set_cpu_winograd));
+  m.impl("cpu_cache_limit", TORCH_BOX(&gconv::cache_limit));
+  m.impl("set_cpu_cache_limit", TORCH_BOX(&gconv::set_cpu_cache_limit));
+  m.impl("cpu_cache_use", TORCH_BOX(&gconv::cpu_cache_use));
+  m.impl("empty_cpu_cache", TORCH_BOX(&gconv::empty_cache));
+  m.impl("cpu_empty_channels_last", TORCH_BOX(&gconv::cpu_empty_channels_last));
 }
 
 // What packed weights depend on besides the call, as one number. No op, for it is asked before each

@@ -147,14 +147,17 @@ inline void check_output(const char* op, const char* name, const Tensor& t, Scal
         Shape{t.stride(0), t.stride(1), t.stride(2), t.stride(3)});
 }
 
-inline Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
-  return torch::stable::empty({shape.size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
+// An uninitialized tensor. Each extension defines where it lies (torch_tensors.cpp, cuda/torch_binding.cpp).
+Tensor empty(const Shape& shape, ScalarType type, const Device& device,
+             MemoryFormat format = MemoryFormat::Contiguous);
+
+inline Tensor empty(const Shape& shape, ScalarType type, const Tensor& like,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  return empty(shape, type, like.device(), format);
 }
 
-inline Tensor empty(const Shape& shape, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({shape.size, static_cast<size_t>(shape.rank)}, type, std::nullopt,
-                              like.device());
+inline Tensor empty_channels_last(const Shape& shape, const Tensor& like) {
+  return empty(shape, like.scalar_type(), like, MemoryFormat::ChannelsLast);
 }
 
 inline Tensor empty_floats(const Shape& shape, const Tensor& like) {

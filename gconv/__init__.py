@@ -20,10 +20,11 @@ from gconv.convert import convert, revert  # noqa: E402
 from gconv.dense_layers import DenseBlock  # noqa: E402
 from gconv.freeze import freeze  # noqa: E402
 from gconv.layers import Conv2d, ConvBNReLU  # noqa: E402
+from gconv.memory import empty_cache  # noqa: E402
 
 __all__ = [
-    "Concat", "Conv2d", "ConvBNReLU", "DenseBlock", "FallbackWarning", "bench", "convert", "explain",
-    "freeze", "functional", "kernels", "models", "revert", "set_policy", "trace", "use_backend",
+    "Concat", "Conv2d", "ConvBNReLU", "DenseBlock", "FallbackWarning", "bench", "convert", "empty_cache",
+    "explain", "freeze", "functional", "kernels", "models", "revert", "set_policy", "trace", "use_backend",
 ]  # fmt: skip
 
 _LAZY = ("bench", "kernels", "models")

@@ -48,6 +48,7 @@ from gconv.dense_stages import (
     infer_stages,
 )
 from gconv.grouped_conv import autocast, check_tensors
+from gconv.memory import new_channels_last
 from gconv.ranks import Alone, mixed_reason, ranks_of
 
 MEMORY = ("shared", "ultra", "naive")
@@ -261,7 +262,7 @@ def _unpacked(ints, floats) -> Conf:
 
 def _op_fwd(x, weights, gammas, betas, means, variances, noises, ints, floats):
     conf = _unpacked(ints, floats)
-    buffer = empty_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
+    buffer = new_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
     buffer[:, : conf.channels].copy_(x)
     params = Params(weights, gammas, betas, means, variances, noises)
     out, kept = call(forward_stages, buffer, params, conf, Alone(x))
@@ -473,7 +474,7 @@ def _shared(x, layers, end, ultra):
         found = torch.ops.gconv.dense_block_fwd(x, *map(list, params), *_packed(conf))
         out, *kept = found if conf.end == "buffer" else (found[0], *found[2:])
     else:
-        buffer = empty_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
+        buffer = new_channels_last(x, (x.shape[0], conf.total, *x.shape[2:]))
         if untracked():
             Enter.forward(x, buffer)
             out, kept = call(forward_stages, buffer, params, conf, ranks)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 from gconv import packed, pointwise_conv
-from gconv.autograd import empty_channels_last
 from gconv.batch_norm import (
     apply_into,
     bwd_apply,
@@ -31,6 +30,7 @@ from gconv.batch_norm import (
     stats,
 )
 from gconv.grouped_conv import bwd, fwd_into, in_channels_last, wide
+from gconv.memory import new_channels_last
 
 POINTWISE = ((1, 1), *pointwise_conv.DENSE)  # (stride, padding, dilation, groups) of the 1x1 convolutions
 
@@ -206,7 +206,7 @@ def forward_stages(buffer, params: Params, conf: Conf, ranks):
 
 def pointwise_relu(x, affine):
     """relu(a*x + b) as a tensor of its own."""
-    out = empty_channels_last(x, x.shape)
+    out = new_channels_last(x, x.shape)
     apply_into(x, affine, None, None, True, out)
     return out
 
@@ -215,7 +215,7 @@ def infer_stages(x, weights, affines, conf: Conf):
     """The output by constants alone, second normalisations in the epilogue of the 1x1 convolutions. weights,
     which may be `Packed`, and the normalisations' affines in their order."""
     n, _, h, w = x.shape
-    buffer = empty_channels_last(x, (n, conf.total, h, w))
+    buffer = new_channels_last(x, (n, conf.total, h, w))
     buffer[:, : conf.channels].copy_(x)
     weights, affines = iter(weights), iter(affines)
     for layer, start in zip(conf.layers, conf.starts):
@@ -271,7 +271,7 @@ class Wanted(NamedTuple):
 def _end_backward(dz, buffer, params, kept, conf, wanted, corrections):
     """(G, gradients of the end's (weight, gamma, beta)), the latter as lists of at most one."""
     if conf.end == "buffer":
-        gradient = empty_channels_last(buffer, buffer.shape)
+        gradient = new_channels_last(buffer, buffer.shape)
         gradient.copy_(dz)
         return gradient, [], [], []
     table, dweight = kept.tables[-1], []
@@ -287,7 +287,7 @@ def _end_backward(dz, buffer, params, kept, conf, wanted, corrections):
         layout = in_channels_last(weight)
         rest = (None, None, None, None)
         d, _, _ = pointwise_conv.bwd(dz, pooled, weight, (1, 1), *rest, True, False, False)
-        gradient = empty_channels_last(buffer, buffer.shape)
+        gradient = new_channels_last(buffer, buffer.shape)
         sums, pooled = pool_bwd(d, buffer, table, wanted.weights[-1], gradient)
         dgamma, dbeta = sums[1], sums[0]
         if wanted.weights[-1]:

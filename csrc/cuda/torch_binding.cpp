@@ -16,6 +16,11 @@
 
 namespace gconv {
 
+Tensor empty(const Shape& shape, ScalarType type, const Device& device, MemoryFormat format) {
+  return torch::stable::empty({shape.size, static_cast<size_t>(shape.rank)}, type, std::nullopt, device,
+                              std::nullopt, format);
+}
+
 namespace {
 
 struct CudaKernels {
