@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from gconv import backend, gpu
+from gconv import backend, gpu, memory
 
 VARIABLES = {
     "GCONV_BACKEND": "auto | cpu | cuda | triton | torch: the backend at import (gconv.use_backend)",
@@ -94,6 +94,17 @@ def _isa() -> tuple[str | None, list[str]]:
     return in_use, available
 
 
+def _memory_kept() -> str | None:
+    """How much freed memory the CPU kernels keep at most; an error's text on a bad GCONV_CACHE_MB, None
+    without the extension."""
+    if not backend.extension_loaded():
+        return None
+    try:
+        return f"up to {memory.cache_limit() >> 20} MiB"
+    except RuntimeError as error:
+        return f"error: {str(error).splitlines()[0]}"
+
+
 def _triton() -> str:
     """Whether the Triton kernels have something to run on."""
     missing = gpu.missing_triton()
@@ -143,6 +154,7 @@ def collect() -> dict:
             "torch capability": torch.backends.cpu.get_cpu_capability(),
             "isa in use": isa,
             "isa available": isa_available,
+            "memory kept": _memory_kept(),
         },
         "gpus": _gpus(),
         "backends": {
