@@ -128,8 +128,8 @@ class Cpu:
         return switches > switches_allowed or stolen > stolen_allowed
 
     def release(self) -> None:
-        """Gives freed pages back to the kernel: glibc's (malloc_trim) and those that gconv keeps. The next call
-        has to fault them in."""
+        """Gives freed pages back to the kernel: glibc's (malloc_trim) and those that gconv keeps. The next
+        call has to fault them in."""
         empty_cache()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

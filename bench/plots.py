@@ -145,14 +145,10 @@ def roofline(rows: list[dict]) -> bytes:
         intensity = np.array([r["flops"] / r["bytes"] for r in group])
         x = np.geomspace(intensity.min() / 2.2, intensity.max() * 2.2, 200)
         ax.plot(x, np.minimum(gemm, copy * x), color=BLACK, linewidth=1.8)
-        ridge = gemm / copy
         ax.text(
-            x[-1], gemm * 1.04, f"matrix product: {gemm:.0f} GFLOP/s", ha="right", va="bottom", fontsize=9
-        )
-        if x[0] < ridge:
-            ax.text(
-                x[0] * 1.06, copy * x[0] * 2, f"copy: {copy:.1f} GB/s", ha="left", va="bottom", fontsize=9
-            )
+            0.02, 0.98, f"roofs: matrix product {gemm:.0f} GFLOP/s, copy {copy:.1f} GB/s", ha="left",
+            va="top", fontsize=9, transform=ax.transAxes,
+        )  # fmt: skip
         for r, i in zip(group, intensity):
             best = r["flops"] / r[f"{r['best']}_ms"] / 1e6
             ax.plot(
@@ -176,7 +172,9 @@ def roofline(rows: list[dict]) -> bytes:
                 ax.annotate(
                     f"{r['in_channels'] // r['groups']}, {r['size']}²" if _of_several(rows) else r["layer"],
                     (i, ours),
-                    xytext=(8, 2),
+                    # Layers of a stride and those without lie next to each other.
+                    xytext=(8, 2) if r["stride"] == 1 else (-8, 2),
+                    ha="left" if r["stride"] == 1 else "right",
                     textcoords="offset points",
                     fontsize=9,
                     color=BLUE,
@@ -263,6 +261,8 @@ def networks(rows: list[dict]) -> bytes:
     """Bars of every contestant's time per image, with a p20 to p80 whisker, and of its memory: dark what a
     step takes at its peak, light what was resident before, and in words what it keeps for the
     backward."""
+    order = list(CONTESTANTS)
+    rows = sorted(rows, key=lambda row: order.index(row["contestant"]))
     modes = by_mode([row for row in rows if row.get("ms")])
     heights = [0.9 + 0.36 * len(group) for group in modes.values()]
     figure, axes = _figure(
@@ -296,7 +296,7 @@ def networks(rows: list[dict]) -> bytes:
                 text += f"  {row['kept_mb']:.0f} kept"
             right.text(peak[i] + 0.012 * peak.max(), i, text, va="center", fontsize=9,
                        fontweight="bold" if ours else "normal")  # fmt: skip
-        right.set_xlim(0, max(peak.max(), 1) * 1.5)
+        right.set_xlim(0, max(peak.max(), 1) * 1.62)
         right.set_title(f"{STEPS[mode]}: memory at the peak, MiB; dark: the step's", fontsize=11, loc="left")
         for ax, names in ((left, True), (right, False)):
             ax.set_yticks(at, [CONTESTANTS[row["contestant"]].label for row in group] if names else [])
