@@ -162,6 +162,7 @@ def roofline(rows: list[dict]) -> bytes:
             )
             if r.get("gconv_ms"):
                 ours = r["flops"] / r["gconv_ms"] / 1e6
+                crowded = bool(((intensity > i) & (intensity < 1.35 * i)).any())  # on its right
                 ax.annotate(
                     "",
                     (i, ours),
@@ -172,9 +173,8 @@ def roofline(rows: list[dict]) -> bytes:
                 ax.annotate(
                     f"{r['in_channels'] // r['groups']}, {r['size']}²" if _of_several(rows) else r["layer"],
                     (i, ours),
-                    # Layers of a stride and those without lie next to each other.
-                    xytext=(8, 2) if r["stride"] == 1 else (-8, 2),
-                    ha="left" if r["stride"] == 1 else "right",
+                    xytext=(-8, 2) if crowded else (8, 2),
+                    ha="right" if crowded else "left",
                     textcoords="offset points",
                     fontsize=9,
                     color=BLUE,
