@@ -345,8 +345,8 @@ void stage_row(const RowSource& s, const RowImages& images, int64_t row, int64_t
   });
 }
 
-// Columns of a chunk that the next row will read: fetched while this one is computed, a vector at a time, for
-// a core has few line buffers. Byte distances; past the last row a fetch does nothing.
+// Columns of a chunk that the next row will read: fetched into L2 while this one is computed, a vector at a
+// time, for a core has few line buffers. Byte distances; past the last row a fetch does nothing.
 struct FetchAhead {
   static constexpr int MOST = 8 * PER_SLOT;
   const char* at[MOST];
@@ -375,7 +375,7 @@ struct FetchAhead {
   GCONV_INLINE void fetch(int64_t v) const {
     for (int i = 0; i < rows; ++i) {
       const char* line = at[i] + v * vector;
-      for (int j = 0; j < columns[i]; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 3);
+      for (int j = 0; j < columns[i]; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 2);
     }
   }
   // The same in parts, where a vector has more lines than the core has buffers for them.
@@ -386,7 +386,7 @@ struct FetchAhead {
     for (int i = 0; i < rows; ++i) {
       const int begin = part_columns[i] * part, end = std::min(columns[i], begin + part_columns[i]);
       const char* line = at[i] + v * vector + begin * pixel[i];
-      for (int j = begin; j < end; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 3);
+      for (int j = begin; j < end; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 2);
     }
   }
 };
