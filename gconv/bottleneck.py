@@ -64,6 +64,7 @@ from gconv.grouped_conv import (
     pair,
     per_channel,
 )
+from gconv.recompute import forget_block
 
 
 class Conf(NamedTuple):
@@ -488,7 +489,9 @@ def _chain(x, layers, sizes, residual):
         return in_format(call(_infer, x, residual, weights, affines, conf), keep)
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
-    _, tables, found = _outputs(rest, conf)
+    ys, tables, found = _outputs(rest, conf)
+    if conf.shortcut != "given":
+        forget_block(z, x, ys[2], tables[2], "x" if conf.shortcut == "x" else (ys[3], tables[3]))
     for layer, by_batch, state, table, variance, (n, _, h, w) in zip(
         layers, batch, states, tables, found, sizes
     ):
