@@ -8,6 +8,7 @@ and function transforms and compilers see the Functions as they are.
 """
 
 import weakref
+from math import isqrt
 
 import torch
 
@@ -65,15 +66,23 @@ class Recomputed:
         self._value = Versioned(value)
 
     def get(self):
-        """z, kept for the next call. Recipes that it is made of get theirs."""
+        """z, kept for the next call. Of a row of n recipes made of each other, which the backward needs from
+        the last to the first, some sqrt(n) are kept on the way and the last sqrt(n), and the others made once
+        more (Chen et al., section 4.1)."""
         missing, recipe = [], self
         while isinstance(recipe, Recomputed) and (recipe._value is None or not recipe._value.unchanged):
             missing.append(recipe)
             recipe = recipe._args[2]
-        for recipe in reversed(missing):  # no recursion: a network may have any number of blocks in a row
-            args = [arg if arg is None else arg.get() for arg in recipe._args]
-            recipe.use(call(_apply_affine, *args, True))
-        return self._value.tensor
+        z = recipe._value.tensor if isinstance(recipe, Recomputed) else None
+        segment = isqrt(len(missing))
+        # No recursion: a network may have any number of blocks in a row.
+        for left in reversed(range(len(missing))):
+            recipe = missing[left]
+            args = [z if isinstance(arg, Recomputed) else arg and arg.get() for arg in recipe._args]
+            z = call(_apply_affine, *args, True)
+            if left < segment or left % segment == 0:
+                recipe.use(z)
+        return z
 
     def take(self):
         """z, for the last who needs it."""

@@ -297,6 +297,20 @@ def test_a_thousand_blocks_in_a_row(kept_all):
     assert_same(gradients(second, run, images((1, 16, 3, 3))), kept_all(second, run, images((1, 16, 3, 3))))
 
 
+def test_of_a_long_row_few_results_are_there_at_once():
+    """Ten identity blocks after the first: results 0 to 9 are made, 10 is the last one's own."""
+    first, second = network().blocks[:2]
+    results = [first(images())]
+    for _ in range(10):
+        results.append(second(results[-1]))
+    made = recipes(results)
+    made[9].get()
+    assert [i for i, recipe in enumerate(made) if recipe._value is not None] == [0, 3, 6, 7, 8, 9]
+    for i in reversed(range(10)):
+        assert_same_bits(made[i].take(), results[i].detach(), i)
+    assert [recipe._value for recipe in made] == [None] * 11
+
+
 # ------------------------------------------------------------------------------------------- changed in place
 
 
