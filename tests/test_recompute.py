@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gconv
-from gconv import recompute
+from gconv import models, recompute
 from gconv.recompute import max_pool
 
 pytestmark = pytest.mark.usefixtures("ops", "one_thread")
@@ -527,3 +527,31 @@ def test_the_pooling_frees(no_gc):
         else:
             del pooled
         assert recipe() is None and raw() is None
+
+
+# ------------------------------------------------------------------------------------------- where it is used
+
+
+def resnet():
+    return models.ResNet(models.resnet.Bottleneck, [3, 2], num_classes=5, stem_channels=8, planes=(8, 16))
+
+
+def densenet():
+    return models.DenseNet(8, (2, 2), 16, num_classes=5)
+
+
+@pytest.mark.parametrize("make, share", [(resnet, 0.75), (densenet, 0.9)])
+def test_models(make, share, kept_all, monkeypatch):
+    torch.manual_seed(5)
+    module, x = make(), images((2, 3, 96, 96))
+    assert_same(gradients(module, forward, x), kept_all(module, forward, x))
+    kept, _, _ = bytes_of(module, x, 0)
+    monkeypatch.setattr(recompute, "_replace", lambda *args: False)
+    assert kept < share * bytes_of(module, x, 0)[0]
+
+
+def test_on_the_kernels_for_gpus(gpu_backend, kept_all):
+    module, x = network().to(gpu_backend), images((1, 16, 6, 6)).to(gpu_backend)
+    results = module.results(x)
+    assert all(recipe is not None for recipe in recipes(results))
+    assert_same(gradients(module, forward, x), kept_all(module, forward, x))
