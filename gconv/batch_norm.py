@@ -32,6 +32,7 @@ from gconv.autograd import (
     vmap_by,
 )
 from gconv.grouped_conv import per_channel, wide
+from gconv.recompute import offer_norm
 
 PIXELS = (0, 2, 3)
 
@@ -562,7 +563,9 @@ def train(x, gamma, beta, residual, eps, relu):
     if untracked():
         z, mean, var, *_ = BatchNorm.forward(x, gamma, beta, residual, eps, relu)
     else:
-        z, mean, var, *_ = _train_apply(x, gamma, beta, distinct(x, residual), eps, relu)
+        z, mean, var, _, affine = _train_apply(x, gamma, beta, distinct(x, residual), eps, relu)
+        if relu and residual is None:
+            offer_norm(z, x, affine)
     return in_format(z, keep), mean, var
 
 

@@ -5,7 +5,8 @@ figure 5; Xie et al. 2017, arXiv 1611.05431, figure 3(c)).
 Training stores each convolution's raw output with its statistics, and the next convolution normalises it as
 it loads it: nothing normalised is stored. The backward likewise finishes a gradient, with the backward of
 normalisation and ReLU, where the gradients of the convolution before load it. Between the convolutions there
-is no pass over an activation; the block's end has one in each direction.
+is no pass over an activation; the block's end has one in each direction, and a third where the backward
+makes the result again instead of keeping it (`gconv.recompute`).
 """
 
 from typing import NamedTuple
@@ -64,6 +65,7 @@ from gconv.grouped_conv import (
     pair,
     per_channel,
 )
+from gconv.recompute import forget_block
 
 
 class Conf(NamedTuple):
@@ -488,7 +490,9 @@ def _chain(x, layers, sizes, residual):
         return in_format(call(_infer, x, residual, weights, affines, conf), keep)
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
-    _, tables, found = _outputs(rest, conf)
+    ys, tables, found = _outputs(rest, conf)
+    if conf.shortcut != "given":
+        forget_block(z, x, ys[2], tables[2], "x" if conf.shortcut == "x" else (ys[3], tables[3]))
     for layer, by_batch, state, table, variance, (n, _, h, w) in zip(
         layers, batch, states, tables, found, sizes
     ):
@@ -525,10 +529,12 @@ def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downs
     ResNeXt (He et al. 2015, arXiv 1512.03385; Xie et al. 2017, arXiv 1611.05431), as one operation.
 
     In training the convolutions' raw outputs are stored and normalised by their own statistics where the next
-    convolution loads them; for the backward x, the raw outputs and the result are kept, and the running
-    statistics of each normalisation move once. By constants (in eval mode, FrozenBatchNorm2d) without
-    gradients each normalisation is the epilogue of its convolution. Both kinds may be mixed. What the kernels
-    do not cover (see `grouped_conv`) runs layer by layer, as `gconv.trace` says.
+    convolution loads them, and the running statistics of each normalisation move once. For the backward the
+    raw outputs are kept and x; the result is made again, and so is x where it is the result of such a block
+    and the shortcut itself (`gconv.recompute`; hooks on saved tensors see, and keep, x and the result). By
+    constants (in eval mode, FrozenBatchNorm2d) without gradients each normalisation is the epilogue of its
+    convolution. Both kinds may be mixed. What the kernels do not cover (see `grouped_conv`) runs layer by
+    layer, as `gconv.trace` says.
 
     Args:
         x: [N, C, H, W].

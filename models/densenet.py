@@ -20,6 +20,7 @@ from gconv.batch_norm import is_frozen
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.dense_layers import DenseBlock, Transition, check_memory, remap_densenet_keys, run_dense_block
 from gconv.layers import Conv2d
+from gconv.recompute import max_pool
 
 from .common import build, to_channels_last
 
@@ -171,7 +172,7 @@ def _run_fused(x: Tensor, modules: list[nn.Module]) -> Tensor:
             x = fuse_modules_forward(x, module, rest[0], relu=relu)
             i += 2 + relu
         else:
-            x = module(x)
+            x = max_pool(module, x) if isinstance(module, nn.MaxPool2d) else module(x)
             i += 1
     return x if relu_done else F.relu(x)
 

@@ -9,6 +9,7 @@ Names, shapes and order of parameters and buffers, and the use of the random gen
 initialised, are torchvision's: the same seed gives the same weights and checkpoints go both ways. What
 differs is the forward pass: a bottleneck runs as one chain (`gconv.bottleneck.fuse_bottleneck_forward`), and
 elsewhere convolution, batch norm, residual and ReLU as one call (`gconv.conv_bn_relu.fuse_modules_forward`).
+For the backward the max pooling keeps less than torch's (`gconv.recompute.max_pool`).
 The 3x3 convolutions are gconv.Conv2d; the 1x1 ones and the 7x7 stem are nn.Conv2d.
 """
 
@@ -22,6 +23,7 @@ from gconv import backend
 from gconv.bottleneck import fuse_bottleneck_forward
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.layers import Conv2d
+from gconv.recompute import max_pool
 
 from .common import build, to_channels_last
 
@@ -343,10 +345,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if _calls_modules(self, x):
-            x = self.relu(self.bn1(self.conv1(x)))
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         else:
-            x = fuse_modules_forward(to_channels_last(x), self.conv1, self.bn1)
-        x = self.maxpool(x)
+            x = max_pool(self.maxpool, fuse_modules_forward(to_channels_last(x), self.conv1, self.bn1))
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)
         x = self.avgpool(x)
