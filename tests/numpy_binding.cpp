@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "amx_emulator.h"
 #include "batch_norm.h"
 #include "numpy_arrays.h"
 #include "pointwise_conv.h"
@@ -13,6 +14,18 @@
 using namespace gconv;
 
 namespace {
+
+// Whether the AMX kernels run here on the emulator: the CPU lacks AMX alone, and the binary has them.
+bool emulates_amx() {
+#if defined(GCONV_AMX)
+  static const bool emulated =
+      isa_supported(Isa::avx512_bf16) && !isa_supported(Isa::amx_bf16) && (amx_emulator::install(), true);
+  return emulated;
+#else
+  return false;
+#endif
+}
+bool can_run(Isa isa) { return isa_supported(isa) || (isa == Isa::amx_bf16 && emulates_amx()); }
 
 struct Run : Arrays {
   Isa isa;
@@ -24,7 +37,7 @@ struct Run : Arrays {
       : Arrays(dtype_text), threads(thread_count), ahead(packs_ahead) {
     if (!winograd_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
-    if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
+    if (!isa_from_name(isa_text.c_str(), &isa) || !can_run(isa))
       throw std::invalid_argument("isa: " + isa_text);
   }
 
@@ -308,7 +321,7 @@ void norm_pool_bwd(const Run& run, std::array<int64_t, 4> s, py::object dy, py::
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : ISAS)
-    if (isa_supported(isa)) names.push_back(isa_name(isa));
+    if (can_run(isa)) names.push_back(isa_name(isa));
   return names;
 }
 
@@ -319,6 +332,9 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
                                 py::arg("isa"), py::arg("dtype"), py::arg("threads") = 1,
                                 py::arg("winograd") = "auto", py::arg("ahead") = false);
   m.def("supported_isas", &supported_isas);
+  m.def("emulates_amx", &emulates_amx);
+  m.def("emulated_products", &amx_emulator::products);
+  m.def("corrupt_emulated_product", &amx_emulator::corrupt_after);
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);
