@@ -1,9 +1,12 @@
 // What is illegal on a CPU with AMX (a tile that is not configured, shapes that do not match, a palette
-// unknown) ends the process with a line that says what. Arithmetic and encodings: Intel 64 and IA-32
-// Architectures Software Developer's Manual, volume 2, the instructions' own pages.
+// unknown), and what no kernel can mean (to start in the middle of a tile), ends the process with a line that
+// says what. Arithmetic and encodings: Intel 64 and IA-32 Architectures Software Developer's Manual, volume
+// 2, the instructions' own pages.
 #include "amx_emulator.h"
 
 #include <stdexcept>
+
+#include "cpu/isa.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 
@@ -218,11 +221,13 @@ bool run(const Instruction& in) {
 void on_illegal_instruction(int, siginfo_t*, void* context) {
   greg_t* general = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction in;
-  if (decode(reinterpret_cast<const uint8_t*>(general[REG_RIP]), general, &in) && run(in)) {
+  bool any = false;
+  // A signal is dear: instructions that follow each other go together.
+  while (decode(reinterpret_cast<const uint8_t*>(general[REG_RIP]), general, &in) && run(in)) {
     general[REG_RIP] += in.length;
-    return;
+    any = true;
   }
-  sigaction(SIGILL, &before, nullptr);  // whose turn it is when the instruction is met again
+  if (!any) sigaction(SIGILL, &before, nullptr);  // whose turn it is when the instruction is met again
 }
 
 }  // namespace
@@ -241,6 +246,28 @@ int64_t products() { return product_count.load(); }
 void corrupt_after(int64_t products) {
   corrupt_at.store(products < 0 ? -1 : product_count.load() + products);
 }
+bool configured() { return registers.configured; }
+
+#if defined(GCONV_AMX)
+__attribute__((target("amx-tile,amx-bf16"))) void tile_product(const void* configuration, float* sums,
+                                                               const void* rows, const void* columns) {
+  asm volatile(
+      "ldtilecfg (%0)\n"
+      "tileloadd (%1,%4,1), %%tmm0\n"
+      "tileloadd (%2,%4,1), %%tmm1\n"
+      "tileloadd (%3,%4,1), %%tmm2\n"
+      "tdpbf16ps %%tmm2, %%tmm1, %%tmm0\n"
+      "tilestored %%tmm0, (%1,%4,1)\n"
+      "tilerelease"
+      :
+      : "r"(configuration), "r"(sums), "r"(rows), "r"(columns), "r"(int64_t{MOST_BYTES})
+      : "memory");
+}
+#else
+void tile_product(const void*, float*, const void*, const void*) {
+  throw std::runtime_error("this compiler does not know AMX");
+}
+#endif
 
 }  // namespace amx_emulator
 
@@ -250,6 +277,8 @@ namespace amx_emulator {
 void install() { throw std::runtime_error("the AMX emulator needs Linux on x86-64"); }
 int64_t products() { return 0; }
 void corrupt_after(int64_t) {}
+bool configured() { return false; }
+void tile_product(const void*, float*, const void*, const void*) { install(); }
 }  // namespace amx_emulator
 
 #endif

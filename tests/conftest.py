@@ -15,11 +15,15 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """avx512_bf16 is avx512 for all but bfloat16: to run the other dtypes on it would repeat a test."""
+    """avx512_bf16 and amx_bf16 are avx512 for all but bfloat16, and have no Winograd's algorithm for that: to
+    run the other dtypes on them, or the algorithm, would repeat a test."""
 
     def repeats(params):
-        dtype = params.get("dtype")
-        return params.get("isa") == "avx512_bf16" and dtype not in (None, "bfloat16", torch.bfloat16)
+        if params.get("isa") not in ("avx512_bf16", "amx_bf16"):
+            return False
+        return params.get("dtype") not in (None, "bfloat16", torch.bfloat16) or (
+            params.get("isa") == "amx_bf16" and params.get("winograd") == "always"
+        )
 
     items[:] = [
         item for item in items if not repeats(getattr(item, "callspec", item).__dict__.get("params", {}))

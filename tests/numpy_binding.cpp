@@ -318,6 +318,19 @@ void norm_pool_bwd(const Run& run, std::array<int64_t, 4> s, py::object dy, py::
   run.stage(batch_norm_pool_bwd_merge_cpu, p);
 }
 
+// The sums [16][16] of float32 plus rows [16][32] times columns [16][16][2] of bfloat16, as tiles shaped by
+// a configuration of 64 bytes.
+void tile_product(py::bytes configuration, py::object sums, py::object rows, py::object columns) {
+  if (!can_run(Isa::amx_bf16)) throw std::invalid_argument("isa: amx_bf16");
+  const Arrays pairs("bfloat16");
+  alignas(64) char shapes[64];
+  const std::string given = configuration;
+  if (given.size() != sizeof shapes) throw std::invalid_argument("configuration");
+  std::memcpy(shapes, given.data(), sizeof shapes);
+  amx_emulator::tile_product(shapes, floats("sums", sums, 256), pairs.contiguous("rows", rows, 512),
+                             pairs.contiguous("columns", columns, 512));
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : ISAS)
@@ -335,6 +348,8 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
   m.def("emulates_amx", &emulates_amx);
   m.def("emulated_products", &amx_emulator::products);
   m.def("corrupt_emulated_product", &amx_emulator::corrupt_after);
+  m.def("emulated_tiles_configured", &amx_emulator::configured);
+  m.def("tile_product", &tile_product);
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);

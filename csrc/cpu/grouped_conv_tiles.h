@@ -137,8 +137,8 @@ void tile_scattered(const TileArgs& a) {
 }
 
 #if defined(GCONV_ISA_AMX_BF16)
-// One or two tile registers of pixels by one or two vectors of a group, all taps at any distance: partial sums
-// over LANES slots of a tap.
+// One or two tile registers of pixels by one or two vectors of a group, all taps at any distance: partial
+// sums over LANES slots of a tap.
 template <int ROWS, int VECTORS>
 void tile_product(const TileArgs& a) {
   using Sums = TileSums<ROWS, VECTORS>;

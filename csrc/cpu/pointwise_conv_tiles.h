@@ -148,6 +148,17 @@ inline TileFunction tile_function(int64_t vectors, int64_t pixels) {
   });
   return function;
 }
+
+// How a run of pixels is cut into tiles: all but the last are whole.
+struct PointCut {
+  int64_t all, count;
+
+  explicit PointCut(int64_t pixels)
+      : all(pixels), count(std::max<int64_t>(1, (pixels + POINT_PIXELS - 1) / POINT_PIXELS)) {}
+  int64_t first(int64_t tile) const { return tile * POINT_PIXELS; }
+  int64_t pixels(int64_t tile) const { return std::min<int64_t>(POINT_PIXELS, all - first(tile)); }
+  TileFunction function(int64_t tile, int64_t vectors) const { return tile_function(vectors, pixels(tile)); }
+};
 #else
 // One float32 sum over all channels would lose digits that blocked matrix products keep.
 constexpr int64_t PARTIAL = 64;
@@ -197,7 +208,6 @@ TileFunction tile_function(int64_t vectors, int64_t pixels) {
   }
   return vectors == 2 ? multiply_tile<2, PIXELS> : multiply_tile<1, PIXELS>;
 }
-#endif
 
 // How a run of pixels is cut into tiles: the first `longer` of them have least + 1.
 struct PointCut : EvenCut {
@@ -213,6 +223,7 @@ struct PointCut : EvenCut {
   int64_t first(int64_t tile) const { return tile * least + std::min(tile, longer); }
   TileFunction function(int64_t tile, int64_t vectors) const { return run[tile < longer][vectors - 1]; }
 };
+#endif
 
 // Rows that add_outer takes, those past the last but of whole vectors, and vectors.
 constexpr int OUTER_ROWS = TILES ? 2 * TILE_ROWS : WGRAD_CHANNELS;

@@ -1,8 +1,8 @@
 // AMX's tile registers: eight of 16 rows of 64 bytes, LANES slots (conv_slots.h) each.
 //
 // A product of tiles adds to 16x16 sums in float32, for 16 rows of LANES slots and as many columns, the sums
-// over all slots: row i of the one holds the slots of a pixel (or of a channel of dy), row k of the other slot
-// k of a vector of channels. Rows and vectors packed for the other instruction sets lie just so.
+// over all slots: row i of the one holds the slots of a pixel (or of a channel of dy), row k of the other
+// slot k of a vector of channels. Rows and vectors packed for the other instruction sets lie just so.
 //
 // Every register has its full size throughout. Rows past the last of a ragged tile are computed from whatever
 // lies there, stored where there is room for them and never looked at; what is summed over is padded with

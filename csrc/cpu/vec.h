@@ -1,10 +1,10 @@
 // Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AMX_BF16,
-// GCONV_ISA_AVX512_BF16, GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and
-// then writes its kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels.
-// The second is the third for bfloat16 alone, with instructions for it (conv_slots.h), and the first the
-// second with tile registers (tile_registers.h). The pragma below raises the target for what follows only, so
-// no standard-library function is compiled for it (the linker could keep that copy and run it on a CPU that
-// lacks the instructions).
+// GCONV_ISA_AVX512_BF16, GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file
+// and then writes its kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane
+// kernels. The second is the third for bfloat16 alone, with instructions for it (conv_slots.h), and the first
+// the second with tile registers (tile_registers.h). The pragma below raises the target for what follows
+// only, so no standard-library function is compiled for it (the linker could keep that copy and run it on a
+// CPU that lacks the instructions).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,8 +22,9 @@
 #define GCONV_ISA_AVX512
 #define GCONV_ISA_NS amx_bf16
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), \
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
