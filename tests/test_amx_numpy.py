@@ -1,5 +1,6 @@
 """amx_bf16: that its kernels really multiply by tiles, and that the emulator they run on where the CPU lacks
-AMX (amx_emulator.h) does what the hardware does: arithmetic, and an end with a message where that would fault.
+AMX (amx_emulator.h) does what the hardware does: arithmetic, and an end with a message where that would
+fault.
 
 test_kernels_numpy.py and test_pointwise_numpy.py run the kernels themselves, as on every instruction set.
 """
@@ -44,7 +45,7 @@ def configuration(rows=(16, 16, 16), row_bytes=(64, 64, 64), palette=1, reserved
 
 
 def tile_product(kernels, shapes, sums, rows, columns):
-    """What the instructions make of rows [16, 16, 2] and columns [16, 16, 2] in bfloat16 and sums [16, 16]."""
+    """What the instructions make of rows and columns [16, 16, 2] in bfloat16 and sums [16, 16]."""
     result = np.array(sums, np.float32)
     kernels.tile_product(shapes, result, store(rows, DTYPE), store(columns, DTYPE))
     return result
