@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-// Whether this compiler knows AMX (by GCC's header or clang's), and this system what a process must ask before
-// it may use it.
+// Whether this compiler knows AMX (by GCC's header or clang's), and this system what a process must ask
+// before it may use it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)
 #define GCONV_AMX

@@ -86,18 +86,11 @@ struct TileSums {
     if constexpr (ROWS == 2 && VECTORS == 2) tile_zero<3>();
   }
   static GCONV_INLINE void load(const TileSumsAt& at) {
-    tile_load<0>(at.data, at.row);
-    if constexpr (VECTORS == 2) tile_load<1>(at.data + at.second_vector, at.row);
-    if constexpr (ROWS == 2) tile_load<2>(at.data + at.second_rows, at.row);
-    if constexpr (ROWS == 2 && VECTORS == 2)
-      tile_load<3>(at.data + at.second_rows + at.second_vector, at.row);
+    each(at,
+         [&](auto sum, const float* from) GCONV_LAMBDA { tile_load<decltype(sum)::value>(from, at.row); });
   }
   static GCONV_INLINE void store(const TileSumsAt& at) {
-    tile_store<0>(at.data, at.row);
-    if constexpr (VECTORS == 2) tile_store<1>(at.data + at.second_vector, at.row);
-    if constexpr (ROWS == 2) tile_store<2>(at.data + at.second_rows, at.row);
-    if constexpr (ROWS == 2 && VECTORS == 2)
-      tile_store<3>(at.data + at.second_rows + at.second_vector, at.row);
+    each(at, [&](auto sum, float* to) GCONV_LAMBDA { tile_store<decltype(sum)::value>(to, at.row); });
   }
   static GCONV_INLINE void multiply_add(const TilePair& rows, const TilePair& vectors) {
     tile_load<4>(rows.data, rows.row);
@@ -112,6 +105,17 @@ struct TileSums {
       tile_multiply_add<2, 5, 6>();
     }
     if constexpr (ROWS == 2 && VECTORS == 2) tile_multiply_add<3, 5, 7>();
+  }
+
+ private:
+  // Calls f with each register of sums and its place.
+  template <typename F>
+  static GCONV_INLINE void each(const TileSumsAt& at, const F& f) {
+    f(std::integral_constant<int, 0>(), at.data);
+    if constexpr (VECTORS == 2) f(std::integral_constant<int, 1>(), at.data + at.second_vector);
+    if constexpr (ROWS == 2) f(std::integral_constant<int, 2>(), at.data + at.second_rows);
+    if constexpr (ROWS == 2 && VECTORS == 2)
+      f(std::integral_constant<int, 3>(), at.data + at.second_rows + at.second_vector);
   }
 };
 
