@@ -28,7 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In "auto" a dense (groups = 1) convolution with at least this many input channels is left to torch, whose
 # dense kernels are the better ones there; None leaves none.
 DENSE_TO_TORCH_CHANNELS: int | None = 384
-# In "auto" a 1x1 convolution of bfloat16 is left to torch where the CPU has AMX, which ours do not use.
+# In "auto" a 1x1 convolution of bfloat16 is left to torch where the CPU has AMX: there the speed of ours has
+# not been measured (bench/NOTES.md).
 POINTWISE_BFLOAT16_TO_TORCH: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 

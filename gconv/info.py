@@ -16,7 +16,7 @@ from gconv import backend, gpu, memory
 VARIABLES = {
     "GCONV_BACKEND": "auto | cpu | cuda | triton | torch: the backend at import (gconv.use_backend)",
     "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
-    "GCONV_ISA": "portable | avx2 | avx512 | avx512_bf16: the instruction set of the CPU kernels",
+    "GCONV_ISA": "portable | avx2 | avx512 | avx512_bf16 | amx_bf16: the instruction set of the CPU kernels",
     "GCONV_WINOGRAD": "0: never Winograd's algorithm; otherwise the CPU kernels use it for wide groups",
     "GCONV_CACHE_MB": "MiB of freed CPU memory kept for later tensors (gconv.memory); 0: torch allocates",
     "GCONV_CPU": "1: a build without the C++ kernels is an error",
@@ -83,7 +83,7 @@ def _isa() -> tuple[str | None, list[str]]:
         return f"error: {str(error).splitlines()[0]}", []
     available = []
     try:
-        for isa in ("avx512_bf16", "avx512", "avx2", "portable"):
+        for isa in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"):
             try:
                 torch.ops.gconv.set_cpu_isa(isa)
                 available.append(isa)

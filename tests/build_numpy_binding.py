@@ -45,7 +45,9 @@ class Module:
 CUDA_HOST = {"folder": "cuda_host", "includes": ("csrc/cuda", "tests/cuda_host"), "optimized": ("-O2",)}
 CUDA_HOST_TESTS = ("tests/test_cuda_host.py", "tests/test_cuda_grouped_conv*.py")
 MODULES = {
-    "gconv_kernels_numpy": Module("kernels", ("tests/numpy_binding.cpp", "csrc/cpu/*.cpp")),
+    "gconv_kernels_numpy": Module(
+        "kernels", ("tests/numpy_binding.cpp", "tests/amx_emulator.cpp", "csrc/cpu/*.cpp")
+    ),
     "gconv_cuda_host": Module(
         sources=("tests/cuda_host/binding.cpp", "tests/cuda_host/cuda_host.cpp", "csrc/cuda/*.cu"),
         **CUDA_HOST,

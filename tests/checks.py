@@ -25,7 +25,7 @@ import zlib
 import torch
 import torch.nn.functional as F
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS32 = torch.finfo(torch.float32).eps
 FLOOR_MAX = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "amx_emulator.h"
 #include "batch_norm.h"
 #include "numpy_arrays.h"
 #include "pointwise_conv.h"
@@ -13,6 +14,18 @@
 using namespace gconv;
 
 namespace {
+
+// Whether the AMX kernels run here on the emulator: the CPU lacks AMX alone, and the binary has them.
+bool emulates_amx() {
+#if defined(GCONV_AMX)
+  static const bool emulated =
+      isa_supported(Isa::avx512_bf16) && !isa_supported(Isa::amx_bf16) && (amx_emulator::install(), true);
+  return emulated;
+#else
+  return false;
+#endif
+}
+bool can_run(Isa isa) { return isa_supported(isa) || (isa == Isa::amx_bf16 && emulates_amx()); }
 
 struct Run : Arrays {
   Isa isa;
@@ -24,7 +37,7 @@ struct Run : Arrays {
       : Arrays(dtype_text), threads(thread_count), ahead(packs_ahead) {
     if (!winograd_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
-    if (!isa_from_name(isa_text.c_str(), &isa) || !isa_supported(isa))
+    if (!isa_from_name(isa_text.c_str(), &isa) || !can_run(isa))
       throw std::invalid_argument("isa: " + isa_text);
   }
 
@@ -305,10 +318,23 @@ void norm_pool_bwd(const Run& run, std::array<int64_t, 4> s, py::object dy, py::
   run.stage(batch_norm_pool_bwd_merge_cpu, p);
 }
 
+// The sums [16][16] of float32 plus rows [16][32] times columns [16][16][2] of bfloat16, as tiles shaped by
+// a configuration of 64 bytes.
+void tile_product(py::bytes configuration, py::object sums, py::object rows, py::object columns) {
+  if (!can_run(Isa::amx_bf16)) throw std::invalid_argument("isa: amx_bf16");
+  const Arrays pairs("bfloat16");
+  alignas(64) char shapes[64];
+  const std::string given = configuration;
+  if (given.size() != sizeof shapes) throw std::invalid_argument("configuration");
+  std::memcpy(shapes, given.data(), sizeof shapes);
+  amx_emulator::tile_product(shapes, floats("sums", sums, 256), pairs.contiguous("rows", rows, 512),
+                             pairs.contiguous("columns", columns, 512));
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : ISAS)
-    if (isa_supported(isa)) names.push_back(isa_name(isa));
+    if (can_run(isa)) names.push_back(isa_name(isa));
   return names;
 }
 
@@ -319,6 +345,11 @@ PYBIND11_MODULE(gconv_kernels_numpy, m) {
                                 py::arg("isa"), py::arg("dtype"), py::arg("threads") = 1,
                                 py::arg("winograd") = "auto", py::arg("ahead") = false);
   m.def("supported_isas", &supported_isas);
+  m.def("emulates_amx", &emulates_amx);
+  m.def("emulated_products", &amx_emulator::products);
+  m.def("corrupt_emulated_product", &amx_emulator::corrupt_after);
+  m.def("emulated_tiles_configured", &amx_emulator::configured);
+  m.def("tile_product", &tile_product);
   m.def("grouped_conv_fwd", &conv_fwd);
   m.def("grouped_conv_bwd_input", &conv_bwd_input);
   m.def("grouped_conv_bwd_weight", &conv_bwd_weight);

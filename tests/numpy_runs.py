@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy_oracle import DTYPES, Exact, Guarded, bits
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def module(name):

@@ -277,7 +277,7 @@ def test_instruction_set(layer, ops):
     frozen, plain, x = layer
     before = ops.cpu_isa()
     try:
-        for name in ("portable", "avx2", "avx512", "avx512_bf16", "portable"):
+        for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "portable"):
             try:
                 ops.set_cpu_isa(name)
             except RuntimeError:

@@ -47,6 +47,13 @@ GCONV_INLINE void stream_slots(float* out, Vec slots) { stream_as(out, slots); }
 GCONV_INLINE Vec load_half(const float* p) { return load(p); }
 #endif
 
+// Whether pairs are multiplied a tile at a time (tile_registers.h).
+#if defined(GCONV_ISA_AMX_BF16)
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
+
 constexpr int PER_SLOT = PAIRS ? 2 : 1;
 // Slots of LANES channels where a slot is PER_SLOT of them.
 constexpr int SOURCE_LANES = LANES / PER_SLOT;
@@ -55,7 +62,7 @@ using Value = std::conditional_t<PAIRS, bf16, float>;
 
 // What tells apart the forms that packed weights have: those of two instruction sets may be one.
 constexpr int64_t packing_of(DType dtype, bool winograd) {
-  return LANES + 64 * PAIRS + 128 * winograd + 256 * static_cast<int64_t>(dtype);
+  return LANES + 32 * TILES + 64 * PAIRS + 128 * winograd + 256 * static_cast<int64_t>(dtype);
 }
 
 // What the values of a slot are: of neighbouring channels, or of a channel at several pixels.

@@ -28,8 +28,9 @@ void plan(Pass& p, const Params& q) {
   p.stride_h = s.stride_h, p.pad_h = s.pad_h, p.dil_h = s.dil_h;
   plan_columns(p, s.stride_w, s.pad_w, s.dil_w);
   p.winograd = uses_winograd(s, q.winograd, winograd_overhead());
+  p.tiles = uses_tiles(p);
   // The backward of a stride leaves too few columns per scalar of a wider group.
-  p.narrow = !p.winograd && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
+  p.narrow = !p.winograd && !p.tiles && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
   p.narrow ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
   p.raw_weight = q.weight, p.layout = q.layout;
   p.weight = p.ahead != nullptr ? p.ahead : q.workspace;
@@ -102,7 +103,10 @@ int64_t fwd_workspace(const GroupedConvFwdParams& q) { return pass_floats(plan_f
 void fwd_pack(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   pack_share(plan_forward(q), q.workspace, ith, nth);
 }
-void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
+void fwd(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
+  const TileRegisters tiles;
+  run_pass(plan_forward(q), ith, nth);
+}
 
 void fwd_merge(const GroupedConvFwdParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_forward(q);
@@ -120,6 +124,7 @@ void bwd_input_pack(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth
   pack_share(plan_input_gradient(q), q.workspace, ith, nth);
 }
 void bwd_input(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
+  const TileRegisters tiles;
   run_pass(plan_input_gradient(q), ith, nth);
 }
 void bwd_input_merge(const GroupedConvBwdInputParams& q, int64_t ith, int64_t nth) {
@@ -151,6 +156,7 @@ void bwd_weight_merge(const GroupedConvBwdWeightParams& q, int64_t ith, int64_t 
 // Narrow groups go in step, image by image: what one has read of dy and y the other finds in L2. Wide ones do
 // not: their packed rows and weights crowd L2.
 void bwd(const GroupedConvBwdParams& q, int64_t ith, int64_t nth) {
+  const TileRegisters tiles;
   const bool in_step = is_narrow_wgrad(q.input.shape);
   PassTasks input(plan_input_gradient(q.input), ith, nth);
   run_weight_gradient(q.weight, ith, nth, [&](int64_t part, int64_t parts) {

@@ -61,10 +61,12 @@ inline void pack_vectors(const Pass& p, int64_t first, int64_t end, float* packe
       const int64_t channels = p.source_per_group * PER_SLOT;
       float* taps = p.winograd || PAIRS ? scratch.floats(channels * WEIGHTS_PER_CHANNEL) : packed;
       pack_vector<T>(p, v, taps);
-      if (PAIRS)
+      if (PAIRS) {
         pair_channels(taps, p.source_per_group, packed);
-      else if (p.winograd)
+        std::fill(packed + p.source_per_group * WEIGHTS_PER_CHANNEL, packed + p.weight_floats(), 0.0f);
+      } else if (p.winograd) {
         transform_weights(taps, channels, packed);
+      }
     }
   });
 }

@@ -6,7 +6,7 @@
 // Grid: image x stripe of output rows x chunk of consecutive output vectors (LANES channels).
 // Tile: a few pixels of one row, their accumulators in registers; TILE_SINGLE pixels of one vector, or
 //   TILE_PAIR pixels of two vectors of the same group. Each packed source pixel is fetched once per
-//   (row, channel) and feeds all horizontal taps.
+//   (row, channel) and feeds all horizontal taps. (Tile registers: 32 pixels, fetched once per tap.)
 // Bytes moved: source once per chunk (twice on stripe borders), output once, weights from L1/L2.
 // Accumulation: float32, taps in a fixed order; statistics per output row, merged by Chan's rule.
 //
@@ -242,6 +242,17 @@ inline void compute_vectors(const Pass& p, const PackedSource& source, const Ban
         tile.offset[t] = static_cast<int>(k.offset[t] - k.offset[0]);
         tile.tap[t] = k.tap[t];
       }
+#if defined(GCONV_ISA_AMX_BF16)
+      if (p.tiles && !expand) {
+        for (int r = 0; r < tile.rows; ++r) {
+          tile.source[r] = first_row[r] + (k.offset[0] - p.first_column) * LANES;
+          tile.weight[r] = tap_weights[r];
+        }
+        tile.out = out;
+        tile_products(tile, run.pixels, vectors);
+        continue;
+      }
+#endif
       for (int v = 0; v < vectors; v += run.together) {
         for (int r = 0; r < tile.rows; ++r)
           tile.weight[r] = tap_weights[r] + run.first_tap + v * vector_floats;
@@ -293,7 +304,7 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
   band.image = image;
   const int64_t fresh = p.transposed ? p.band : p.band * p.stride_h;
   band.ring_rows = std::max<int64_t>(1, std::min(fresh + 2 * p.dil_h, p.source_h));
-  band.row_floats = (p.output_w * LANES + 15) / 16 * 16;
+  band.row_floats = (p.row_pixels() * LANES + 15) / 16 * 16;
   band.band_floats = vectors * band.row_floats;
   band.expanded_rows = std::min(2 * p.dil_h + 1, p.source_h);
   int64_t expanded_floats = 0;
@@ -306,9 +317,10 @@ void pass_task(const Pass& p, int64_t index, Scratch& scratch) {
   }
   Carve carve(scratch);
   const int64_t tag_rows = band.ring_rows + band.expanded_rows;
-  carve.reserve({band.ring_rows * plan.row_floats, p.band * band.band_floats, expanded_floats,
-                 plan.span_floats(), 2 * tag_rows});
-  plan.place(carve.take(band.ring_rows * plan.row_floats), band.ring_rows);
+  const int64_t packed_floats = band.ring_rows * plan.row_floats + p.columns_beyond() * LANES;
+  carve.reserve(
+      {packed_floats, p.band * band.band_floats, expanded_floats, plan.span_floats(), 2 * tag_rows});
+  plan.place(carve.take(packed_floats), band.ring_rows);
   band.results = carve.take(p.band * band.band_floats);
   band.expanded = carve.take(expanded_floats);
   band.span_buffer = carve.take(plan.span_floats());

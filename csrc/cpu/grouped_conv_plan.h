@@ -35,6 +35,7 @@ struct Pass {
   bool transposed;
   bool winograd;  // tiles of 2x2 output pixels
   bool narrow;    // strips of columns
+  bool tiles;     // vectors of one group by tile registers
   int64_t stride_h, pad_h, dil_h;
   RowSource source;
   const void* raw_weight;  // as torch keeps it
@@ -62,10 +63,21 @@ struct Pass {
   int64_t output_channels() const { return groups * output_per_group; }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
-  // Packed weights of one vector.
+  // Packed weights of one vector, tiles being whole.
+  int64_t weight_rows() const { return tiles ? whole_tiles(source_per_group) : source_per_group; }
   int64_t weight_floats() const {
-    return source_per_group * (winograd ? POSITIONS * LANES : WEIGHTS_PER_CHANNEL);
+    return weight_rows() * (winograd ? POSITIONS * LANES : WEIGHTS_PER_CHANNEL);
   }
+  // Pixels of a computed row, and those of whole tiles behind each class's last.
+  int64_t row_pixels() const {
+    int64_t pixels = output_w;
+    if (tiles)
+      for (int c = 0; c < class_count; ++c)
+        pixels = std::max(pixels, classes[c].first + whole_tiles(classes[c].count) * classes[c].step);
+    return pixels;
+  }
+  // Columns past the last of a packed row that whole tiles read.
+  int64_t columns_beyond() const { return tiles ? (TILE_ROWS - 1) * classes[0].source_step : 0; }
   // Unless they are packed ahead, large weights are packed chunk by chunk by the thread that uses them next;
   // others once, for all threads.
   bool by_chunk() const { return vectors() * weight_floats() > SHARED_WEIGHT_FLOATS; }
@@ -171,6 +183,11 @@ inline bool reads_direct(const Pass& p) {
          p.first_column + p.columns <= p.source_w + 1;
 }
 
+// Whether tile registers compute a pass: wide groups, whose channels fill at least half of a tile's slots.
+inline bool uses_tiles(const Pass& p) {
+  return TILES && p.output_per_group >= LANES && p.source_per_group >= LANES / 2;
+}
+
 constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
 constexpr int64_t BAND_FLOATS = 128 * 1024;         // packed rows and results of a band
 constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
@@ -191,7 +208,7 @@ inline void plan_work(Pass& p) {
   plan_grid(p, CHUNK_WEIGHT_FLOATS, SourcePlan::MOST / 2);
   const int64_t source_floats = p.columns * p.chunk * SOURCE_LANES *
                                 std::max<int64_t>(1, p.source_per_group * PER_SLOT / p.output_per_group);
-  const int64_t result_floats = p.output_w * p.chunk * LANES;
+  const int64_t result_floats = p.row_pixels() * p.chunk * LANES;
   const int64_t kept = 2 * p.dil_h;
   const int64_t fresh = p.transposed ? 1 : p.stride_h;
   const int64_t rows = (BAND_FLOATS - kept * source_floats) / (fresh * source_floats + result_floats);

@@ -18,8 +18,6 @@ struct GroupedConvTable {
 };
 
 GCONV_DECLARE_TABLES(GroupedConvTable, grouped_conv);
-#if defined(__x86_64__)
-extern const GroupedConvTable grouped_conv_avx512_bf16;
-#endif
+GCONV_DECLARE_PAIRS_TABLES(GroupedConvTable, grouped_conv);
 
 }  // namespace gconv

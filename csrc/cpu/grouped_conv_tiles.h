@@ -1,6 +1,7 @@
 // The register tiles of grouped_conv_pass.h: a few pixels of one row, over one group's source channels.
 #pragma once
 #include "grouped_conv_rows.h"
+#include "tile_registers.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -134,6 +135,38 @@ void tile_scattered(const TileArgs& a) {
   each_channel<FETCH>(a, channel, flush);
   flush();
 }
+
+#if defined(GCONV_ISA_AMX_BF16)
+// One or two tile registers of pixels by one or two vectors of a group, all taps at any distance: partial
+// sums over LANES slots of a tap.
+template <int ROWS, int VECTORS>
+void tile_product(const TileArgs& a) {
+  using Sums = TileSums<ROWS, VECTORS>;
+  const int64_t pixel = a.step * LANES;
+  Sums::clear();
+  for (int r = 0; r < a.rows; ++r) {
+    const float *block = a.source[r], *w = a.weight[r];
+    for (int c = 0; c < a.channels; c += LANES, block += a.block, w += LANES * WEIGHTS_PER_CHANNEL)
+      for (int t = 0; t < a.taps; ++t)
+        Sums::multiply_add({block + a.offset[t] * LANES, pixel, TILE_ROWS * pixel},
+                           {w + a.tap[t] * LANES, WEIGHTS_PER_CHANNEL, a.pair});
+  }
+  Sums::store({a.out, a.out_step, TILE_ROWS * a.out_step, a.out_pair});
+}
+
+// A run of pixels, in whole tiles: there is room behind the last.
+inline void tile_products(TileArgs a, int64_t pixels, int64_t vectors) {
+  const EvenCut cut(whole_tiles(pixels) / TILE_ROWS, 2);
+  for (int64_t i = 0; i < cut.count; ++i) {
+    const int64_t here = (cut.least + (i < cut.longer)) * TILE_ROWS;
+    with_tiles(here, vectors, [&](auto rows, auto together) {
+      tile_product<decltype(rows)::value, decltype(together)::value>(a);
+    });
+    for (int r = 0; r < a.rows; ++r) a.source[r] += here * a.step * LANES;
+    a.out += here * a.out_step;
+  }
+}
+#endif
 
 using TileFunction = void (*)(const TileArgs&);
 

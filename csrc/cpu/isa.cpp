@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(GCONV_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -56,6 +60,26 @@ bool has_avx512_bf16() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
 }
+#if defined(GCONV_AMX)
+bool has_amx_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & TILE) != 0 && (edx & BF16) != 0;
+}
+// Whether the operating system saves the tile registers and their configuration.
+bool saves_tiles() {
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & bit_OSXSAVE) == 0) return false;
+  asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax >> 17 & 3u) == 3u;
+}
+// Linux saves 8 KB for the threads of a process that has asked for them, and stops one that has not.
+bool may_use_tiles() {
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+  return granted;
+}
+#endif
 bool is_amd() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_AMD_ebx &&
@@ -76,6 +100,10 @@ bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // The builtins also ask the operating system (XGETBV) whether it saves the wide registers.
+#if defined(GCONV_AMX)
+  if (isa == Isa::amx_bf16)
+    return isa_supported(Isa::avx512_bf16) && has_amx_bf16() && saves_tiles() && may_use_tiles();
+#endif
   if (isa == Isa::avx512_bf16) return isa_supported(Isa::avx512) && has_avx512_bf16();
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -87,6 +115,8 @@ bool isa_supported(Isa isa) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx_bf16:
+      return "amx_bf16";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     case Isa::avx512:

@@ -2,16 +2,25 @@
 #pragma once
 #include <cstdint>
 
+// Whether this compiler knows AMX (by GCC's header or clang's), and this system what a process must ask
+// before it may use it.
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)
+#define GCONV_AMX
+#endif
+#endif
+
 namespace gconv {
 
-// avx512_bf16 is avx512 but where bfloat16 is multiplied: pairs of it at a time.
-enum class Isa : int32_t { portable, avx2, avx512, avx512_bf16 };
+// avx512_bf16 is avx512 but where bfloat16 is multiplied: pairs of it at a time. amx_bf16 is avx512_bf16 but
+// where wide groups are multiplied: tiles of it at a time.
+enum class Isa : int32_t { portable, avx2, avx512, avx512_bf16, amx_bf16 };
 
 // All of them, with their names listed for messages.
-constexpr Isa ISAS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
-constexpr char ISA_NAMES[] = "portable, avx2, avx512 or avx512_bf16";
+constexpr Isa ISAS[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16};
+constexpr char ISA_NAMES[] = "portable, avx2, avx512, avx512_bf16 or amx_bf16";
 
-bool isa_supported(Isa isa);  // by this CPU and this binary
+bool isa_supported(Isa isa);  // by this CPU, its operating system and this binary
 const char* isa_name(Isa isa);
 bool isa_from_name(const char* name, Isa* isa);
 

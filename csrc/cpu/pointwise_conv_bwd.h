@@ -73,19 +73,19 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
   const EvenCut walk(pixels, BLOCK_TILES * POINT_PIXELS);
   for (int64_t i = 0, first = begin; first < begin + pixels; ++i) {
     const PointCut cut(walk.least + (i < walk.longer));
-    if (want_dw) pack_block<T>(g.x, cut, first, channel, channels, x);
+    if (want_dw) pack_block(g.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
     for (int64_t row = 0; row < rows; row += depth) {
       const int64_t here = std::min(depth, rows - row);
       for (int64_t tile = 0; tile < cut.count; ++tile) {
         const int64_t at = first + cut.first(tile), count = cut.pixels(tile);
         float* packed = dy.data + tile * dy.tile_floats;
-        if (want_dw || !PAIRS) pack_tile<T, Slots::pixels>(g.dy, at, count, row, here, packed);
+        if (want_dw || !PAIRS) pack_rows<T>(g.dy, at, count, row, here, packed);
         if (!want_dx) continue;
         if constexpr (PAIRS) {  // dw sums pairs of pixels, dx pairs of channels
           packed = slots;
           pack_tile<T, Slots::channels>(p.source, at, count, row / PER_SLOT, here / PER_SLOT, packed);
         }
-        float* out = results + (partial ? cut.first(tile) * p.chunk * LANES : 0);
+        float* out = results + (partial ? tile * POINT_PIXELS * p.chunk * LANES : 0);
         compute_tile<T>(p, cut, tile, at, packed, row / PER_SLOT, here / PER_SLOT, first_vector, out, sums);
       }
       if (want_dw) add_block(cut, dy, x, here, vectors, i == 0, dw + row * vectors * LANES);

@@ -98,7 +98,10 @@ int64_t fwd_workspace(const PointwiseConvFwdParams& q) { return pass_floats(plan
 void fwd_pack(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
   if (q.packed == nullptr) pack_ahead(q, ith, nth);
 }
-void fwd(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) { run_pass(plan_forward(q), ith, nth); }
+void fwd(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
+  const TileRegisters tiles;
+  run_pass(plan_forward(q), ith, nth);
+}
 void fwd_merge(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
   const Pass p = plan_forward(q);
   const auto pixels = [&](int64_t i) { return p.block_pixels(i); };
@@ -113,6 +116,7 @@ void bwd_pack(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
   pack_weights(plan_input_gradient(q), q.workspace, ith, nth);
 }
 void bwd(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {
+  const TileRegisters tiles;
   run_backward(plan_backward(q), ith, nth);
 }
 void bwd_merge(const PointwiseConvBwdParams& q, int64_t ith, int64_t nth) {

@@ -3,7 +3,7 @@
 // Computes: every pixel's output channels from its source channels. The forward reads x, the input gradient
 //   dy through the transposed weights; a stride only means that one side's pixels are some of its tensor's.
 // Grid: block of pixels x chunk of output vectors (LANES channels).
-// Tile: POINT_PIXELS pixels of two vectors in registers.
+// Tile: POINT_PIXELS pixels of two vectors in registers (tile registers: 32 pixels).
 // Bytes moved: source once per chunk, output once; a chunk's weights stream from L2, once per tile.
 // Accumulation: float32, source channels in order, in cuts of DEPTH; statistics per tile, merged by Chan's
 // rule.
@@ -22,7 +22,7 @@ constexpr int64_t DEPTH = 256;  // source channels of a cut: a packed tile fills
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside pixels
 constexpr int64_t RESULT_FLOATS = 48 * 1024;          // a block's results between two cuts
 constexpr int64_t PASS_TASKS = 32;
-constexpr int64_t LEAST_TILES = 8;  // of a block: below, weights are fetched for too few pixels
+constexpr int64_t LEAST_TILES = TILES ? 4 : 8;  // of a block: below, weights are fetched for too few pixels
 
 // A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
 struct Pass {
@@ -53,7 +53,8 @@ struct Pass {
   int64_t blocks() const { return (pixels + block - 1) / block; }
   int64_t tasks() const { return blocks() * chunks(); }
   int64_t block_pixels(int64_t at) const { return std::min(pixels, (at + 1) * block) - at * block; }
-  int64_t weight_floats() const { return vectors() * LANES * source_channels; }
+  int64_t weight_rows() const { return whole_tiles(source_channels); }
+  int64_t weight_floats() const { return vectors() * LANES * weight_rows(); }
   int64_t packed_floats() const { return ahead != nullptr ? 0 : weight_floats(); }  // in the workspace
   int64_t partial_floats() const {
     return moments || mask_act != nullptr ? blocks() * 2 * output_channels : 0;
@@ -98,14 +99,18 @@ void pack_vector(const Pass& p, int64_t v, int64_t step, float* out) {
   });
 }
 
-// A share of the weights, as [pair of vectors][source channel][vector][LANES].
+// A share of the weights, as [pair of vectors][source channel][vector][LANES]; tiles that are not whole end
+// in zeros.
 inline void pack_weights(const Pass& p, float* packed, int64_t ith, int64_t nth) {
   const Share share(p.vectors(), ith, nth);
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t v = share.begin; v < share.end; ++v)
-      pack_vector<T>(p, v, p.pair_vectors(v) * LANES,
-                     packed + v / 2 * 2 * LANES * p.source_channels + v % 2 * LANES);
+    for (int64_t v = share.begin; v < share.end; ++v) {
+      const int64_t step = p.pair_vectors(v) * LANES;
+      float* out = packed + v / 2 * 2 * LANES * p.weight_rows() + v % 2 * LANES;
+      pack_vector<T>(p, v, step, out);
+      for (int64_t c = p.source_channels; c < p.weight_rows(); ++c) store(out + c * step, zero());
+    }
   });
 }
 
@@ -233,7 +238,7 @@ GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, 
 template <typename T>
 void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t first, const float* packed,
                   int64_t channel, int64_t channels, int64_t first_vector, float* results, TaskSums& sums) {
-  const int64_t pixels = cut.pixels(tile), vector_floats = pixels * LANES;
+  const int64_t pixels = cut.pixels(tile), vector_floats = whole_tiles(pixels) * LANES;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   TileResult result;
   result.pixels = pixels;
@@ -250,9 +255,8 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
       fetch_ahead<T>(p.mask_x, result.mask_at, pixels, at, width);
       if (p.add) fetch_ahead<T>(p.output, result.output_at, pixels, at, width);
     }
-    cut.function(
-        tile, together)({packed, p.weight + vector * LANES * p.source_channels + channel * together * LANES,
-                         channels, out, channel > 0});
+    const float* weights = p.weight + vector * LANES * p.weight_rows() + channel * together * LANES;
+    cut.function(tile, together)({packed, pixels, weights, channels, out, channel > 0});
     if (!last) continue;
     for (int64_t i = 0; i < together; ++i)
       store_vector<T>(p, result, out + i * vector_floats, vector + i, &sums.moments[v + i],
@@ -290,7 +294,7 @@ void pass_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch) {
     for (int64_t tile = 0; tile < cut.count; ++tile) {
       const int64_t at = first + cut.first(tile);
       pack_tile<T, Slots::channels>(p.source, at, cut.pixels(tile), channel, channels, packed);
-      float* out = p.depth < p.source_channels ? results + cut.first(tile) * p.chunk * LANES : results;
+      float* out = p.depth < p.source_channels ? results + tile * POINT_PIXELS * p.chunk * LANES : results;
       compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums);
     }
   }

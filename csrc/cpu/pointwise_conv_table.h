@@ -15,8 +15,6 @@ struct PointwiseConvTable {
 };
 
 GCONV_DECLARE_TABLES(PointwiseConvTable, pointwise_conv);
-#if defined(__x86_64__)
-extern const PointwiseConvTable pointwise_conv_avx512_bf16;
-#endif
+GCONV_DECLARE_PAIRS_TABLES(PointwiseConvTable, pointwise_conv);
 
 }  // namespace gconv

@@ -6,9 +6,10 @@
 //   output channels.
 // add_outer: packed dy and packed x to a few rows of the weight gradient, one scalar of dy against one to
 //   three vectors of x; the pixels are what is summed over, so both sides are as packed for multiply_tile.
+//   Tile registers want the pixels of dy along a row: pack_rows.
 #pragma once
-#include "conv_slots.h"
 #include "pointwise_conv.h"
+#include "tile_registers.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -70,7 +71,7 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
       const auto value = [&](int64_t i) GCONV_LAMBDA {
         return i < pixels ? coefficients.apply(x + x_at[i], y_of(i), lanes) : zero();
       };
-      for (int64_t i = 0; i < pixels; i += PER_SLOT, packed += LANES)
+      for (int64_t i = 0; i < (TILES ? POINT_PIXELS : pixels); i += PER_SLOT, packed += LANES)
         store(packed, pair_slots(value(i), value(i + 1)));
     } else {
       const SlotReader<T, P, S> slots(s, first_channel, lanes, false);
@@ -90,14 +91,75 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
   });
 }
 
+// Slots of a channel that a packed tile of so many pixels has.
+constexpr int64_t pixel_slots(int64_t pixels) {
+  return ((TILES ? POINT_PIXELS : pixels) + PER_SLOT - 1) / PER_SLOT;
+}
+
+// A tile of one side of a weight gradient whose channels are its rows.
+template <typename T>
+void pack_rows(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
+               float* packed) {
+  pack_tile<T, Slots::pixels>(s, first, pixels, channel, channels, packed);
+  if constexpr (TILES) {
+    static_assert(!TILES || POINT_PIXELS == LANES * PER_SLOT);
+    for (int64_t c = 0; c < channels; c += LANES, packed += LANES * LANES) {
+      Vec square[LANES];
+      GCONV_UNROLL
+      for (int i = 0; i < LANES; ++i) square[i] = load(packed + i * LANES);
+      transpose(square);
+      GCONV_UNROLL
+      for (int i = 0; i < LANES; ++i) store(packed + i * LANES, square[i]);
+    }
+  }
+}
+
 struct TileProduct {
   const float* pixels;   // packed
+  int64_t count;         // of them
   const float* weights;  // [channel][vector][LANES]
   int64_t channels;      // summed over
   float* out;            // [vector][pixel][LANES]
   bool add;              // to what lies there
 };
 
+using TileFunction = void (*)(const TileProduct&);
+
+#if defined(GCONV_ISA_AMX_BF16)
+// A product of registers is a partial sum over LANES slots.
+template <int ROWS, int VECTORS>
+void multiply_tile(const TileProduct& t) {
+  using Sums = TileSums<ROWS, VECTORS>;
+  const TileSumsAt out{t.out, LANES, TILE_ROWS * LANES, whole_tiles(t.count) * LANES};
+  t.add ? Sums::load(out) : Sums::clear();
+  TilePair pixels{t.pixels, LANES, TILE_ROWS * LANES}, weights{t.weights, VECTORS * LANES, LANES};
+  for (int64_t c = 0; c < t.channels; c += LANES) {
+    Sums::multiply_add(pixels, weights);
+    pixels.data += t.count * LANES;
+    weights.data += LANES * VECTORS * LANES;
+  }
+  Sums::store(out);
+}
+
+inline TileFunction tile_function(int64_t vectors, int64_t pixels) {
+  TileFunction function = nullptr;
+  with_tiles(pixels, vectors, [&](auto rows, auto together) {
+    function = multiply_tile<decltype(rows)::value, decltype(together)::value>;
+  });
+  return function;
+}
+
+// How a run of pixels is cut into tiles: all but the last are whole.
+struct PointCut {
+  int64_t all, count;
+
+  explicit PointCut(int64_t pixels)
+      : all(pixels), count(std::max<int64_t>(1, (pixels + POINT_PIXELS - 1) / POINT_PIXELS)) {}
+  int64_t first(int64_t tile) const { return tile * POINT_PIXELS; }
+  int64_t pixels(int64_t tile) const { return std::min<int64_t>(POINT_PIXELS, all - first(tile)); }
+  TileFunction function(int64_t tile, int64_t vectors) const { return tile_function(vectors, pixels(tile)); }
+};
+#else
 // One float32 sum over all channels would lose digits that blocked matrix products keep.
 constexpr int64_t PARTIAL = 64;
 
@@ -138,8 +200,6 @@ void multiply_tile(const TileProduct& t) {
   }
 }
 
-using TileFunction = void (*)(const TileProduct&);
-
 // By the pixels of a tile, at most PIXELS: one vector and two.
 template <int PIXELS = POINT_PIXELS>
 TileFunction tile_function(int64_t vectors, int64_t pixels) {
@@ -163,9 +223,11 @@ struct PointCut : EvenCut {
   int64_t first(int64_t tile) const { return tile * least + std::min(tile, longer); }
   TileFunction function(int64_t tile, int64_t vectors) const { return run[tile < longer][vectors - 1]; }
 };
+#endif
 
-constexpr int OUTER_ROWS = WGRAD_CHANNELS;  // divides LANES
-constexpr int OUTER_VECTORS = LANES == 4 ? 2 : 3;
+// Rows that add_outer takes, those past the last but of whole vectors, and vectors.
+constexpr int OUTER_ROWS = TILES ? 2 * TILE_ROWS : WGRAD_CHANNELS;
+constexpr int OUTER_VECTORS = LANES == 4 || TILES ? 2 : 3;
 
 // The packed tiles of a block of pixels: tile t lies at t * tile_floats, its blocks of channels one after the
 // other.
@@ -177,6 +239,22 @@ struct PackedTiles {
   }
 };
 
+#if defined(GCONV_ISA_AMX_BF16)
+// out[row][vector] += sum over the pixels of dy[row0 + row] * x[vector0 + vector].
+inline void add_outer(int64_t vectors, int64_t rows, const PointCut& cut, const PackedTiles& dy, int64_t row,
+                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row) {
+  with_tiles(rows, vectors, [&](auto row_tiles, auto together) {
+    using Sums = TileSums<decltype(row_tiles)::value, decltype(together)::value>;
+    constexpr int64_t SLOTS = pixel_slots(POINT_PIXELS);
+    const TileSumsAt at{out, out_row, TILE_ROWS * out_row, LANES};
+    fresh ? Sums::clear() : Sums::load(at);
+    for (int64_t tile = 0; tile < cut.count; ++tile)
+      Sums::multiply_add({dy.block(tile, SLOTS, row / LANES), LANES, TILE_ROWS * LANES},
+                         {x.block(tile, SLOTS, vector), LANES, SLOTS * LANES});
+    Sums::store(at);
+  });
+}
+#else
 // out[row][vector] += sum over the pixels of dy[row0 + row] * x[vector0 + vector].
 template <int VECTORS>
 void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const PackedTiles& x, int64_t vector,
@@ -188,7 +266,7 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = zero();
   }
   for (int64_t tile = 0; tile < cut.count; ++tile) {
-    const int64_t slots = (cut.pixels(tile) + PER_SLOT - 1) / PER_SLOT, next = slots * LANES;
+    const int64_t slots = pixel_slots(cut.pixels(tile)), next = slots * LANES;
     const float* dy_at = dy.block(tile, slots, row / LANES) + row % LANES;
     const float* x_at = x.block(tile, slots, vector);
     for (int64_t p = 0; p < slots; ++p, dy_at += LANES, x_at += LANES) {
@@ -212,6 +290,13 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
     }
   }
 }
+
+inline void add_outer(int64_t vectors, int64_t, const PointCut& cut, const PackedTiles& dy, int64_t row,
+                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row) {
+  const auto add = vectors == 3 ? add_outer<3> : vectors == 2 ? add_outer<2> : add_outer<1>;
+  add(cut, dy, row, x, vector, fresh, out, out_row);
+}
+#endif
 
 }  // namespace pointwise
 }  // namespace GCONV_ISA_NS

@@ -4,6 +4,7 @@
 //   once per element, on load).
 // Grid: split of the pixels x chunk of rows (LANES channels of dy) x chunk of vectors (LANES channels of x).
 // Tile: OUTER_ROWS channels of dy by OUTER_VECTORS vectors of x in registers, over the pixels of a block.
+// (Tile registers: 32 by 2, a partial sum being that of 32 pixels.)
 // Bytes moved: x once per chunk of rows, dy once per chunk of vectors; dw of a chunk stays in L2.
 // Accumulation: float32 in three levels (block, split, all), each in a fixed order.
 #pragma once
@@ -54,15 +55,9 @@ inline void add_block(const PointCut& cut, const PackedTiles& dy, const PackedTi
   const int64_t row_floats = vectors * LANES;
   for (int64_t g = 0, v = 0; g < groups.count; ++g) {
     const int64_t together = groups.least + (g < groups.longer);
-    for (int64_t row = 0; row < rows; row += OUTER_ROWS) {
-      float* out = dw + row * row_floats + v * LANES;
-      if (together == 3)
-        add_outer<3>(cut, dy, row, x, v, fresh, out, row_floats);
-      else if (together == 2)
-        add_outer<2>(cut, dy, row, x, v, fresh, out, row_floats);
-      else
-        add_outer<1>(cut, dy, row, x, v, fresh, out, row_floats);
-    }
+    for (int64_t row = 0; row < rows; row += OUTER_ROWS)
+      add_outer(together, rows - row, cut, dy, row, x, v, fresh, dw + row * row_floats + v * LANES,
+                row_floats);
     v += together;
   }
 }
@@ -83,13 +78,13 @@ void store_chunk(const Wgrad& p, int64_t split, int64_t row, int64_t rows, int64
       store_lanes(out + c, load(dw + c), static_cast<int>(std::min<int64_t>(LANES, channels - c)));
 }
 
-// The tiles of a block of pixels of one side, channels [channel, channel + channels).
-template <typename T>
+// The tiles of a block of pixels of one side, channels [channel, channel + channels), by `pack`.
+template <typename Pack>
 void pack_block(const PointSource& s, const PointCut& cut, int64_t first, int64_t channel, int64_t channels,
-                const PackedTiles& packed) {
+                const PackedTiles& packed, const Pack& pack) {
   for (int64_t tile = 0; tile < cut.count; ++tile)
-    pack_tile<T, Slots::pixels>(s, first + cut.first(tile), cut.pixels(tile), channel, channels,
-                                packed.data + tile * packed.tile_floats);
+    pack(s, first + cut.first(tile), cut.pixels(tile), channel, channels,
+         packed.data + tile * packed.tile_floats);
 }
 
 // Floats of a packed tile: an odd number of eighths of L1's sets apart, so that a block's tiles spread over
@@ -121,8 +116,8 @@ void wgrad_task(const Wgrad& p, int64_t task, Scratch& scratch) {
   const EvenCut walk(share.end - share.begin, BLOCK_TILES * POINT_PIXELS);
   for (int64_t i = 0, first = share.begin; first < share.end; ++i) {
     const PointCut cut(walk.least + (i < walk.longer));
-    pack_block<T>(p.dy, cut, first, row, rows, dy);
-    pack_block<T>(p.x, cut, first, channel, channels, x);
+    pack_block(p.dy, cut, first, row, rows, dy, pack_rows<T>);
+    pack_block(p.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
     add_block(cut, dy, x, rows, vectors, i == 0, dw);
     first += walk.least + (i < walk.longer);
   }

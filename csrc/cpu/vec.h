@@ -1,9 +1,10 @@
-// Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AVX512_BF16,
-// GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file and then writes its
-// kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane kernels. The first is
-// the second for bfloat16 alone, with instructions for it (conv_slots.h). The pragma below raises the
-// target for what follows only, so no standard-library function is compiled for it (the linker could keep
-// that copy and run it on a CPU that lacks the instructions).
+// Vector verbs, once per instruction set. A translation unit defines one of GCONV_ISA_AMX_BF16,
+// GCONV_ISA_AVX512_BF16, GCONV_ISA_AVX512, GCONV_ISA_AVX2 or GCONV_ISA_PORTABLE before including this file
+// and then writes its kernels in namespace gconv::GCONV_ISA_NS: the same source makes 16-, 8- and 4-lane
+// kernels. The second is the third for bfloat16 alone, with instructions for it (conv_slots.h), and the first
+// the second with tile registers (tile_registers.h). The pragma below raises the target for what follows
+// only, so no standard-library function is compiled for it (the linker could keep that copy and run it on a
+// CPU that lacks the instructions).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,7 +16,21 @@
 
 #include "tensor.h"
 
-#if defined(GCONV_ISA_AVX512_BF16)
+#if defined(GCONV_ISA_AMX_BF16)
+#include <immintrin.h>
+#define GCONV_ISA_AVX512_BF16
+#define GCONV_ISA_AVX512
+#define GCONV_ISA_NS amx_bf16
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+#endif
+#elif defined(GCONV_ISA_AVX512_BF16)
 #include <immintrin.h>
 #define GCONV_ISA_AVX512
 #define GCONV_ISA_NS avx512_bf16
@@ -125,7 +140,11 @@ constexpr int LANES = 16;
 // Output pixels a tile holds in registers: with one and with two vectors of channels per pixel.
 constexpr int TILE_SINGLE = 14, TILE_PAIR = 8;
 // Pixels whose sums a pointwise tile holds, two vectors of channels each.
+#if defined(GCONV_ISA_AMX_BF16)
+constexpr int POINT_PIXELS = 32;
+#else
 constexpr int POINT_PIXELS = 14;
+#endif
 // Narrow groups go in strips. Output columns of one, three rows of which are held in registers, or two where
 // one of the grids is twice as fine.
 constexpr bool STRIPS = true;
