@@ -17,8 +17,10 @@ size_t element_size(ScalarType type) {
 Tensor empty(const Shape& shape, ScalarType type, const Device& device, MemoryFormat format) {
   const size_t rank = static_cast<size_t>(shape.rank);
   size_t bytes = element_size(type);
-  for (int64_t i = 0; i < shape.rank; ++i) bytes *= static_cast<size_t>(shape.size[i]);
-  if (!device.is_cpu() || bytes < CACHED_FROM || cache_limit() == 0)
+  bool countable = true;  // else torch says what is wrong with it
+  for (int64_t i = 0; i < shape.rank; ++i)
+    countable = countable && !__builtin_mul_overflow(bytes, static_cast<size_t>(shape.size[i]), &bytes);
+  if (!device.is_cpu() || !countable || bytes < CACHED_FROM || cache_limit() == 0)
     return torch::stable::empty({shape.size, rank}, type, std::nullopt, device, std::nullopt, format);
   const auto& s = shape.size;
   Shape strides{s[1] * s[2] * s[3], 1, s[1] * s[3], s[1]};

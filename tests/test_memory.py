@@ -186,6 +186,17 @@ def test_bad_limit(cache, limit):
         cache.set_cache_limit(limit)
 
 
+def test_more_memory_than_there_is(cache):
+    with pytest.raises(RuntimeError, match=f"can't allocate {1 << 62} bytes"):
+        memory.new_channels_last(torch.empty(0), (1 << 20, 1 << 20, 1 << 20, 1))
+    for size in (
+        (1 << 32, (1 << 30) + 1, 4, 1),
+        (1 << 20, 1 << 20, 1 << 20, 1 << 20),
+    ):  # modulo 2^64: 16 G, 0
+        with pytest.raises(RuntimeError):
+            memory.new_channels_last(torch.empty(0), size)
+
+
 @pytest.mark.parametrize("size", [(1, 2, 3), (1, 2, 3, -4)])
 def test_bad_size(cache, size):
     with pytest.raises(RuntimeError, match="cpu_empty_channels_last: size: want"):

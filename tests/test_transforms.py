@@ -306,6 +306,11 @@ def test_every_op_is_sampled(ops):
         "set_cpu_isa",
         "cpu_winograd",
         "set_cpu_winograd",
+        "cpu_cache_limit",  # of memory: test_memory.py
+        "set_cpu_cache_limit",
+        "cpu_cache_use",
+        "empty_cpu_cache",
+        "cpu_empty_channels_last",
         "dense_block_fwd",  # of lists: test_dense_block_autograd.py has their opcheck
         "dense_block_bwd",
         "conv_pack",  # test_freeze.py has theirs

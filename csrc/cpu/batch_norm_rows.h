@@ -7,7 +7,8 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 namespace batch_norm {
 
-GCONV_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// Into L2: in front of L1 a core has few line buffers, which loads that miss need too.
+GCONV_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // The rows (pixels) of an activation, numbered as if they lay in one line. Where one stride serves all of
 // them no division is needed to find one; slices and expanded tensors mostly keep that property, crops do
@@ -21,7 +22,8 @@ class Rows {
         w_(s.w),
         n_stride_(x.stride_n),
         h_stride_(x.stride_h),
-        w_stride_(x.stride_w) {
+        w_stride_(x.stride_w),
+        ahead_(std::max<int64_t>(4, AHEAD_BYTES / (s.c * static_cast<int64_t>(sizeof(T))))) {
     const int64_t sizes[3] = {s.w, s.h, s.n}, strides[3] = {x.stride_w, x.stride_h, x.stride_n};
     int64_t count = 1;
     for (int i = 0; i < 3; ++i) {
@@ -40,7 +42,7 @@ class Rows {
     return data_ + (line / h_) * n_stride_ + (line % h_) * h_stride_ + (r % w_) * w_stride_;
   }
 
-  // Channel c of ROWS rows from r on, and of those AHEAD rows further: what to fetch while these are worked
+  // Channel c of ROWS rows from r on, and of those AHEAD_BYTES further: what to fetch while these are worked
   // on.
   template <int ROWS>
   struct Group {
@@ -51,16 +53,17 @@ class Rows {
     Group<ROWS> g;
     for (int i = 0; i < ROWS; ++i) {
       g.at[i] = row(r + i) + c;
-      g.next[i] = row(std::min(r + i + AHEAD, end - 1)) + c;
+      g.next[i] = row(std::min(r + i + ahead_, end - 1)) + c;
     }
     return g;
   }
-  static constexpr int AHEAD = 4;
+  static constexpr int64_t AHEAD_BYTES = 8 * 1024;
 
  private:
   T* data_;
   int64_t h_, w_, n_stride_, h_stride_, w_stride_;
   int64_t row_stride_ = 0;
+  int64_t ahead_;  // rows
   bool one_stride_ = true;
 };
 

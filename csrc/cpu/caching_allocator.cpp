@@ -104,7 +104,7 @@ class Cache {
 
   static void* from_system(size_t bytes) {
     void* block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (block == MAP_FAILED) throw std::bad_alloc();
+    if (block == MAP_FAILED) throw std::runtime_error("can't allocate " + std::to_string(bytes) + " bytes");
 #if defined(MADV_HUGEPAGE)
     madvise(block, bytes, MADV_HUGEPAGE);  // fewer faults, and prefetching goes on past 4 KiB
 #endif

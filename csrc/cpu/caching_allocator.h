@@ -13,7 +13,7 @@ namespace gconv {
 // Smaller blocks are left to malloc, which keeps them by itself.
 constexpr size_t CACHED_FROM = size_t{1} << 20;
 
-// A block of at least that many bytes at the start of a page; throws std::bad_alloc.
+// A block of at least that many bytes at the start of a page; throws std::runtime_error, as torch's does.
 void* cached_allocate(size_t bytes);
 void cached_free(void* block);  // what cached_allocate gave
 
