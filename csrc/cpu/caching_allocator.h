@@ -10,8 +10,8 @@
 
 namespace gconv {
 
-// Smaller blocks are left to malloc, which keeps them by itself.
-constexpr size_t CACHED_FROM = size_t{1} << 20;
+// Smaller blocks are left to malloc, which keeps them by itself: this is where glibc's mappings begin.
+constexpr size_t CACHED_FROM = size_t{1} << 17;
 
 // A block of at least that many bytes at the start of a page; throws std::runtime_error, as torch's does.
 void* cached_allocate(size_t bytes);
