@@ -1,8 +1,8 @@
 """Memory of large tensors on the CPU.
 
-What gconv's C++ kernels return or work in, from 128 KiB up, comes from an allocator that keeps freed blocks, as
-torch's does on a GPU. torch's own CPU allocator gives them back to the system by way of malloc, which zeroes
-and maps in every page anew for the next tensor: of ResNeXt-50's step or inference that is 5 to 15 % of the
+What gconv's C++ kernels return or work in, from 128 KiB up, comes from an allocator that keeps freed blocks,
+as torch's does on a GPU. torch's own CPU allocator gives them back to the system by way of malloc, which
+zeroes and maps in every page anew for the next tensor: of ResNet's inference that is some 5 to 10 % of the
 time. Tensors of torch's operators are not touched.
 """
 
