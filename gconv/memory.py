@@ -21,12 +21,6 @@ class CacheUse(NamedTuple):
     cached: int
 
 
-def _needs_extension(caller: str) -> None:
-    missing = backend.missing_extension()
-    if missing is not None:
-        raise RuntimeError(f"{caller}: {missing}")
-
-
 def empty_cache() -> None:
     """Gives all memory that is free and kept for later tensors back to the system. No tensor is touched."""
     if backend.extension_loaded():
@@ -35,29 +29,28 @@ def empty_cache() -> None:
 
 def cache_limit() -> int:
     """How many bytes are kept at most when they are free: an eighth of the memory of the machine, or of its
-    control group where that is less, or what GCONV_CACHE_MB (in MiB) or `set_cache_limit` said."""
-    _needs_extension("cache_limit")
-    return torch.ops.gconv.cpu_cache_limit()
+    control group where that is less, or what GCONV_CACHE_MB (in MiB) or `set_cache_limit` said; 0 without the
+    C++ kernels."""
+    return torch.ops.gconv.cpu_cache_limit() if backend.extension_loaded() else 0
 
 
 def set_cache_limit(limit: int) -> None:
     """Keeps at most `limit` bytes from now on and gives back what is above. 0: torch allocates everything,
-    and its memory profiler sees it; tensors there are stay where they are.
+    and its memory profiler sees it; tensors that exist stay where they are. Without the C++ kernels there is
+    nothing to limit.
 
     Raises:
         ValueError: a limit that is no int of at least 0.
-        RuntimeError: the C++ kernels are not built.
     """
     if type(limit) is not int or limit < 0:
         raise ValueError(f"set_cache_limit: limit: want an int of at least 0, got {limit!r}")
-    _needs_extension("set_cache_limit")
-    torch.ops.gconv.set_cpu_cache_limit(limit)
+    if backend.extension_loaded():
+        torch.ops.gconv.set_cpu_cache_limit(limit)
 
 
 def cache_use() -> CacheUse:
     """What tensors have of this memory now, and what is free and kept."""
-    _needs_extension("cache_use")
-    return CacheUse(*torch.ops.gconv.cpu_cache_use())
+    return CacheUse(*torch.ops.gconv.cpu_cache_use()) if backend.extension_loaded() else CacheUse(0, 0)
 
 
 def new_channels_last(like: torch.Tensor, size) -> torch.Tensor:

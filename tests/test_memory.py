@@ -186,6 +186,16 @@ def test_bad_limit(cache, limit):
         cache.set_cache_limit(limit)
 
 
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(memory.backend, "extension_loaded", lambda: False)
+    memory.empty_cache()
+    memory.set_cache_limit(MB)
+    assert memory.cache_limit() == 0 and memory.cache_use() == (0, 0)
+    assert new(4).is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.undo()
+    assert memory.cache_limit() != MB
+
+
 def test_more_memory_than_there_is(cache):
     with pytest.raises(RuntimeError, match=f"can't allocate {1 << 62} bytes"):
         memory.new_channels_last(torch.empty(0), (1 << 20, 1 << 20, 1 << 20, 1))
