@@ -40,11 +40,11 @@ std::tuple<int64_t, int64_t> cpu_cache_use() {
   return {use.allocated, use.cached};
 }
 
-Tensor cpu_empty_channels_last(std::vector<int64_t> size, ScalarType type) {
-  check(size.size() == 4, "cpu_empty_channels_last: size: want 4 sizes, got ", size.size());
-  for (int64_t s : size) check(s >= 0, "cpu_empty_channels_last: size: want sizes of at least 0, got ", s);
+Tensor cpu_empty(std::vector<int64_t> size, ScalarType type, bool channels_last) {
+  check(size.size() == 4, "cpu_empty: size: want 4 sizes, got ", size.size());
+  for (int64_t s : size) check(s >= 0, "cpu_empty: size: want sizes of at least 0, got ", s);
   return empty({size[0], size[1], size[2], size[3]}, type, Device(DeviceType::CPU),
-               MemoryFormat::ChannelsLast);
+               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 }  // namespace
@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(gconv, m) {
   m.def("set_cpu_cache_limit(int bytes) -> ()");
   m.def("cpu_cache_use() -> (int allocated, int cached)");
   m.def("empty_cpu_cache() -> ()");
-  m.def("cpu_empty_channels_last(int[] size, ScalarType dtype) -> Tensor");
+  m.def("cpu_empty(int[] size, ScalarType dtype, bool channels_last) -> Tensor");
 #define GCONV_OP(schema) m.def(schema);
 #include "../gconv/schemas.inc"
 #undef GCONV_OP
@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_cache_limit", TORCH_BOX(&gconv::set_cpu_cache_limit));
   m.impl("cpu_cache_use", TORCH_BOX(&gconv::cpu_cache_use));
   m.impl("empty_cpu_cache", TORCH_BOX(&gconv::empty_cache));
-  m.impl("cpu_empty_channels_last", TORCH_BOX(&gconv::cpu_empty_channels_last));
+  m.impl("cpu_empty", TORCH_BOX(&gconv::cpu_empty));
 }
 
 // What packed weights depend on besides the call, as one number. No op, for it is asked before each

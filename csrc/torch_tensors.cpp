@@ -6,10 +6,22 @@ namespace gconv {
 
 namespace {
 
-// Bytes per element of what the kernels read and write; 0 of any other type, which is torch's to allocate.
+// Bytes per element of what the kernels read and write, and of indices; 0 of any other type, which is
+// torch's to allocate.
 size_t element_size(ScalarType type) {
-  if (type == ScalarType::Float) return 4;
-  return type == ScalarType::BFloat16 || type == ScalarType::Half ? 2 : 0;
+  switch (type) {
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Short:
+      return 2;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 0;
+  }
 }
 
 }  // namespace

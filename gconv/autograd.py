@@ -8,11 +8,7 @@ the op's own formula, and with the op's formula alone forward-mode AD would sile
 from collections.abc import Callable
 
 import torch
-from torch._C import (
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _is_any_autocast_enabled,
-)
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 
@@ -87,14 +83,6 @@ def first_order() -> bool:
     """The same for a backward. Compilers trace it as plain ops: they differentiate once, or by the ops'
     formulas."""
     return torch.compiler.is_compiling() or untracked()
-
-
-def autocast_enabled(x) -> bool:
-    """Whether autocast is on for the device of x; the first question is the cheap one."""
-    if not torch.compiler.is_compiling() and not _is_any_autocast_enabled():
-        return False
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # meta has no autocast to ask about
 
 
 def distinct(x, other):

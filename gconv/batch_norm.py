@@ -12,9 +12,9 @@ from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gconv import backend
+from gconv.autocast import autocast_enabled
 from gconv.autograd import (
     applier,
-    autocast_enabled,
     call,
     channels_last,
     decide,
@@ -32,7 +32,6 @@ from gconv.autograd import (
     vmap_by,
 )
 from gconv.grouped_conv import per_channel, wide
-from gconv.recompute import offer_norm
 
 PIXELS = (0, 2, 3)
 
@@ -563,9 +562,7 @@ def train(x, gamma, beta, residual, eps, relu):
     if untracked():
         z, mean, var, *_ = BatchNorm.forward(x, gamma, beta, residual, eps, relu)
     else:
-        z, mean, var, _, affine = _train_apply(x, gamma, beta, distinct(x, residual), eps, relu)
-        if relu and residual is None:
-            offer_norm(z, x, affine)
+        z, mean, var, *_ = _train_apply(x, gamma, beta, distinct(x, residual), eps, relu)
     return in_format(z, keep), mean, var
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd import Function
 
 from gconv import backend, packed, pointwise_conv
+from gconv.autocast import autocast
 from gconv.autograd import (
     applier,
     call,
@@ -54,7 +55,6 @@ from gconv.batch_norm import (
 )
 from gconv.conv_bn_relu import fuse_modules_forward, not_fusable, run_conv_bn_relu
 from gconv.grouped_conv import (
-    autocast,
     bwd,
     check_tensors,
     conv_apply,

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import Function
 
 from gconv import backend, packed
+from gconv.autocast import autocast
 from gconv.autograd import (
     applier,
     call,
@@ -60,7 +61,6 @@ from gconv.batch_norm import (
 )
 from gconv.concat import check_into, placed, writes_in_place
 from gconv.grouped_conv import (
-    autocast,
     check_tensors,
     conv_apply,
     conv_output_size,

@@ -12,9 +12,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from gconv import backend
+from gconv.autocast import autocast, autocast_enabled
 from gconv.autograd import (
     applier,
-    autocast_enabled,
     call,
     channels_last,
     decide,
@@ -47,7 +47,7 @@ from gconv.dense_stages import (
     forward_stages,
     infer_stages,
 )
-from gconv.grouped_conv import autocast, check_tensors
+from gconv.grouped_conv import check_tensors
 from gconv.memory import new_channels_last
 from gconv.ranks import Alone, mixed_reason, ranks_of
 

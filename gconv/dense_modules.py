@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from gconv import backend, packed
+from gconv.autocast import autocast
 from gconv.autograd import call, in_format, suggests_channels_last
 from gconv.batch_norm import check_eps, state_of
 from gconv.conv_bn_relu import not_fusable
 from gconv.dense_block import Layer, check, conf_of, in_autocast, not_shared, reason_against, run
 from gconv.dense_stages import infer_stages
-from gconv.grouped_conv import autocast
 
 
 def _module_reason(conv, bn, kernel) -> str | None:

@@ -16,9 +16,9 @@ from torch.autograd import Function
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from gconv import backend
+from gconv.autocast import autocast
 from gconv.autograd import (
     applier,
-    autocast_enabled,
     batched,
     call,
     channels_last,
@@ -612,17 +612,6 @@ def plan(name: str, x, weight, bias, stride, padding, dilation, groups, by_desig
             _planned.clear()
         _planned[key] = geometry, conf, decision
     return conf, decision
-
-
-def autocast(*tensors):
-    """The tensors in autocast's dtype where it is on, as torch casts a convolution's arguments."""
-    if not autocast_enabled(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype is not torch.float64 else t
-        for t in tensors
-    )
 
 
 def _into(memory, x, weight, scale, shift, residual, relu, *conf) -> tuple:

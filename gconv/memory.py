@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from gconv import backend
-from gconv.autograd import empty_channels_last
 
 
 class CacheUse(NamedTuple):
@@ -53,16 +52,32 @@ def cache_use() -> CacheUse:
     return CacheUse(*torch.ops.gconv.cpu_cache_use()) if backend.extension_loaded() else CacheUse(0, 0)
 
 
-def new_channels_last(like: torch.Tensor, size) -> torch.Tensor:
-    """An uninitialized channels_last tensor of this size, dtype and device of `like`, allocated as an op
-    allocates its result."""
+def new(like: torch.Tensor, size, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    """An uninitialized tensor [N, C, H, W] on the device of `like`, allocated as an op allocates its result
+    (float64 and 8-bit types as torch does)."""
     if like.device.type == "cpu" and backend.extension_loaded():
-        return torch.ops.gconv.cpu_empty_channels_last(list(size), like.dtype)
-    return empty_channels_last(like, size)
+        return torch.ops.gconv.cpu_empty(list(size), dtype, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(size), dtype=dtype, device=like.device, memory_format=layout)
+
+
+def new_channels_last(like: torch.Tensor, size) -> torch.Tensor:
+    """The same with the dtype of `like`, channels_last."""
+    return new(like, size, like.dtype, True)
+
+
+def new_like(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty_like(like, dtype=dtype), allocated likewise where `like` is [N, C, H, W] without gaps."""
+    if like.dim() == 4:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            if like.is_contiguous(memory_format=layout):
+                return new(like, like.shape, dtype, layout is torch.channels_last)
+    return torch.empty_like(like, dtype=dtype)
 
 
 if backend.extension_loaded():
 
-    @torch.library.register_fake("gconv::cpu_empty_channels_last")
-    def _cpu_empty_channels_last_fake(size, dtype):
-        return torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
+    @torch.library.register_fake("gconv::cpu_empty")
+    def _cpu_empty_fake(size, dtype, channels_last):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(size, dtype=dtype, memory_format=layout)

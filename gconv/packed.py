@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gconv import backend
+from gconv.autocast import autocast, autocast_enabled
 from gconv.autograd import (
-    autocast_enabled,
     call,
     channels_last,
     empty_channels_last,
@@ -35,7 +35,7 @@ from gconv.batch_norm import (
     uses_batch_statistics,
 )
 from gconv.concat import check_into, placed, writes_in_place
-from gconv.grouped_conv import autocast, check_tensors, conv_output_size, ops_for, plan
+from gconv.grouped_conv import check_tensors, conv_output_size, ops_for, plan
 
 KEPT = "_gconv_kept"  # the name of a module's `Kept`, an attribute like any other: no part of a state_dict
 MOST = 256  # things kept of one module: packed weights go by dtype and image size

@@ -41,11 +41,11 @@ class Versioned:
 class Recomputed:
     """z = relu(a*y + b + shortcut), which `get` makes again, bit for bit.
 
-    y [N, K, H, W], affine [2, K] = (a; b). shortcut: None, a tensor, a tensor with an affine of its own, or
-    the recipe of a tensor.
+    y [N, K, H, W], affine [2, K] = (a; b). shortcut: a tensor, a tensor with an affine of its own, or the
+    recipe of a tensor.
     """
 
-    def __init__(self, z, y, affine, shortcut=None, shortcut_affine=None):
+    def __init__(self, z, y, affine, shortcut, shortcut_affine=None):
         self._made = _identity(z)
         self._args = [
             Versioned(arg) if isinstance(arg, torch.Tensor) else arg
@@ -56,10 +56,6 @@ class Recomputed:
     def makes(self, x) -> bool:
         """Whether x, which is z or was made from it in place, holds what z held."""
         return _identity(x) == self._made
-
-    def source(self):
-        """y"""
-        return self._args[0].get()
 
     def use(self, value) -> None:
         """`value`, which has the values of z and is kept anyway, serves until it is taken or changed."""
@@ -115,23 +111,6 @@ def _replace(saved, pack, unpack) -> bool:
     return True
 
 
-def _keep_recipe(node, place, recipe, unpack) -> bool:
-    """Puts `recipe`, of the node's result, in the place of what the node has saved as tensor number `place`.
-    The node itself refers to it weakly: autograd lets go of what is saved after the backward."""
-    if not _replace(node._raw_saved_tensors[place], lambda tensor: recipe, unpack):
-        return False
-    node.gconv_recipe = weakref.ref(recipe)
-    return True
-
-
-def offer_norm(z, y, affine) -> None:
-    """After z = relu(a*y + b), whose node has saved y as the first tensor: who keeps z, like `max_pool`, may
-    make it again."""
-    node = _node_of(z)
-    if node is not None:
-        _keep_recipe(node, 0, Recomputed(z, y, affine), Recomputed.source)
-
-
 def forget_block(z, x, y, table, shortcut) -> None:
     """After z = relu(a*y + b + shortcut), whose node has saved x as the first tensor and z as the last, along
     with y and the rest: z is made again, and x where its node offers that.
@@ -149,32 +128,12 @@ def forget_block(z, x, y, table, shortcut) -> None:
     else:
         recipe = Recomputed(z, y, table[:2], shortcut[0], shortcut[1][:2])
     # Of all backwards that read z the one of its own node is the last.
-    if not _keep_recipe(node, -1, recipe, Recomputed.take) or known is None:
+    if not _replace(node._raw_saved_tensors[-1], lambda tensor: recipe, Recomputed.take):
+        return
+    node.gconv_recipe = weakref.ref(recipe)  # autograd lets go of what is saved after the backward
+    if known is None:
         return
     if shortcut == "x":
         _replace(node._raw_saved_tensors[0], lambda tensor: known, Recomputed.get)
     else:
         known.use(x)
-
-
-def max_pool(pool, x):
-    """pool(x) of an nn.MaxPool2d. For the backward, which reads its input and where in each plane [H, W] the
-    maxima are, the input is made again if its node offers that, and the places are kept in 16 or 32 bits. Any
-    other module is merely called."""
-    z = pool(x)
-    node = _node_of(z)
-    if node is None or node.name() != "MaxPool2DWithIndicesBackward0":
-        return z
-    recipe, plane = _recipe_of(x), []
-
-    def pack_input(tensor):
-        plane.append(tensor.shape[-2] * tensor.shape[-1])
-        return recipe if recipe is not None and recipe.makes(tensor) else Versioned(tensor)
-
-    def pack_places(places):
-        fits = (dtype for dtype in (torch.int16, torch.int32) if plane[0] - 1 <= torch.iinfo(dtype).max)
-        return places.to(next(fits, places.dtype))
-
-    if _replace(node._raw_saved_self, pack_input, lambda kept: kept.get()):
-        _replace(node._raw_saved_result1, pack_places, lambda places: places.long())
-    return z

@@ -20,7 +20,7 @@ from gconv.batch_norm import is_frozen
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.dense_layers import DenseBlock, Transition, check_memory, remap_densenet_keys, run_dense_block
 from gconv.layers import Conv2d
-from gconv.recompute import max_pool
+from gconv.max_pool import max_pool
 
 from .common import build, to_channels_last
 

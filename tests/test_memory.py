@@ -209,7 +209,7 @@ def test_more_memory_than_there_is(cache):
 
 @pytest.mark.parametrize("size", [(1, 2, 3), (1, 2, 3, -4)])
 def test_bad_size(cache, size):
-    with pytest.raises(RuntimeError, match="cpu_empty_channels_last: size: want"):
+    with pytest.raises(RuntimeError, match="cpu_empty: size: want"):
         memory.new_channels_last(torch.empty(0), size)
 
 

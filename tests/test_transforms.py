@@ -310,7 +310,7 @@ def test_every_op_is_sampled(ops):
         "set_cpu_cache_limit",
         "cpu_cache_use",
         "empty_cpu_cache",
-        "cpu_empty_channels_last",
+        "cpu_empty",
         "dense_block_fwd",  # of lists: test_dense_block_autograd.py has their opcheck
         "dense_block_bwd",
         "conv_pack",  # test_freeze.py has theirs

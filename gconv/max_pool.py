@@ -1,0 +1,79 @@
+"""nn.MaxPool2d whose backward keeps neither what was pooled nor 64-bit indices."""
+
+import torch
+from torch import nn
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import Function, forward_ad
+from torch.nn.modules.utils import _pair
+
+from gconv import memory
+from gconv.autograd import applier, first_order, suggests_channels_last, transformed
+from gconv.conv_bn_relu import watched
+
+_aten = torch.ops.aten
+
+
+class MaxPool(Function):
+    """max_pool2d(x) of x [N, C, H, W]. torch's kernels do the work; for the backward the place of each
+    maximum in its plane is kept in 16 bits, or in 32 where a plane has more pixels."""
+
+    @staticmethod
+    def forward(ctx, x, size, *conf):
+        ctx.size, ctx.conf, ctx.channels_last = x.shape, conf, suggests_channels_last(x)
+        z = memory.new(x, size, x.dtype, ctx.channels_last)
+        places = memory.new(x, size, torch.int64, ctx.channels_last)
+        _aten.max_pool2d_with_indices.out(x, *conf, out=z, indices=places)
+        last = x.shape[2] * x.shape[3] - 1
+        small = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
+        if last <= torch.iinfo(small).max:
+            places = memory.new(x, size, small, ctx.channels_last).copy_(places)
+        ctx.save_for_backward(places)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        (small,) = ctx.saved_tensors
+        places = memory.new(small, small.shape, torch.int64, ctx.channels_last).copy_(small)
+        # Of what was pooled torch's backward reads size and layout, which are those of its gradient.
+        dx = memory.new(small, ctx.size, dz.dtype, ctx.channels_last)
+        if first_order() and not is_legacy_batchedtensor(dz):
+            _aten.max_pool2d_with_indices_backward.grad_input(dz, dx, *ctx.conf, places, grad_input=dx)
+        else:
+            dx = _aten.max_pool2d_with_indices_backward(dz, dx, *ctx.conf, places)
+        return dx, *(None,) * (1 + len(ctx.conf))
+
+
+_apply = applier(MaxPool)
+
+
+def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
+    """How many windows of such a row there are; torch lets none begin past the row and its padding."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
+    count = span // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
+
+
+def max_pool(pool, x):
+    """pool(x) of an nn.MaxPool2d, with less to keep for the backward; any other module, or one with hooks, is
+    merely called, and so it is where nothing wants a gradient or others watch the tensors."""
+    plain = (
+        type(pool) is not nn.MaxPool2d
+        or type(x) is not torch.Tensor
+        or not x.requires_grad
+        or x.dim() != 4
+        or 0 in x.shape
+        or pool.return_indices
+        or watched(pool) is not None
+        or not torch.is_grad_enabled()
+        or transformed()
+        or forward_ad._current_level >= 0
+    )
+    if plain:
+        return pool(x)
+    conf = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    if min(conf[1]) < 1:  # torch says what is wrong
+        return pool(x)
+    sizes = [_pooled(n, *axis, pool.ceil_mode) for n, axis in zip(x.shape[2:], zip(*conf))]
+    if min(sizes) < 1:
+        return pool(x)
+    return _apply(x, (*x.shape[:2], *sizes), *conf, pool.ceil_mode)
