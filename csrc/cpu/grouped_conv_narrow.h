@@ -299,10 +299,22 @@ struct NarrowTile {
   int64_t first_vector, vectors;
 };
 
-// The rows of a strip, top to bottom.
+// Source rows that the strip's tile [row, row + count) reads, those before `fresh` excepted.
 template <typename T>
-void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, const StripBuffers& buffers,
-                  StripMoments* moments, CompensatedSum (*sums)[2], LinePrefetch* below) {
+void fetch_rows(const Pass& p, int64_t image, int64_t channel, const Strip& strip, int64_t row, int64_t count,
+                int64_t fresh, FetchAhead* ahead) {
+  const Scale scale = scale_of(p);
+  const int64_t first = first_source(scale, row), end = first + reach(scale, static_cast<int>(count));
+  for (int64_t r = std::max(first, fresh); r < std::min(p.source_h, end); ++r)
+    ahead->add<T>(p.source, {image, false}, r, channel, strip.source);
+}
+
+// The rows of a strip, top to bottom; last, those of `beside`, the strip after it if there is one, are asked
+// for.
+template <typename T>
+void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, const Strip* beside,
+                  const StripBuffers& buffers, StripMoments* moments, CompensatedSum (*sums)[2],
+                  LinePrefetch* below) {
   const Scale scale = scale_of(p);
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
   const int64_t most = strip_rows(scale);
@@ -342,13 +354,13 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
           r >= 0 && r < end ? buffers.staged + r % buffers.ring * buffers.staged_floats : nullptr;
     }
     step.ahead = FetchAhead();
-    const int64_t next = std::min(most, rows.end - o - count);
-    if (next > 0) {
-      const int64_t ahead_end = first_source(scale, o + count) + reach(scale, static_cast<int>(next));
-      for (int64_t r = end; r < std::min(p.source_h, ahead_end); ++r)
-        step.ahead.add<T>(p.source, {image, false}, r, channel, strip.source);
-      step.ahead.split(step.channels);
-    }
+    if (o + count < rows.end)
+      fetch_rows<T>(p, image, channel, strip, o + count, std::min(most, rows.end - o - count), end,
+                    &step.ahead);
+    else if (beside != nullptr)
+      fetch_rows<T>(p, image, channel, *beside, rows.begin, std::min(most, rows.end - rows.begin), 0,
+                    &step.ahead);
+    step.ahead.split(step.channels);
     if (direct)
       step.direct = static_cast<Value*>(p.output.data) + image * p.output.stride_n + o * p.output.stride_h +
                     strip.first * p.output.stride_w + channel;
@@ -394,9 +406,13 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
     const Share source = p.source_rows(stripe);
     below.spread((source.end - source.begin) * vectors * Strip::count(p, scale) * p.source_per_group);
   }
-  for (int64_t s = 0; s < Strip::count(p, scale); ++s) {
-    const Strip strip(p, scale, s);
-    narrow_strip<T>(p, tile, strip, buffers, strip_moments, sums.gradients, &below);
+  // A gradient that is finished on load has two sources, more rows than FetchAhead takes at once.
+  const int64_t strips = Strip::count(p, scale),
+                followed = p.source.prologue == Prologue::finish ? 0 : strips;
+  for (int64_t s = 0; s < strips; ++s) {
+    const Strip strip(p, scale, s), beside(p, scale, std::min(s + 1, strips - 1));
+    narrow_strip<T>(p, tile, strip, s + 1 < followed ? &beside : nullptr, buffers, strip_moments,
+                    sums.gradients, &below);
     for (int64_t v = 0; p.moments && v < vectors; ++v)
       strip_moments[v].merge_into(&sums.moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
   }
