@@ -30,12 +30,12 @@ bool can_run(Isa isa) { return isa_supported(isa) || (isa == Isa::amx_bf16 && em
 struct Run : Arrays {
   Isa isa;
   int64_t threads;
-  Winograd winograd;
+  Use winograd;
   bool ahead;  // forwards get their weights packed
   Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count,
       const std::string& winograd_text, bool packs_ahead)
       : Arrays(dtype_text), threads(thread_count), ahead(packs_ahead) {
-    if (!winograd_from_name(winograd_text.c_str(), &winograd))
+    if (!use_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
     if (!isa_from_name(isa_text.c_str(), &isa) || !can_run(isa))
       throw std::invalid_argument("isa: " + isa_text);
