@@ -131,14 +131,49 @@ void store_vectors(const Pass& p, const TileResult& r, const float* values, int6
 }
 
 // Asks for a tile's pixels of a tensor, which arrive while the tile is multiplied.
+#ifndef FL
+#define FL 2
+#endif
 template <typename T>
 GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, int64_t channel,
                               int64_t channels) {
   constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t c = 0; c < channels; c += LINE)
-      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c);
+      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c, 0, FL);
 }
+
+// Asks for what will be packed next while tiles are multiplied, in so many calls: the pixels [first, end) from
+// source channel `channel`, in slots, to the end of its cut.
+template <typename T>
+class SourceAhead {
+ public:
+  SourceAhead(const Pass& p, int64_t first, int64_t end, int64_t channel, int64_t calls)
+      : source_(p.source),
+        channel_(channel * PER_SLOT),
+        channels_(std::min(p.depth, p.source_channels - channel) * PER_SLOT),
+        calls_(calls) {
+#ifdef NOAHEAD
+ return;
+#endif
+    if (channels_ <= 0) return;
+    pixels_ = end - first;
+    source_.x_at.offsets(first, pixels_, x_at_);
+    if (source_.prologue == Prologue::finish) source_.y_at.offsets(first, pixels_, y_at_);
+  }
+  void fetch() {
+    const int64_t first = pixels_ * call_ / calls_, pixels = pixels_ * (call_ + 1) / calls_ - first;
+    ++call_;
+    fetch_ahead<T>(source_.x, x_at_ + first, pixels, channel_, channels_);
+    if (source_.prologue == Prologue::finish)
+      fetch_ahead<T>(source_.y, y_at_ + first, pixels, channel_, channels_);
+  }
+
+ private:
+  const PointSource& source_;
+  int64_t channel_, channels_, pixels_ = 0, call_ = 0, calls_;
+  int64_t x_at_[2 * POINT_PIXELS], y_at_[2 * POINT_PIXELS];
+};
 
 // What the masks of `count` vectors will read.
 template <typename T>

@@ -72,7 +72,7 @@ inline void combine_products(float* m, int64_t floats) {
 // The packed run times the weights of a chunk, as compute_tile does it for a tile.
 template <typename T>
 void compute_run(const Pass& p, const Run& run, const float* packed, int64_t channel, int64_t channels,
-                 int64_t first_vector, float* results, TaskSums& sums) {
+                 int64_t first_vector, float* results, TaskSums& sums, SourceAhead<T>& ahead) {
   const int64_t half = channels / 2, pixels = run.half(), second = run.count - pixels;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   const TileResult tiles[2] = {{p, run.first, pixels}, {p, run.first + pixels, second}};
@@ -85,9 +85,17 @@ void compute_run(const Pass& p, const Run& run, const float* packed, int64_t cha
     if (last)
       for (const TileResult& tile : tiles) fetch_masked<T>(p, tile, first_vector + v, 2 * together);
     const TileFunction multiply = tile_function(together, pixels);
-    for (int64_t j = 0; j < PRODUCTS; ++j)
+    for (int64_t j = 0; j < PRODUCTS; ++j) {
+      ahead.fetch();
+#ifdef PARTS
+      for(int64_t c=0;c<half;c+=PARTS){ if(c)ahead.fetch();
+      multiply({packed + j * pixels * half+c*pixels, pixels, weights + (j * half+c) * together * LANES, std::min<int64_t>(PARTS,half-c),
+                out + j * floats, channel+c > 0});}
+#else
       multiply({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
                 out + j * floats, channel > 0});
+#endif
+    }
     if (!last) continue;
     combine_products(out, floats);
     for (int64_t i = 0; i < (second > 0 ? 2 : 1); ++i)
@@ -115,7 +123,15 @@ void strassen_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch
         pack_run<T, decltype(prologue)::value>(p.source, run, channel, channels / 2, packed);
       });
       float* out = results + (partial ? (i - begin) * run_floats : 0);
-      compute_run<T>(p, run, packed, channel, channels, first_vector, out, sums);
+      const bool more = i + 1 < end;
+      const int64_t next = more ? i + 1 : begin, next_channel = more ? channel : channel + channels;
+      const int64_t calls = (sums.vectors + 3) / 4 * PRODUCTS
+#ifdef PARTS
+*((channels/2+PARTS-1)/PARTS)
+#endif
+;
+      SourceAhead<T> ahead(p, p.first_pixel(next), p.first_pixel(next + 1), next_channel, calls);
+      compute_run<T>(p, run, packed, channel, channels, first_vector, out, sums, ahead);
     }
   }
   store_sums(p, block, first_vector, sums);
