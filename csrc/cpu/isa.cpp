@@ -178,9 +178,7 @@ bool single_wide_fma() {
 #endif
 }
 
-const char* use_name(Use use) {
-  return use == Use::never ? "never" : use == Use::always ? "always" : "auto";
-}
+const char* use_name(Use use) { return use == Use::never ? "never" : use == Use::always ? "always" : "auto"; }
 
 bool use_from_name(const char* name, Use* use) {
   constexpr Use CHOICES[] = {Use::never, Use::where_it_pays, Use::always};

@@ -26,7 +26,8 @@ inline PointSource source_of_dy(const PointwiseConvBwdParams& q) {
 
 // What both directions share: cuts and workspace.
 template <typename Params>
-Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, const float* ahead, Use strassen) {
+Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, const float* ahead,
+          Use strassen) {
   Pass p{};
   p.ahead = ahead;
   p.dtype = q.dtype;

@@ -6,8 +6,8 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 namespace pointwise {
 
-// Source channels [first, first + count) in slots of output vector v as [channel][LANES], `step` floats from one
-// to the next. Lanes past the tail repeat the last or are 0: what they compute is never stored.
+// Source channels [first, first + count) in slots of output vector v as [channel][LANES], `step` floats from
+// one to the next. Lanes past the tail repeat the last or are 0: what they compute is never stored.
 template <typename T>
 void pack_vector(const Pass& p, int64_t v, int64_t first, int64_t count, int64_t step, float* out) {
   const T* weight = static_cast<const T*>(p.raw_weight);
@@ -21,8 +21,7 @@ void pack_vector(const Pass& p, int64_t v, int64_t first, int64_t count, int64_t
   const T* rows[LANES];
   for (int64_t l = 0; l < LANES; ++l)
     rows[l] =
-        weight +
-        (std::min(v * LANES + l, p.output_channels - 1) * p.source_channels + first) * PER_SLOT;
+        weight + (std::min(v * LANES + l, p.output_channels - 1) * p.source_channels + first) * PER_SLOT;
   Vec before = zero();
   for_columns(rows, count * PER_SLOT, [&](int64_t c, Vec lanes) {
     if (!PAIRS || c % 2 == 1) store(out + c / PER_SLOT * step, pair_slots(PAIRS ? before : lanes, lanes));
@@ -42,8 +41,8 @@ void pack_direct(const Pass& p, float* packed, int64_t ith, int64_t nth) {
   }
 }
 
-// Four vectors' weights, or the last two's, as [cut][product][source channel][vector][LANES], a product having
-// half of the cut's channels and half of the vectors.
+// Four vectors' weights, or the last two's, as [cut][product][source channel][vector][LANES], a product
+// having half of the cut's channels and half of the vectors.
 template <typename T>
 void pack_strassen(const Pass& p, float* packed, int64_t ith, int64_t nth) {
   static thread_local Scratch scratch;

@@ -28,7 +28,7 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
   for (int64_t v = 0; v < sums.vectors; v += 2) {
     const int64_t together = std::min<int64_t>(2, sums.vectors - v), vector = first_vector + v;
     float* out = results + (partial ? v * vector_floats : 0);
-    if (last) fetch_masked<T>(p, result, vector, together);
+    if (last) fetch_epilogue<T>(p, result, vector, together, 0, 1);
     const float* weights = p.weight + vector * LANES * p.weight_rows() + channel * together * LANES;
     cut.function(tile, together)({packed, pixels, weights, channels, out, channel > 0});
     if (last) store_vectors<T>(p, result, out, vector_floats, first_vector, v, together, sums);
@@ -80,7 +80,9 @@ inline void run_pass(Pass p, int64_t ith, int64_t nth) {
   with_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     p.stream = streams_output<T>(p);
-    const auto task = p.strassen ? strassen_task<T> : pass_task<T>;
+    auto task = pass_task<T>;
+    if constexpr (!PAIRS)
+      if (p.strassen) task = strassen_task<T>;
     for (int64_t i = share.begin; i < share.end; ++i)
       task(p, by_chunk ? i % blocks : i / chunks, by_chunk ? i / blocks : i % chunks, scratch);
     if (p.stream) stream_end();

@@ -1,4 +1,5 @@
-// A forward or an input gradient of pointwise_conv, and how its work is cut, compiled once per instruction set.
+// A forward or an input gradient of pointwise_conv, and how its work is cut, compiled once per instruction
+// set.
 #pragma once
 #include "conv_sums.h"
 #include "pointwise_conv_tiles.h"
@@ -11,19 +12,11 @@ constexpr int64_t DEPTH = 256;  // source channels of a cut: a packed tile fills
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside pixels
 constexpr int64_t RESULT_FLOATS = 48 * 1024;          // a block's results between two cuts
 constexpr int64_t PASS_TASKS = 32;
+constexpr int64_t LEAST_TILES = TILES ? 4 : 8;  // of a block: below, weights are fetched for too few pixels
 
 // By Strassen's algorithm (pointwise_conv_strassen.h).
-constexpr int64_t PRODUCTS = 7;  // of halves: of source channels, of output channels and of pixels
-#ifndef SD
-#define SD 256
-#define SV 16
-#define SR 96
-#endif
-constexpr int64_t STRASSEN_DEPTH = SD;
-constexpr int64_t STRASSEN_VECTORS = SV;
-constexpr int64_t STRASSEN_RESULT_FLOATS = SR * 1024;
-constexpr int64_t LEAST_RUNS = 4;
-constexpr int64_t LEAST_TILES = TILES ? 4 : 8;  // of a block: below, weights are fetched for too few pixels
+constexpr int64_t PRODUCTS = 7;    // of halves: of source channels, of output channels and of pixels
+constexpr int64_t LEAST_RUNS = 4;  // of a block, as LEAST_TILES
 
 // A forward or an input gradient, told in one vocabulary: "source" is read, "output" written.
 struct Pass {
@@ -85,13 +78,18 @@ struct Pass {
   bool gaps() const { return transposed && !add && (shape.stride_h > 1 || shape.stride_w > 1); }
 };
 
-// Whether Strassen's algorithm is used: by the shape of an image alone, so that no result depends on the batch.
+// Whether Strassen's algorithm is used: by the shape of an image alone, so that no result depends on the
+// batch. It can where halves are whole vectors. It pays where the additions are spread over enough channels
+// of the other side, and the packing of 7/4 of the weights over enough pixels; with fewer source channels its
+// rounding errors are nearly twice those of a sum in order.
 inline bool uses_strassen(Use use, int64_t source_channels, int64_t output_channels, int64_t image_pixels) {
-  constexpr int64_t HALVES = 2 * LANES;
+  constexpr int64_t HALVES = 2 * LANES, LEAST_SOURCE = 256, LEAST_OUTPUT = 64;
+  constexpr int64_t LEAST_PIXELS = LANES == 16 ? 12 * 12 : 24 * 24;
   if (PAIRS || use == Use::never || source_channels % HALVES != 0 || output_channels % HALVES != 0)
     return false;
   if (use == Use::always) return true;
-  return false;
+  return LANES > 4 && source_channels >= LEAST_SOURCE && output_channels >= LEAST_OUTPUT &&
+         image_pixels >= LEAST_PIXELS;
 }
 
 // The most units of a block: so few that there are tasks enough, at least `least` of them.
@@ -117,10 +115,10 @@ inline int64_t product_floats(int64_t vectors) { return PRODUCTS * vectors / 2 *
 inline void plan_strassen(Pass& p) {
   constexpr int64_t HALVES = 2 * LANES;
   p.runs = EvenCut(p.image_pixels(), 2 * POINT_PIXELS);
-  p.chunk = 4 * even_piece((p.vectors() + 3) / 4, STRASSEN_VECTORS / 4);
-  p.depth = (even_piece(p.source_channels, STRASSEN_DEPTH) + HALVES - 1) / HALVES * HALVES;
+  p.chunk = 4 * even_piece((p.vectors() + 3) / 4, MOST_VECTORS / 4);
+  p.depth = (even_piece(p.source_channels, DEPTH) + HALVES - 1) / HALVES * HALVES;
   int64_t most = most_units(p, p.units(), LEAST_RUNS);
-  if (p.source_channels > p.depth) most = std::min(most, STRASSEN_RESULT_FLOATS / product_floats(p.chunk));
+  if (p.source_channels > p.depth) most = std::min(most, RESULT_FLOATS / product_floats(p.chunk));
   p.block = std::max<int64_t>(1, even_piece(p.units(), std::max<int64_t>(1, most)));
 }
 

@@ -131,57 +131,28 @@ void store_vectors(const Pass& p, const TileResult& r, const float* values, int6
 }
 
 // Asks for a tile's pixels of a tensor, which arrive while the tile is multiplied.
-#ifndef FL
-#define FL 2
-#endif
 template <typename T>
 GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, int64_t channel,
                               int64_t channels) {
   constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < pixels; ++i)
     for (int64_t c = 0; c < channels; c += LINE)
-      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c, 0, FL);
+      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c, 0, 2);
 }
 
-// Asks for what will be packed next while tiles are multiplied, in so many calls: the pixels [first, end) from
-// source channel `channel`, in slots, to the end of its cut.
+// What the epilogues of `count` vectors will read, a share of the pixels at a time.
 template <typename T>
-class SourceAhead {
- public:
-  SourceAhead(const Pass& p, int64_t first, int64_t end, int64_t channel, int64_t calls)
-      : source_(p.source),
-        channel_(channel * PER_SLOT),
-        channels_(std::min(p.depth, p.source_channels - channel) * PER_SLOT),
-        calls_(calls) {
-#ifdef NOAHEAD
- return;
-#endif
-    if (channels_ <= 0) return;
-    pixels_ = end - first;
-    source_.x_at.offsets(first, pixels_, x_at_);
-    if (source_.prologue == Prologue::finish) source_.y_at.offsets(first, pixels_, y_at_);
-  }
-  void fetch() {
-    const int64_t first = pixels_ * call_ / calls_, pixels = pixels_ * (call_ + 1) / calls_ - first;
-    ++call_;
-    fetch_ahead<T>(source_.x, x_at_ + first, pixels, channel_, channels_);
-    if (source_.prologue == Prologue::finish)
-      fetch_ahead<T>(source_.y, y_at_ + first, pixels, channel_, channels_);
-  }
-
- private:
-  const PointSource& source_;
-  int64_t channel_, channels_, pixels_ = 0, call_ = 0, calls_;
-  int64_t x_at_[2 * POINT_PIXELS], y_at_[2 * POINT_PIXELS];
-};
-
-// What the masks of `count` vectors will read.
-template <typename T>
-GCONV_INLINE void fetch_masked(const Pass& p, const TileResult& r, int64_t vector, int64_t count) {
-  if (p.mask_act == nullptr) return;
+GCONV_INLINE void fetch_epilogue(const Pass& p, const TileResult& r, int64_t vector, int64_t count,
+                                 int64_t ith, int64_t nth) {
   const int64_t at = vector * LANES, width = std::min(p.output_channels - at, count * LANES);
-  fetch_ahead<T>(p.mask_x, r.mask_at, r.pixels, at, width);
-  if (p.add) fetch_ahead<T>(p.output, r.output_at, r.pixels, at, width);
+  const Share share(r.pixels, ith, nth);
+  const auto fetch = [&](const Nhwc& t, const int64_t* pixels_at) GCONV_LAMBDA {
+    fetch_ahead<T>(t, pixels_at + share.begin, share.end - share.begin, at, width);
+  };
+  if (p.residual.data != nullptr) fetch(p.residual, r.residual_at);
+  if (p.mask_act == nullptr) return;
+  fetch(p.mask_x, r.mask_at);
+  if (p.add) fetch(p.output, r.output_at);
 }
 
 inline void store_sums(const Pass& p, int64_t block, int64_t first_vector, const TaskSums& sums) {

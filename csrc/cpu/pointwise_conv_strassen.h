@@ -1,5 +1,5 @@
-// Strassen's algorithm for a pass of pointwise_conv, compiled once per instruction set: halves of the pixels, of
-// the source channels and of the output channels take 7 products instead of 8.
+// Strassen's algorithm for a pass of pointwise_conv, compiled once per instruction set: halves of the pixels,
+// of the source channels and of the output channels take 7 products instead of 8.
 //
 //   S1 = A21 + A22   S2 = S1 - A11   S3 = A11 - A21   S4 = A12 - S2          A: pixels x source channels
 //   T1 = B12 - B11   T2 = B22 - T1   T3 = B22 - B12   T4 = B21 - T2          B: source x output channels
@@ -27,7 +27,8 @@ struct Run {
   int64_t half() const { return (count + 1) / 2; }
 };
 
-// The left factors of the products, each as pack_tile packs a tile: source channels [channel, channel + 2 * half).
+// The left factors of the products, each as pack_tile packs a tile, of 2 * half source channels from
+// `channel` on.
 template <typename T, Prologue P>
 void pack_run(const PointSource& s, const Run& run, int64_t channel, int64_t half, float* packed) {
   const int64_t pixels = run.half(), next = pixels * half;
@@ -57,6 +58,34 @@ void pack_run(const PointSource& s, const Run& run, int64_t channel, int64_t hal
   }
 }
 
+// Asks for what will be packed next while tiles are multiplied, in so many calls: the pixels [first, end)
+// from source channel `channel` to the end of its cut.
+template <typename T>
+class SourceAhead {
+ public:
+  SourceAhead(const Pass& p, int64_t first, int64_t end, int64_t channel, int64_t calls)
+      : source_(p.source),
+        channel_(channel),
+        channels_(std::min(p.depth, p.source_channels - channel)),
+        pixels_(channels_ > 0 ? end - first : 0),
+        calls_(calls) {
+    source_.x_at.offsets(first, pixels_, x_at_);
+    if (source_.prologue == Prologue::finish) source_.y_at.offsets(first, pixels_, y_at_);
+  }
+  void fetch() {
+    const Share share(pixels_, call_++, calls_);
+    const int64_t pixels = share.end - share.begin;
+    fetch_ahead<T>(source_.x, x_at_ + share.begin, pixels, channel_, channels_);
+    if (source_.prologue == Prologue::finish)
+      fetch_ahead<T>(source_.y, y_at_ + share.begin, pixels, channel_, channels_);
+  }
+
+ private:
+  const PointSource& source_;
+  int64_t channel_, channels_, pixels_, call_ = 0, calls_;
+  int64_t x_at_[2 * POINT_PIXELS], y_at_[2 * POINT_PIXELS];
+};
+
 // Products, `floats` values each, to the four quarters of the result, in place of the first four.
 inline void combine_products(float* m, int64_t floats) {
   for (int64_t i = 0; i < floats; i += LANES, m += LANES) {
@@ -76,29 +105,25 @@ void compute_run(const Pass& p, const Run& run, const float* packed, int64_t cha
   const int64_t half = channels / 2, pixels = run.half(), second = run.count - pixels;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   const TileResult tiles[2] = {{p, run.first, pixels}, {p, run.first + pixels, second}};
+  const int64_t filled = second > 0 ? 2 : 1;  // of them
   for (int64_t v = 0; v < sums.vectors; v += 4) {
     const int64_t together = p.pair_vectors(first_vector + v), vector_floats = pixels * LANES;
     const int64_t floats = together * vector_floats;
     const float* weights =
         p.weight + (first_vector + v) * LANES * p.weight_rows() + channel / 2 * PRODUCTS * together * LANES;
     float* out = results + (partial ? product_floats(v) : 0);
-    if (last)
-      for (const TileResult& tile : tiles) fetch_masked<T>(p, tile, first_vector + v, 2 * together);
     const TileFunction multiply = tile_function(together, pixels);
     for (int64_t j = 0; j < PRODUCTS; ++j) {
       ahead.fetch();
-#ifdef PARTS
-      for(int64_t c=0;c<half;c+=PARTS){ if(c)ahead.fetch();
-      multiply({packed + j * pixels * half+c*pixels, pixels, weights + (j * half+c) * together * LANES, std::min<int64_t>(PARTS,half-c),
-                out + j * floats, channel+c > 0});}
-#else
+      if (last)
+        for (const TileResult& tile : tiles)
+          fetch_epilogue<T>(p, tile, first_vector + v, 2 * together, j, PRODUCTS);
       multiply({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
                 out + j * floats, channel > 0});
-#endif
     }
     if (!last) continue;
     combine_products(out, floats);
-    for (int64_t i = 0; i < (second > 0 ? 2 : 1); ++i)
+    for (int64_t i = 0; i < filled; ++i)
       store_vectors<T>(p, tiles[i], out + 2 * i * floats, vector_floats, first_vector, v, 2 * together, sums);
   }
   if (last && p.gaps()) fill_gaps<T>(p, run.first, run.count, first_vector, sums.vectors);
@@ -125,11 +150,7 @@ void strassen_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch
       float* out = results + (partial ? (i - begin) * run_floats : 0);
       const bool more = i + 1 < end;
       const int64_t next = more ? i + 1 : begin, next_channel = more ? channel : channel + channels;
-      const int64_t calls = (sums.vectors + 3) / 4 * PRODUCTS
-#ifdef PARTS
-*((channels/2+PARTS-1)/PARTS)
-#endif
-;
+      const int64_t calls = (sums.vectors + 3) / 4 * PRODUCTS;
       SourceAhead<T> ahead(p, p.first_pixel(next), p.first_pixel(next + 1), next_channel, calls);
       compute_run<T>(p, run, packed, channel, channels, first_vector, out, sums, ahead);
     }
