@@ -35,7 +35,7 @@ struct GroupedConvFwdParams {
   GroupedConvShape shape;
   DType dtype;          // of x, weight, residual and y
   Isa isa;              // which set of kernels runs
-  Use winograd;    // whether Winograd's algorithm runs
+  Use winograd;         // whether Winograd's algorithm runs
   bool tf32;            // on CUDA: products of float32 may be rounded to TF32
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C/groups, 3, 3]
