@@ -1,8 +1,6 @@
 """Strassen's algorithm in pointwise_conv_*: held to the direct one's oracle, and chosen as it says."""
 
 import math
-import subprocess
-import sys
 
 import checks
 import conv_cases
@@ -186,26 +184,6 @@ def test_packed_weights_of_the_other_algorithm_are_refused(isa, ops, strassen):
     strassen("never")
     with pytest.raises(RuntimeError, match="conv_fwd_packed: packed: want what conv_pack makes"):
         ops.conv_fwd_packed(a["x"], packed, a["w"].shape, *conf, None, None, None, False)
-
-
-def test_choice_is_reported_and_refused(ops, strassen):
-    strassen("always")
-    with pytest.raises((RuntimeError, ValueError), match="want never, auto or always, got sometimes"):
-        ops.set_cpu_strassen("sometimes")
-    assert ops.cpu_strassen() == "always"
-
-
-@pytest.mark.parametrize("value, want", [(None, "auto"), ("1", "auto"), ("0", "never"), ("yes", None)])
-def test_environment_variable(monkeypatch, value, want):
-    monkeypatch.delenv("GCONV_STRASSEN", raising=False)
-    if value is not None:
-        monkeypatch.setenv("GCONV_STRASSEN", value)
-    code = "import torch, gconv; print(torch.ops.gconv.cpu_strassen())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if want is None:
-        assert run.returncode != 0 and "GCONV_STRASSEN: want 0 or 1, got yes" in run.stderr
-    else:
-        assert run.stdout.strip() == want, run.stderr
 
 
 @pytest.mark.parametrize("product", range(7))
