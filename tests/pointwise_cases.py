@@ -141,6 +141,28 @@ def verify_layout(ops, case, dtype, layout):
         assert_same_bits(inputs[name], copy, f"{name} was written to")
 
 
+def verify_threads(ops, case, dtype, threads):
+    """The same bits for any number of threads and from run to run."""
+    args = all_args(case, dtype)
+    threads(2)
+    want = all_ops(ops, args)
+    for number in (2, 1, 3, 4):
+        threads(number)
+        got = all_ops(ops, args)
+        for name in want:
+            assert_same_bits(got[name], want[name], f"{name} with {number} threads")
+
+
+def verify_batch(ops, case, dtype):
+    """An image alone has the bits that it has in its batch."""
+    args = all_args(case, dtype)
+    whole = all_ops(ops, args)
+    for n in range(case.n):
+        alone = all_ops(ops, {**args, **{name: args[name][n : n + 1] for name in ACTIVATIONS}})
+        for name in ("fwd", "y", "dx", "joined"):
+            assert_same_bits(alone[name], whole[name][n : n + 1], f"{name}, image {n}")
+
+
 def verify_stride_0(ops, case, dtype, how):
     checks.verify_stride_0(lambda args: all_ops(ops, args), all_args(case, dtype), ACTIVATIONS, how)
 

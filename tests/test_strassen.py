@@ -7,8 +7,16 @@ import conv_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DTYPES, ISAS, assert_accurate, assert_same_bits, place
-from pointwise_cases import VERIFY, all_args, all_ops, as_grouped, case_of
+from checks import DTYPES, ISAS, assert_accurate, assert_same_bits
+from pointwise_cases import (
+    VERIFY,
+    all_args,
+    as_grouped,
+    case_of,
+    verify_batch,
+    verify_layout,
+    verify_threads,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -118,36 +126,19 @@ PARALLEL = (case_of(256, 1024, 3, 14, 14), case_of(320, 640, 2, 13, 11), case_of
 @pytest.mark.parametrize("case", PARALLEL, ids=str)
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, strassen, case):
     strassen("always")
-    args = all_args(case, torch.float32)
-    threads(1)
-    want = all_ops(ops, args)
-    for number in (1, 2, 3):
-        threads(number)
-        for name, got in all_ops(ops, args).items():
-            assert_same_bits(got, want[name], f"{name}, {number} threads")
+    verify_threads(ops, case, torch.float32, threads)
 
 
 @pytest.mark.parametrize("case", PARALLEL, ids=str)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, strassen, case):
     strassen("always")
-    args = all_args(case, torch.float32)
-    whole = all_ops(ops, args)
-    for n in range(case.n):
-        one = {name: args[name][n : n + 1] for name in ("x", "residual", "dy", "y", "dresidual")}
-        alone = all_ops(ops, {**args, **one})
-        for name in ("fwd", "y", "dx", "joined"):
-            assert_same_bits(alone[name], whole[name][n : n + 1], f"{name}, image {n}")
+    verify_batch(ops, case, torch.float32)
 
 
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 def test_layout_does_not_change_a_bit(isa, ops, strassen, layout):
     strassen("always")
-    args = all_args(case_of(96, 544, 2, 5, 7), torch.float32)
-    names = ("x", "residual", "dy", "y", "dresidual")
-    want = all_ops(ops, {**args, **{name: place(args[name], "channels_last") for name in names}})
-    got = all_ops(ops, {**args, **{name: place(args[name], layout) for name in names}})
-    for name in want:
-        assert_same_bits(got[name], want[name], name)
+    verify_layout(ops, case_of(96, 544, 2, 5, 7), torch.float32, layout)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
