@@ -142,15 +142,8 @@ def verify_layout(ops, case, dtype, layout):
 
 
 def verify_threads(ops, case, dtype, threads):
-    """The same bits for any number of threads and from run to run."""
     args = all_args(case, dtype)
-    threads(2)
-    want = all_ops(ops, args)
-    for number in (2, 1, 3, 4):
-        threads(number)
-        got = all_ops(ops, args)
-        for name in want:
-            assert_same_bits(got[name], want[name], f"{name} with {number} threads")
+    checks.verify_threads(lambda: all_ops(ops, args), threads)
 
 
 def verify_batch(ops, case, dtype):

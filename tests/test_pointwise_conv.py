@@ -17,7 +17,6 @@ from checks import (
     place,
 )
 from pointwise_cases import (
-    ACTIVATIONS,
     BAD_BWD,
     CORE,
     VERIFY,
