@@ -9,9 +9,9 @@
 // Of a stride's pixels the first is taken; dx is 0 (or the residual, or left alone by add) at the others.
 // Activations may be slices of wider buffers. Work is cut by shape alone and partial results are merged in a
 // fixed order, so every result is bit-identical from run to run and for any number of threads.
-// Wide layers go by Strassen's algorithm where it pays: integers stay exact, rounding errors are small against
-// the norm of an image's pixels, and an infinity may come out as NaN in its image. An image has the same bits
-// alone and in a batch.
+// Wide layers go by Strassen's algorithm where it pays: integers stay exact, rounding errors are small
+// against the norm of an image's pixels, and an infinity may come out as NaN in its image. An image has the
+// same bits alone and in a batch.
 #pragma once
 #include "cpu/isa.h"
 #include "tensor.h"
