@@ -35,7 +35,7 @@ struct GroupedConvFwdParams {
   GroupedConvShape shape;
   DType dtype;          // of x, weight, residual and y
   Isa isa;              // which set of kernels runs
-  Winograd winograd;    // whether Winograd's algorithm runs
+  Use winograd;         // whether Winograd's algorithm runs
   bool tf32;            // on CUDA: products of float32 may be rounded to TF32
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C/groups, 3, 3]
@@ -56,7 +56,7 @@ struct GroupedConvBwdInputParams {
   GroupedConvShape shape;
   DType dtype;  // of dy, y, weight, x and dx
   Isa isa;
-  Winograd winograd;
+  Use winograd;
   bool tf32;
   Nhwc dy;              // incoming [N, K, OH, OW]
   Nhwc y;               // incoming, read with finish only
@@ -75,7 +75,7 @@ struct GroupedConvBwdWeightParams {
   GroupedConvShape shape;
   DType dtype;  // of dy, y, x and dweight
   Isa isa;
-  Winograd winograd;
+  Use winograd;
   bool tf32;
   Nhwc dy;              // incoming [N, K, OH, OW]
   Nhwc y;               // incoming, read with finish only

@@ -10,7 +10,7 @@ Tensor conv_pack(const Tensor& weight, const Ints& input_size, const Ints& strid
                  const Ints& dilation, int64_t groups) {
   const char* op = "conv_pack";
   return is_pointwise(op, shape_of(op, "weight", weight), padding, groups)
-             ? pointwise_conv_pack(weight)
+             ? pointwise_conv_pack(weight, input_size, stride)
              : grouped_conv_pack(weight, input_size, stride, padding, dilation, groups);
 }
 

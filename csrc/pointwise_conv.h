@@ -9,6 +9,9 @@
 // Of a stride's pixels the first is taken; dx is 0 (or the residual, or left alone by add) at the others.
 // Activations may be slices of wider buffers. Work is cut by shape alone and partial results are merged in a
 // fixed order, so every result is bit-identical from run to run and for any number of threads.
+// Wide layers go by Strassen's algorithm where it pays: integers stay exact, rounding errors are small
+// against the norm of an image's pixels, and an infinity may come out as NaN in its image. An image has the
+// same bits alone and in a batch.
 #pragma once
 #include "cpu/isa.h"
 #include "tensor.h"
@@ -25,6 +28,7 @@ struct PointwiseConvFwdParams {
   PointwiseConvShape shape;
   DType dtype;          // of x, weight, residual and y
   Isa isa;              // which set of kernels runs
+  Use strassen;         // whether Strassen's algorithm runs
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C]
   const float* packed;  // incoming: what pointwise_conv_pack_weights_cpu made of weight, which is not read
@@ -43,6 +47,7 @@ struct PointwiseConvBwdParams {
   PointwiseConvShape shape;
   DType dtype;  // of dy, y, x, weight, residual, dx and dweight
   Isa isa;
+  Use strassen;
   Nhwc dy;              // incoming [N, K, OH, OW]
   Nhwc y;               // incoming, read with finish only
   const float* finish;  // incoming [6, K]: A, B, C, mean, a, b; null: dy as it is.
@@ -66,7 +71,7 @@ void pointwise_conv_fwd_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_
 void pointwise_conv_fwd_merge_cpu(const PointwiseConvFwdParams& p, int64_t ith, int64_t nth);  // if mean
 
 // Weights packed ahead, for any number of forwards: pointwise_conv_packed_floats() floats into p.workspace,
-// from shape, dtype, isa and weight alone. Those of two calls are alike where shape.c, shape.k and
+// from shape, dtype, isa, strassen and weight alone. Those of two calls are alike where shape.c, shape.k and
 // pointwise_conv_packing() are.
 int64_t pointwise_conv_packing(const PointwiseConvFwdParams& p);
 int64_t pointwise_conv_packed_floats(const PointwiseConvFwdParams& p);

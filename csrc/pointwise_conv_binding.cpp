@@ -7,13 +7,17 @@ namespace gconv {
 
 namespace {
 
-// The shape of a convolution of x with a weight [K, C, 1, 1], of which k is known.
-PointwiseConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ints& stride) {
+// The shape of a convolution of an image with a weight [K, C, 1, 1].
+PointwiseConvShape conv_shape(const char* op, const Shape& image, int64_t k, const Ints& stride) {
   check_pair(op, "stride", stride, 1, 2);
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t c = image.size[1], h = image.size[2], w = image.size[3];
   check(c >= 1 && k >= 1, op, ": weight: want at least one channel on each side, got ", Shape{k, c, 1, 1});
-  check(h >= 1 && w >= 1, op, ": x: want an image with pixels, got ", Described{x});
-  return {x.size(0), h, w, c, (h - 1) / stride[0] + 1, (w - 1) / stride[1] + 1, k, stride[0], stride[1]};
+  check(h >= 1 && w >= 1, op, ": x: want an image with pixels, got ", image);
+  return {image.size[0], h, w, c, (h - 1) / stride[0] + 1, (w - 1) / stride[1] + 1, k, stride[0], stride[1]};
+}
+// Of x with a weight of which k is known.
+PointwiseConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ints& stride) {
+  return conv_shape(op, Shape{x.size(0), x.size(1), x.size(2), x.size(3)}, k, stride);
 }
 PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride) {
   const int64_t k = weight.dim() > 0 ? weight.size(0) : 1;
@@ -67,7 +71,7 @@ struct Forward : Output<PointwiseConvFwdParams> {
 
  private:
   void read(const char* op, const Tensor& input, const OptionalTensor& act, const OptionalTensor& into) {
-    p.isa = isa_current();
+    p.isa = isa_current(), p.strassen = strassen_current();
     x = channels_adjacent(input);
     p.x = view_of(x);
     p.act = channel_floats(op, "act", act, {2, p.shape.c});
@@ -84,7 +88,7 @@ struct Backward : Gradient<PointwiseConvBwdParams> {
            const Ints& stride, const OptionalTensor& act)
       : op(name), x(input), weight(filters) {
     p.dtype = activation_dtype(op, "x", x);
-    p.isa = isa_current();
+    p.isa = isa_current(), p.strassen = strassen_current();
     p.shape = conv_shape(op, x, weight, stride);
     take(op, from, x);
     p.act = channel_floats(op, "act", act, {4, p.shape.c});
@@ -160,15 +164,17 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv_fwd_stats(const Tensor& x, con
   return {f.y, f.mean, f.var};
 }
 
-Tensor pointwise_conv_pack(const Tensor& weight) {
+Tensor pointwise_conv_pack(const Tensor& weight, const Ints& input_size, const Ints& stride) {
   const char* op = "conv_pack";
+  const Shape input = shape_of(op, "input_size", input_size), size = shape_of(op, "weight", weight);
   PointwiseConvFwdParams p{};
   p.dtype = activation_dtype(op, "weight", weight);
-  p.isa = isa_current();
-  p.shape.k = weight.size(0), p.shape.c = weight.size(1);
+  p.isa = isa_current(), p.strassen = strassen_current();
+  check(input.size[1] == size.size[1], op, ": weight: want [K, ", input.size[1], ", 1, 1], got ", size);
+  p.shape = conv_shape(op, input, size.size[0], stride);
   const Tensor dense = dense_weight(weight);
   p.weight = dense.const_data_ptr();
-  const auto header = PackedHeader::of(pointwise_conv_packing(p), shape_of(op, "weight", weight), 1);
+  const auto header = PackedHeader::of(pointwise_conv_packing(p), size, 1);
   return pack_ahead(p, header, pointwise_conv_packed_floats(p), dense, pointwise_conv_pack_weights_cpu);
 }
 

@@ -21,14 +21,16 @@ void set_cpu_isa(std::string name) {
   isa_set(isa);
 }
 
-std::string cpu_winograd() { return winograd_name(winograd_current()); }
-
-void set_cpu_winograd(std::string name) {
-  Winograd use;
-  check(winograd_from_name(name.c_str(), &use), "set_cpu_winograd: use: want never, auto or always, got ",
-        name);
-  winograd_set(use);
+Use use_of(const char* op, const std::string& name) {
+  Use use;
+  check(use_from_name(name.c_str(), &use), op, ": use: want never, auto or always, got ", name);
+  return use;
 }
+
+std::string cpu_winograd() { return use_name(winograd_current()); }
+void set_cpu_winograd(std::string name) { winograd_set(use_of("set_cpu_winograd", name)); }
+std::string cpu_strassen() { return use_name(strassen_current()); }
+void set_cpu_strassen(std::string name) { strassen_set(use_of("set_cpu_strassen", name)); }
 
 void set_cpu_cache_limit(int64_t bytes) {
   check(bytes >= 0, "set_cpu_cache_limit: bytes: want at least 0, got ", bytes);
@@ -56,6 +58,8 @@ STABLE_TORCH_LIBRARY(gconv, m) {
   m.def("set_cpu_isa(str isa) -> ()");
   m.def("cpu_winograd() -> str");
   m.def("set_cpu_winograd(str use) -> ()");
+  m.def("cpu_strassen() -> str");
+  m.def("set_cpu_strassen(str use) -> ()");
   m.def("cpu_cache_limit() -> int");
   m.def("set_cpu_cache_limit(int bytes) -> ()");
   m.def("cpu_cache_use() -> (int allocated, int cached)");
@@ -72,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&gconv::set_cpu_isa));
   m.impl("cpu_winograd", TORCH_BOX(&gconv::cpu_winograd));
   m.impl("set_cpu_winograd", TORCH_BOX(&gconv::set_cpu_winograd));
+  m.impl("cpu_strassen", TORCH_BOX(&gconv::cpu_strassen));
+  m.impl("set_cpu_strassen", TORCH_BOX(&gconv::set_cpu_strassen));
   m.impl("cpu_cache_limit", TORCH_BOX(&gconv::cache_limit));
   m.impl("set_cpu_cache_limit", TORCH_BOX(&gconv::set_cpu_cache_limit));
   m.impl("cpu_cache_use", TORCH_BOX(&gconv::cpu_cache_use));
@@ -84,7 +90,8 @@ STABLE_TORCH_LIBRARY_IMPL(gconv, CompositeExplicitAutograd, m) {
 static PyObject* cpu_settings(PyObject*, PyObject*) {
   try {
     const long isa = static_cast<long>(gconv::isa_current());
-    return PyLong_FromLong(4 * isa + static_cast<long>(gconv::winograd_current()));
+    const long winograd = static_cast<long>(gconv::winograd_current());
+    return PyLong_FromLong(16 * isa + 4 * winograd + static_cast<long>(gconv::strassen_current()));
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;

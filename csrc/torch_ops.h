@@ -24,7 +24,7 @@ struct PackedCall {
 Tensor grouped_conv_pack(const Tensor& weight, const Ints& input_size, const Ints& stride,
                          const Ints& padding, const Ints& dilation, int64_t groups);
 Tensor grouped_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into);
-Tensor pointwise_conv_pack(const Tensor& weight);
+Tensor pointwise_conv_pack(const Tensor& weight, const Ints& input_size, const Ints& stride);
 Tensor pointwise_conv_fwd_packed(const PackedCall& call, const OptionalTensor& into);
 std::tuple<Tensor, Tensor, Tensor> grouped_conv_fwd_stats(const Tensor& x, const Tensor& weight,
                                                           const Ints& stride, const Ints& padding,

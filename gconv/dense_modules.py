@@ -86,8 +86,11 @@ def _run_frozen(x, modules, layers, transition, memory):
         for bn in bns:
             check_eps("dense_block", bn.eps, False)
         conf = conf_of(here, frozen, end, False)
-        own = zip(convs, weights, conf.geometries)
-        made = [packed.packed_of(conv, weight, x.shape[2:], *geometry) for conv, weight, geometry in own]
+        images = [x.shape[2:]] * len(convs)
+        if end is not None and end[1] is not None:  # a transition's convolution reads what is pooled
+            images[-1] = torch.Size(size // 2 for size in images[-1])
+        own = zip(convs, weights, images, conf.geometries)
+        made = [packed.packed_of(conv, *rest, *geometry) for conv, *rest, geometry in own]
         affines = [packed.affine_of(bn, state_of(bn)) for bn in bns]
         keep = any(map(suggests_channels_last, (here, *weights)))
         decision = backend.whole("dense_block", here, frozen[0].weights[-1], frozen[0].groups)

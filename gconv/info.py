@@ -18,6 +18,7 @@ VARIABLES = {
     "GCONV_FALLBACK": "silent | warn_once | error: the fallback policy at import (gconv.set_policy)",
     "GCONV_ISA": "portable | avx2 | avx512 | avx512_bf16 | amx_bf16: the instruction set of the CPU kernels",
     "GCONV_WINOGRAD": "0: never Winograd's algorithm; otherwise the CPU kernels use it for wide groups",
+    "GCONV_STRASSEN": "0: never Strassen's algorithm; otherwise the CPU kernels use it for wide 1x1 layers",
     "GCONV_CACHE_MB": "MiB of freed CPU memory kept for later tensors (gconv.memory); 0: torch allocates",
     "GCONV_CPU": "1: a build without the C++ kernels is an error",
     "GCONV_CUDA": "1: a build without the CUDA kernels is an error; 0: they are not built",

@@ -175,8 +175,7 @@ def packed_of(conv: nn.Module, weight, image, *conf) -> Packed | None:
         return Packed(weight, size)
     if conv.weight.is_inference():
         return None
-    pointwise = size[2] == 1 and size[3] == 1
-    key = ("packed", weight.dtype, backend.cpu_settings(), None if pointwise else image, conf)
+    key = ("packed", weight.dtype, backend.cpu_settings(), image, conf)
 
     def make():
         data = call(pack, weight, (1, size[1] * conf[-1], *image), *conf)

@@ -246,6 +246,10 @@ def pointwise_conv(x, weight, bias=None, stride=1, into=None):
     Raises:
         ValueError: what does not fit together, naming the argument, what is wanted and what was given.
 
+    Wide layers in float32 arithmetic go by one level of Strassen's algorithm where that is faster (Winograd's
+    variant: Higham 2002, section 23.1), unless GCONV_STRASSEN is 0: errors are small against the norm of an
+    image's pixels, not against each pixel, and an infinity may come out as NaN in the image that it is in.
+
     Determinism: the kernels are bit-identical from run to run and for any number of threads.
     """
     check_tensors("pointwise_conv", x, weight, bias)

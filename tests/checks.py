@@ -421,6 +421,16 @@ def zero_near_kink(dy, y, a, b, margin):
     return torch.where(near, torch.zeros((), dtype=dy.dtype), dy)
 
 
+def verify_threads(run, threads):
+    """run(), a dict of tensors, has the same bits for any number of threads and from run to run."""
+    threads(2)
+    want = run()
+    for number in (2, 1, 3, 4):
+        threads(number)
+        for name, got in run().items():
+            assert_same_bits(got, want[name], f"{name} with {number} threads")
+
+
 def verify_stride_0(run, args, activations, how):
     """run(args), a dict of tensors, changes by no bit where activations repeat elements by stride 0."""
     expanded = {n: EXPANDED[how](args[n]) for n in activations}

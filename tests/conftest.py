@@ -79,6 +79,14 @@ def winograd(ops):
 
 
 @pytest.fixture
+def strassen(ops):
+    """The same of Strassen's."""
+    before = ops.cpu_strassen()
+    yield ops.set_cpu_strassen
+    ops.set_cpu_strassen(before)
+
+
+@pytest.fixture
 def nan_filled_memory():
     """torch.empty returns NaN, so that an element nobody wrote cannot pass for a result."""
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -125,7 +125,7 @@ double relu_act(double x, const std::vector<double>& table, int64_t c, int64_t c
   return std::fmax(table[c] * x + table[channels + c], 0.0);
 }
 
-void check_conv(Isa isa, DType dtype, Winograd winograd, const GroupedConvShape& s, const char* where) {
+void check_conv(Isa isa, DType dtype, Use winograd, const GroupedConvShape& s, const char* where) {
   const int64_t cg = s.c / s.groups, kg = s.k / s.groups;
   const auto x = integers(s.n * s.h * s.w * s.c, -3, 3), w = integers(s.k * cg * 9, -1, 1);
   const auto dy = integers(s.n * s.oh * s.ow * s.k, -2, 2), y = integers(s.n * s.oh * s.ow * s.k, -3, 3);
@@ -287,8 +287,8 @@ int main() {
           std::snprintf(where, sizeof where, "%s %s, %d-%d x%d, %dx%d", isa_name(isa), type_name,
                         static_cast<int>(width[0]), static_cast<int>(width[1]), static_cast<int>(width[2]),
                         static_cast<int>(g[0]), static_cast<int>(g[1]));
-          check_conv(isa, dtype, Winograd::never, s, where);
-          check_conv(isa, dtype, Winograd::always, s, where);
+          check_conv(isa, dtype, Use::never, s, where);
+          check_conv(isa, dtype, Use::always, s, where);
         }
       for (int64_t c : CHANNELS) {
         std::snprintf(where, sizeof where, "%s %s, C = %d", isa_name(isa), type_name, static_cast<int>(c));

@@ -30,13 +30,15 @@ bool can_run(Isa isa) { return isa_supported(isa) || (isa == Isa::amx_bf16 && em
 struct Run : Arrays {
   Isa isa;
   int64_t threads;
-  Winograd winograd;
+  Use winograd, strassen;
   bool ahead;  // forwards get their weights packed
   Run(const std::string& isa_text, const std::string& dtype_text, int64_t thread_count,
-      const std::string& winograd_text, bool packs_ahead)
+      const std::string& winograd_text, const std::string& strassen_text, bool packs_ahead)
       : Arrays(dtype_text), threads(thread_count), ahead(packs_ahead) {
-    if (!winograd_from_name(winograd_text.c_str(), &winograd))
+    if (!use_from_name(winograd_text.c_str(), &winograd))
       throw std::invalid_argument("winograd: " + winograd_text);
+    if (!use_from_name(strassen_text.c_str(), &strassen))
+      throw std::invalid_argument("strassen: " + strassen_text);
     if (!isa_from_name(isa_text.c_str(), &isa) || !can_run(isa))
       throw std::invalid_argument("isa: " + isa_text);
   }
@@ -143,7 +145,7 @@ void pointwise_fwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair
   const PointwiseConvShape s = pointwise_shape(input, k, stride);
   const std::array<int64_t, 4> output{s.n, s.oh, s.ow, s.k};
   PointwiseConvFwdParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.strassen = run.strassen;
   p.x = run.activation("x", x, input);
   p.weight = run.contiguous("weight", weight, s.k * s.c);
   p.act = floats("act", act, 2 * s.c);
@@ -167,7 +169,7 @@ void pointwise_bwd(const Run& run, std::array<int64_t, 4> input, int64_t k, Pair
   const PointwiseConvShape s = pointwise_shape(input, k, stride);
   const std::array<int64_t, 4> output{s.n, s.oh, s.ow, s.k};
   PointwiseConvBwdParams p{};
-  p.shape = s, p.dtype = run.dtype, p.isa = run.isa;
+  p.shape = s, p.dtype = run.dtype, p.isa = run.isa, p.strassen = run.strassen;
   p.dy = run.activation("dy", dy, output);
   p.y = run.activation("y", y, output);
   p.finish = floats("finish", finish, 6 * s.k);
@@ -341,9 +343,10 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 PYBIND11_MODULE(gconv_kernels_numpy, m) {
-  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t, std::string, bool>(),
+  py::class_<Run>(m, "Run").def(py::init<std::string, std::string, int64_t, std::string, std::string, bool>(),
                                 py::arg("isa"), py::arg("dtype"), py::arg("threads") = 1,
-                                py::arg("winograd") = "auto", py::arg("ahead") = false);
+                                py::arg("winograd") = "auto", py::arg("strassen") = "auto",
+                                py::arg("ahead") = false);
   m.def("supported_isas", &supported_isas);
   m.def("emulates_amx", &emulates_amx);
   m.def("emulated_products", &amx_emulator::products);

@@ -77,9 +77,10 @@ class Runs:
         return first
 
 
-def cpu_runs(kernels, isa, dtype, winograd="never"):
-    """The kernels of the CPU, with one thread and with three, then with weights packed ahead."""
-    runs = (kernels.Run(isa, dtype, threads, winograd, threads == 3) for threads in (1, 3))
+def cpu_runs(kernels, isa, dtype, use="never"):
+    """The kernels of the CPU, with one thread and with three, then with weights packed ahead. `use` is when
+    Winograd's and Strassen's algorithms run."""
+    runs = (kernels.Run(isa, dtype, threads, use, use, threads == 3) for threads in (1, 3))
     return Runs(kernels, dtype, *runs)
 
 
@@ -89,8 +90,8 @@ def cuda_runs(cuda_kernels, dtype, seed=0, **options):
     return Runs(cuda_kernels, dtype, run(), run(order="shuffled", seed=seed))
 
 
-def both_ways(kernels, isa, dtype, call):
-    return cpu_runs(kernels, isa, dtype).both(call)
+def both_ways(kernels, isa, dtype, call, use="never"):
+    return cpu_runs(kernels, isa, dtype, use).both(call)
 
 
 def assert_same(got, want, what):

@@ -141,6 +141,21 @@ def verify_layout(ops, case, dtype, layout):
         assert_same_bits(inputs[name], copy, f"{name} was written to")
 
 
+def verify_threads(ops, case, dtype, threads):
+    args = all_args(case, dtype)
+    checks.verify_threads(lambda: all_ops(ops, args), threads)
+
+
+def verify_batch(ops, case, dtype):
+    """An image alone has the bits that it has in its batch."""
+    args = all_args(case, dtype)
+    whole = all_ops(ops, args)
+    for n in range(case.n):
+        alone = all_ops(ops, {**args, **{name: args[name][n : n + 1] for name in ACTIVATIONS}})
+        for name in ("fwd", "y", "dx", "joined"):
+            assert_same_bits(alone[name], whole[name][n : n + 1], f"{name}, image {n}")
+
+
 def verify_stride_0(ops, case, dtype, how):
     checks.verify_stride_0(lambda args: all_ops(ops, args), all_args(case, dtype), ACTIVATIONS, how)
 

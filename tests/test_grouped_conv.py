@@ -246,13 +246,7 @@ PARALLEL = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, case, dtype):
     args = all_args(case, dtype)
-    threads(2)
-    want = all_ops(ops, args)
-    for number in (2, 1, 3, 4):
-        threads(number)
-        got = all_ops(ops, args)
-        for name in want:
-            assert_same_bits(got[name], want[name], f"{name} with {number} threads")
+    checks.verify_threads(lambda: all_ops(ops, args), threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)

@@ -17,7 +17,6 @@ from checks import (
     place,
 )
 from pointwise_cases import (
-    ACTIVATIONS,
     BAD_BWD,
     CORE,
     VERIFY,
@@ -25,11 +24,13 @@ from pointwise_cases import (
     all_ops,
     as_grouped,
     case_of,
+    verify_batch,
     verify_both,
     verify_bwd_refuses,
     verify_layout,
     verify_residual,
     verify_stride_0,
+    verify_threads,
 )  # fmt: skip
 
 import gconv
@@ -170,24 +171,12 @@ PARALLEL = (
 @pytest.mark.parametrize("case", PARALLEL, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, case, dtype):
-    args = all_args(case, dtype)
-    threads(2)
-    want = all_ops(ops, args)
-    for number in (2, 1, 3, 4):
-        threads(number)
-        got = all_ops(ops, args)
-        for name in want:
-            assert_same_bits(got[name], want[name], f"{name} with {number} threads")
+    verify_threads(ops, case, dtype, threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, dtype):
-    args = all_args(case_of(300, 40, 3, 15, 13), dtype)
-    whole = all_ops(ops, args)
-    for n in range(3):
-        alone = all_ops(ops, {**args, **{name: args[name][n : n + 1] for name in ACTIVATIONS}})
-        for name in ("fwd", "y", "dx", "joined"):
-            assert_same_bits(alone[name], whole[name][n : n + 1], f"{name}, image {n}")
+    verify_batch(ops, case_of(300, 40, 3, 15, 13), dtype)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ WIDTHS = [
     (1, 1), (2, 3), (3, 4), (4, 5), (5, 8), (7, 2), (8, 16), (15, 17), (16, 33), (33, 16), (31, 48), (48, 31),
     (64, 70), (70, 64), (130, 20), (20, 130), (300, 9), (9, 300), (513, 40), (40, 513),
 ]  # fmt: skip
+# Of Strassen's algorithm: halves are whole vectors of some or of all instruction sets. Input gradients can go
+# by it from more than 512 channels of dy on.
+STRASSEN_WIDTHS = [
+    (8, 16), (16, 8), (32, 32), (64, 96), (96, 160), (288, 32), (544, 64), (32, 544), (64, 1056),
+]  # fmt: skip
 # n, (h, w), stride
 GEOMETRIES = [
     (2, (7, 9), (1, 1)),
@@ -33,8 +38,9 @@ GEOMETRIES = [
 class Case:
     """One convolution on small integers, with everything an epilogue or prologue may want."""
 
-    def __init__(self, width, geometry, seed=0):
+    def __init__(self, width, geometry, seed=0, strassen="never"):
         self.c, self.k = width
+        self.strassen = strassen
         n, (h, w), self.stride = geometry
         rng = self.rng = np.random.default_rng(seed)
         self.input = (n, h, w, self.c)
@@ -68,7 +74,7 @@ def run_fwd(kernels, isa, dtype, case, act_table, affine, residual, relu, stats)
         )  # fmt: skip
         return [y, mean, var] if stats else [y]
 
-    return both_ways(kernels, isa, dtype, call)
+    return both_ways(kernels, isa, dtype, call, case.strassen)
 
 
 def run_bwd(
@@ -92,7 +98,7 @@ def run_bwd(
         )  # fmt: skip
         return [array for array in (dx, dweight, sums) if array is not None]
 
-    return both_ways(kernels, isa, dtype, call)
+    return both_ways(kernels, isa, dtype, call, case.strassen)
 
 
 def expected_bwd(case, finish, act_table, residual):
@@ -111,13 +117,17 @@ def expected_bwd(case, finish, act_table, residual):
     return dx, dweight, terms
 
 
-each_width = pytest.mark.parametrize("width", WIDTHS, ids="{0[0]}to{0[1]}".format)
+each_width = pytest.mark.parametrize(
+    "width, strassen",
+    [pytest.param(width, "never", id="{}to{}".format(*width)) for width in WIDTHS]
+    + [pytest.param(width, "always", id="{}to{}-strassen".format(*width)) for width in STRASSEN_WIDTHS],
+)
 
 
 @each_width
-def test_fwd_exact(kernels, isa, dtype, width):
+def test_fwd_exact(kernels, isa, dtype, width, strassen):
     for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+        case = Case(width, geometry, seed, strassen)
         for with_act, with_affine, with_residual, relu in [
             (False, False, False, False),
             (True, True, False, True),
@@ -139,9 +149,9 @@ def test_fwd_exact(kernels, isa, dtype, width):
 
 
 @each_width
-def test_fwd_stats(kernels, isa, dtype, width):
+def test_fwd_stats(kernels, isa, dtype, width, strassen):
     for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+        case = Case(width, geometry, seed, strassen)
         for act_table in (None, case.act[:2]):
             y, mean, var = run_fwd(kernels, isa, dtype, case, act_table, None, None, False, stats=True)
             if 0 in case.output:
@@ -157,9 +167,9 @@ def test_fwd_stats(kernels, isa, dtype, width):
 
 
 @each_width
-def test_bwd_exact(kernels, isa, dtype, width):
+def test_bwd_exact(kernels, isa, dtype, width, strassen):
     for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+        case = Case(width, geometry, seed, strassen)
         for with_finish, with_act, with_residual in [
             (False, False, False),
             (True, False, True),
@@ -185,9 +195,9 @@ def test_bwd_exact(kernels, isa, dtype, width):
 
 
 @each_width
-def test_bwd_added_to_what_is_there(kernels, isa, dtype, width):
+def test_bwd_added_to_what_is_there(kernels, isa, dtype, width, strassen):
     for seed, geometry in enumerate(GEOMETRIES):
-        case = Case(width, geometry, seed)
+        case = Case(width, geometry, seed, strassen)
         start = case.residual["dx"]
         for finish in (None, case.finish):
             inputs = finish, case.act, None

@@ -306,6 +306,8 @@ def test_every_op_is_sampled(ops):
         "set_cpu_isa",
         "cpu_winograd",
         "set_cpu_winograd",
+        "cpu_strassen",
+        "set_cpu_strassen",
         "cpu_cache_limit",  # of memory: test_memory.py
         "set_cpu_cache_limit",
         "cpu_cache_use",

@@ -179,21 +179,27 @@ def test_what_is_not_finite_stays_where_it_belongs(isa, ops, winograd, case, val
     assert torch.equal(dw.isfinite().all(-1).all(-1), want.isfinite().all(-1).all(-1))
 
 
-def test_choice_is_reported_and_refused(ops, winograd):
-    winograd("always")
+each_switch = pytest.mark.parametrize("algorithm", ["winograd", "strassen"])
+
+
+@each_switch
+def test_choice_is_reported_and_refused(ops, request, algorithm):
+    request.getfixturevalue(algorithm)("always")
     with pytest.raises((RuntimeError, ValueError), match="want never, auto or always, got sometimes"):
-        ops.set_cpu_winograd("sometimes")
-    assert ops.cpu_winograd() == "always"
+        getattr(ops, f"set_cpu_{algorithm}")("sometimes")
+    assert getattr(ops, f"cpu_{algorithm}")() == "always"
 
 
+@each_switch
 @pytest.mark.parametrize("value, want", [(None, "auto"), ("1", "auto"), ("0", "never"), ("yes", None)])
-def test_environment_variable(monkeypatch, value, want):
-    monkeypatch.delenv("GCONV_WINOGRAD", raising=False)
+def test_environment_variable(monkeypatch, algorithm, value, want):
+    variable = f"GCONV_{algorithm.upper()}"
+    monkeypatch.delenv(variable, raising=False)
     if value is not None:
-        monkeypatch.setenv("GCONV_WINOGRAD", value)
-    code = "import torch, gconv; print(torch.ops.gconv.cpu_winograd())"
+        monkeypatch.setenv(variable, value)
+    code = f"import torch, gconv; print(torch.ops.gconv.cpu_{algorithm}())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if want is None:
-        assert run.returncode != 0 and "GCONV_WINOGRAD: want 0 or 1, got yes" in run.stderr
+        assert run.returncode != 0 and f"{variable}: want 0 or 1, got yes" in run.stderr
     else:
         assert run.stdout.strip() == want, run.stderr

@@ -61,8 +61,8 @@ constexpr int SOURCE_LANES = LANES / PER_SLOT;
 using Value = std::conditional_t<PAIRS, bf16, float>;
 
 // What tells apart the forms that packed weights have: those of two instruction sets may be one.
-constexpr int64_t packing_of(DType dtype, bool winograd) {
-  return LANES + 32 * TILES + 64 * PAIRS + 128 * winograd + 256 * static_cast<int64_t>(dtype);
+constexpr int64_t packing_of(DType dtype, bool transformed) {
+  return LANES + 32 * TILES + 64 * PAIRS + 128 * transformed + 256 * static_cast<int64_t>(dtype);
 }
 
 // What the values of a slot are: of neighbouring channels, or of a channel at several pixels.

@@ -32,11 +32,11 @@ inline int64_t winograd_wgrad_overhead() {
 // Whether to use it. It can where a vector holds channels of one group or of two neighbours, and pays where
 // it saves more multiplications than the overhead: the direct algorithm leaves out taps in the padding and
 // has no half-empty tiles.
-inline bool uses_winograd(const GroupedConvShape& s, Winograd use, int64_t overhead) {
+inline bool uses_winograd(const GroupedConvShape& s, Use use, int64_t overhead) {
   const int64_t c = s.c / s.groups, k = s.k / s.groups;
-  if (PAIRS || use == Winograd::never || c < LANES || k < LANES) return false;
+  if (PAIRS || use == Use::never || c < LANES || k < LANES) return false;
   if (s.stride_h != 1 || s.stride_w != 1 || s.dil_h != 1 || s.dil_w != 1) return false;
-  if (use == Winograd::always) return true;
+  if (use == Use::always) return true;
   const auto taps = [](int64_t size, int64_t out, int64_t pad) {
     int64_t inside = 0;
     for (int64_t kh = 0; kh < 3; ++kh)

@@ -19,7 +19,31 @@ namespace gconv {
 namespace {
 
 std::atomic<int32_t> chosen{-1};
-std::atomic<int32_t> winograd{-1};
+
+// What a variable of the environment says of an algorithm, until somebody sets it.
+class Switch {
+ public:
+  explicit constexpr Switch(const char* variable) : variable_(variable) {}
+  Use current() {
+    int32_t value = use_.load(std::memory_order_relaxed);
+    if (value < 0) {
+      const char* text = std::getenv(variable_);
+      const std::string given = text == nullptr || *text == '\0' ? "1" : text;
+      if (given != "0" && given != "1")
+        throw std::runtime_error(std::string(variable_) + ": want 0 or 1, got " + given);
+      value = static_cast<int32_t>(given == "0" ? Use::never : Use::where_it_pays);
+      use_.store(value, std::memory_order_relaxed);
+    }
+    return static_cast<Use>(value);
+  }
+  void set(Use use) { use_.store(static_cast<int32_t>(use), std::memory_order_relaxed); }
+
+ private:
+  const char* variable_;
+  std::atomic<int32_t> use_{-1};
+};
+
+Switch winograd("GCONV_WINOGRAD"), strassen("GCONV_STRASSEN");
 
 Isa best_supported() {
   Isa best = Isa::portable;
@@ -154,27 +178,16 @@ bool single_wide_fma() {
 #endif
 }
 
-const char* winograd_name(Winograd use) {
-  return use == Winograd::never ? "never" : use == Winograd::always ? "always" : "auto";
+const char* use_name(Use use) { return use == Use::never ? "never" : use == Use::always ? "always" : "auto"; }
+
+bool use_from_name(const char* name, Use* use) {
+  constexpr Use CHOICES[] = {Use::never, Use::where_it_pays, Use::always};
+  return from_name(CHOICES, use_name, name, use);
 }
 
-bool winograd_from_name(const char* name, Winograd* use) {
-  constexpr Winograd CHOICES[] = {Winograd::never, Winograd::where_it_pays, Winograd::always};
-  return from_name(CHOICES, winograd_name, name, use);
-}
-
-Winograd winograd_current() {
-  int32_t value = winograd.load(std::memory_order_relaxed);
-  if (value < 0) {
-    const char* text = std::getenv("GCONV_WINOGRAD");
-    const std::string given = text == nullptr || *text == '\0' ? "1" : text;
-    if (given != "0" && given != "1") throw std::runtime_error("GCONV_WINOGRAD: want 0 or 1, got " + given);
-    winograd_set(given == "0" ? Winograd::never : Winograd::where_it_pays);
-    value = winograd.load(std::memory_order_relaxed);
-  }
-  return static_cast<Winograd>(value);
-}
-
-void winograd_set(Winograd use) { winograd.store(static_cast<int32_t>(use), std::memory_order_relaxed); }
+Use winograd_current() { return winograd.current(); }
+void winograd_set(Use use) { winograd.set(use); }
+Use strassen_current() { return strassen.current(); }
+void strassen_set(Use use) { strassen.set(use); }
 
 }  // namespace gconv

@@ -33,15 +33,17 @@ void isa_set(Isa isa);  // for tests; throws if unsupported
 // so that the same CPU always runs the same algorithm.
 bool single_wide_fma();
 
-// Whether Winograd's algorithm runs where it can.
-enum class Winograd : int32_t { never, where_it_pays, always };
+// Whether an algorithm with fewer multiplications than the definition runs where it can.
+enum class Use : int32_t { never, where_it_pays, always };
 
-const char* winograd_name(Winograd use);  // "never", "auto", "always"
-bool winograd_from_name(const char* name, Winograd* use);
+const char* use_name(Use use);  // "never", "auto", "always"
+bool use_from_name(const char* name, Use* use);
 
-// The first call asks GCONV_WINOGRAD: 0 is never, 1 or nothing where it pays; else it throws
-// std::runtime_error.
-Winograd winograd_current();
-void winograd_set(Winograd use);
+// Of Winograd's for 3x3 and of Strassen's for 1x1 convolutions. The first call asks GCONV_WINOGRAD and
+// GCONV_STRASSEN: 0 is never, 1 or nothing where it pays; else it throws std::runtime_error.
+Use winograd_current();
+void winograd_set(Use use);
+Use strassen_current();
+void strassen_set(Use use);
 
 }  // namespace gconv

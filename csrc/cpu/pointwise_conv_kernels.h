@@ -26,7 +26,8 @@ inline PointSource source_of_dy(const PointwiseConvBwdParams& q) {
 
 // What both directions share: cuts and workspace.
 template <typename Params>
-Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, const float* ahead) {
+Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, const float* ahead,
+          Use strassen) {
   Pass p{};
   p.ahead = ahead;
   p.dtype = q.dtype;
@@ -35,7 +36,8 @@ Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, con
   p.source_channels = source_channels / PER_SLOT, p.output_channels = output_channels;
   p.raw_weight = q.weight;
   p.residual = q.residual;
-  plan_cuts(p);
+  p.strassen = uses_strassen(strassen, source_channels, output_channels, p.image_pixels());
+  p.strassen ? plan_strassen(p) : plan_direct(p);
   p.weight = ahead != nullptr ? ahead : q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_floats();
   return p;
@@ -43,7 +45,7 @@ Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, con
 
 inline Pass plan_forward(const PointwiseConvFwdParams& q) {
   const PointwiseConvShape& s = q.shape;
-  Pass p = plan(q, s.c, s.k, q.packed);
+  Pass p = plan(q, s.c, s.k, q.packed, q.strassen);
   p.source = source_of_x(s, q.x, q.act);
   p.affine = q.affine;
   p.relu = q.relu;
@@ -53,9 +55,12 @@ inline Pass plan_forward(const PointwiseConvFwdParams& q) {
   return p;
 }
 
+// Whether both gradients go in one walk over the pixels.
+inline bool joint(const PointwiseConvShape& s) { return s.k <= JOINT_CHANNELS; }
+
 inline Pass plan_input_gradient(const PointwiseConvBwdParams& q) {
   const PointwiseConvShape& s = q.shape;
-  Pass p = plan(q, s.k, s.c, nullptr);
+  Pass p = plan(q, s.k, s.c, nullptr, joint(s) ? Use::never : q.strassen);
   p.transposed = true;
   p.source = source_of_dy(q);
   p.mask_x = q.x, p.mask_act = q.act, p.add = q.add;
@@ -82,13 +87,13 @@ inline int64_t input_gradient_floats(const Backward& b) {
 }
 
 inline Backward plan_backward(const PointwiseConvBwdParams& q) {
-  Backward b{plan_input_gradient(q), plan_weight_gradient(q), q.shape.k <= JOINT_CHANNELS};
+  Backward b{plan_input_gradient(q), plan_weight_gradient(q), joint(q.shape)};
   if (b.joint) plan_joint(b);
   b.dw.partials = q.workspace == nullptr ? nullptr : q.workspace + input_gradient_floats(b);
   return b;
 }
 
-int64_t packing(const PointwiseConvFwdParams& q) { return packing_of(q.dtype, false); }
+int64_t packing(const PointwiseConvFwdParams& q) { return packing_of(q.dtype, plan_forward(q).strassen); }
 int64_t packed_floats(const PointwiseConvFwdParams& q) { return plan_forward(q).weight_floats(); }
 void pack_ahead(const PointwiseConvFwdParams& q, int64_t ith, int64_t nth) {
   pack_weights(plan_forward(q), q.workspace, ith, nth);

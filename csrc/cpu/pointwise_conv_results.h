@@ -1,0 +1,166 @@
+// What a pass does to a tile's results while they are in L1, compiled once per instruction set: its epilogue,
+// statistics or mask, and the stores.
+#pragma once
+#include "pointwise_conv_plan.h"
+
+namespace gconv {
+namespace GCONV_ISA_NS {
+namespace pointwise {
+
+// A tile's pixels where they are written, and where an epilogue reads.
+struct TileResult {
+  int64_t pixels;
+  int64_t output_at[POINT_PIXELS], residual_at[POINT_PIXELS], mask_at[POINT_PIXELS];
+
+  TileResult(const Pass& p, int64_t first, int64_t count) : pixels(count) {
+    p.output_at.offsets(first, pixels, output_at);
+    if (p.residual.data != nullptr) p.residual_at.offsets(first, pixels, residual_at);
+    if (p.mask_act != nullptr) p.mask_at.offsets(first, pixels, mask_at);
+  }
+};
+
+// Writes a vector of a tile.
+template <typename T, bool AFFINE, bool RESIDUAL>
+void store_results(const Pass& p, const TileResult& r, const float* values, int64_t channel, int lanes) {
+  T* out = static_cast<T*>(p.output.data) + channel;
+  const T* residual = RESIDUAL ? static_cast<const T*>(p.residual.data) + channel : nullptr;
+  Vec scale = zero(), shift = zero();
+  if constexpr (AFFINE) {
+    scale = load_lanes(p.affine + channel, lanes);
+    shift = load_lanes(p.affine + p.output_channels + channel, lanes);
+  }
+  const bool last_relu = p.relu, stream = p.stream && lanes == LANES;
+  for (int64_t i = 0; i < r.pixels; ++i) {
+    Vec y = load(values + i * LANES);
+    if constexpr (AFFINE) y = fma(scale, y, shift);
+    if constexpr (RESIDUAL) y = add(y, load_lanes(residual + r.residual_at[i], lanes));
+    if (last_relu) y = relu(y);
+    if (stream)
+      stream_as(out + r.output_at[i], y);
+    else
+      store_lanes(out + r.output_at[i], y, lanes);
+  }
+}
+
+// g = dx where the prologue's ReLU passed, stored, or a*g added to the output; and the sums of g and g*xhat,
+// of g as it was stored or, added, before any rounding.
+template <typename T, bool ADD>
+void store_masked(const Pass& p, const TileResult& r, const float* values, int64_t channel, int lanes,
+                  CompensatedSum (&sums)[2]) {
+  T* out = static_cast<T*>(p.output.data) + channel;
+  const T* x = static_cast<const T*>(p.mask_x.data) + channel;
+  const auto row = [&](int64_t i) { return load_lanes(p.mask_act + i * p.output_channels + channel, lanes); };
+  const Vec a = row(0), b = row(1), mean = row(2), rstd = row(3);
+  const bool stream = p.stream && lanes == LANES;
+  Vec sum = zero(), deviations = zero();
+  for (int64_t i = 0; i < r.pixels; ++i) {
+    const Vec raw = load_lanes(x + r.mask_at[i], lanes);
+    Vec g = relu_mask(load(values + i * LANES), fma(a, raw, b));
+    T* at = out + r.output_at[i];
+    if constexpr (ADD) {
+      store_lanes(at, fma(a, g, load_lanes(at, lanes)), lanes);
+    } else {
+      g = rounded_to(x, g);
+      if (stream)
+        stream_as(at, g);
+      else
+        store_lanes(at, g, lanes);
+    }
+    sum = add(sum, g);
+    deviations = fma(g, sub(raw, mean), deviations);
+  }
+  sums[0].add(sum);
+  sums[1].add(mul(deviations, rstd));
+}
+
+// The pixels between those of an input gradient's [first, first + pixels): 0, or the residual.
+template <typename T>
+void fill_gaps(const Pass& p, int64_t first, int64_t pixels, int64_t first_vector, int64_t vectors) {
+  const PointwiseConvShape& s = p.shape;
+  const int64_t channel = first_vector * LANES;
+  const int64_t channels = std::min(p.output_channels - channel, vectors * LANES);
+  const auto fill = [&](int64_t image, int64_t h, int64_t w) {
+    T* out = static_cast<T*>(p.output.data) + image * p.output.stride_n + h * p.output.stride_h +
+             w * p.output.stride_w + channel;
+    const T* residual = nullptr;
+    if (p.residual.data != nullptr)
+      residual = static_cast<const T*>(p.residual.data) + image * p.residual.stride_n +
+                 h * p.residual.stride_h + w * p.residual.stride_w + channel;
+    for (int64_t c = 0; c < channels; c += LANES) {
+      const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - c));
+      const Vec value = residual == nullptr ? zero() : load_lanes(residual + c, lanes);
+      if (p.stream && lanes == LANES)
+        stream_as(out + c, value);
+      else
+        store_lanes(out + c, value, lanes);
+    }
+  };
+  for (int64_t i = first; i < first + pixels; ++i) {
+    const int64_t image = i / (s.oh * s.ow), row = i / s.ow % s.oh * s.stride_h,
+                  column = i % s.ow * s.stride_w;
+    for (int64_t h = row; h < std::min(s.h, row + s.stride_h); ++h)
+      for (int64_t w = column; w < std::min(s.w, column + s.stride_w); ++w)
+        if (h != row || w != column) fill(image, h, w);
+  }
+}
+
+template <typename T>
+void store_vector(const Pass& p, const TileResult& r, const float* values, int64_t vector, Moments* moments,
+                  CompensatedSum (&sums)[2]) {
+  const int64_t channel = vector * LANES;
+  const int lanes = static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel));
+  if (p.mask_act != nullptr)
+    return p.add ? store_masked<T, true>(p, r, values, channel, lanes, sums)
+                 : store_masked<T, false>(p, r, values, channel, lanes, sums);
+  const bool residual = p.residual.data != nullptr;
+  if (p.affine != nullptr)
+    residual ? store_results<T, true, true>(p, r, values, channel, lanes)
+             : store_results<T, true, false>(p, r, values, channel, lanes);
+  else
+    residual ? store_results<T, false, true>(p, r, values, channel, lanes)
+             : store_results<T, false, false>(p, r, values, channel, lanes);
+  if (p.moments) row_moments<T>(values, r.pixels, moments);
+}
+
+// Vectors [v, v + count) of a task that begins at first_vector, `step` floats apart.
+template <typename T>
+void store_vectors(const Pass& p, const TileResult& r, const float* values, int64_t step,
+                   int64_t first_vector, int64_t v, int64_t count, TaskSums& sums) {
+  for (int64_t i = 0; i < count; ++i, ++v, values += step)
+    store_vector<T>(p, r, values, first_vector + v, &sums.moments[v], sums.gradients[v]);
+}
+
+// Asks for a tile's pixels of a tensor, which arrive while the tile is multiplied.
+template <typename T>
+GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, int64_t channel,
+                              int64_t channels) {
+  constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < channels; c += LINE)
+      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c, 0, 2);
+}
+
+// What the epilogues of `count` vectors will read, a share of the pixels at a time.
+template <typename T>
+GCONV_INLINE void fetch_epilogue(const Pass& p, const TileResult& r, int64_t vector, int64_t count,
+                                 int64_t ith, int64_t nth) {
+  const int64_t at = vector * LANES, width = std::min(p.output_channels - at, count * LANES);
+  const Share share(r.pixels, ith, nth);
+  const auto fetch = [&](const Nhwc& t, const int64_t* pixels_at) GCONV_LAMBDA {
+    fetch_ahead<T>(t, pixels_at + share.begin, share.end - share.begin, at, width);
+  };
+  if (p.residual.data != nullptr) fetch(p.residual, r.residual_at);
+  if (p.mask_act == nullptr) return;
+  fetch(p.mask_x, r.mask_at);
+  if (p.add) fetch(p.output, r.output_at);
+}
+
+inline void store_sums(const Pass& p, int64_t block, int64_t first_vector, const TaskSums& sums) {
+  if (p.moments || p.mask_act != nullptr)
+    sums.store_partials(p.partials + block * 2 * p.output_channels, p.output_channels, first_vector,
+                        p.moments);
+}
+
+}  // namespace pointwise
+}  // namespace GCONV_ISA_NS
+}  // namespace gconv
