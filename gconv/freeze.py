@@ -28,10 +28,11 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Kept weights are used on the CPU, in eval mode, where nothing in the call wants a gradient, outside
     torch.compile, torch.export, torch.jit and function transforms; everything else runs as before.
-    `gconv.trace` shows "packed weights" for the calls that used them. They take about as much memory again as
-    the weights would in float32 (bfloat16 half of it where the CPU multiplies pairs of bfloat16; under
-    autocast the cast weights are kept too). Copies and pickles of the model are frozen too and pack for
-    themselves. Threads may share a frozen model.
+    `gconv.trace` shows "packed weights" for the calls that used them. They take about as much memory
+    again as the weights would in float32 (those of wide 1x1 layers 7/4 of it, for Strassen's algorithm;
+    bfloat16 half of it where the CPU multiplies pairs of bfloat16; under autocast the cast weights are
+    kept too). Copies and pickles of the model are frozen too and pack for themselves. Threads may share a
+    frozen model.
 
     Args:
         model: in eval mode: a model of gconv.models, gconv's layers or anything that holds them, what
