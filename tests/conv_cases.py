@@ -225,7 +225,7 @@ def problem(ref, dtype, kind, args):
     return args, ref(torch.float64, *args), None if kind == "integer" else torchs_own(ref, dtype, args)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def fwd_problem(case, dtype, kind, variant):
     """(arguments of grouped_conv_fwd, exact, torch's own)"""
     data = Data(case, dtype, kind, "fwd", variant)
@@ -243,7 +243,7 @@ def fwd_problem(case, dtype, kind, variant):
     return problem(ref_fwd, dtype, kind, args)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def bwd_input_problem(case, dtype, kind, variant):
     data = Data(case, dtype, kind, "bwd_input", variant)
     weight = data.weight(case.taps * case.cout)
@@ -261,7 +261,7 @@ def bwd_input_problem(case, dtype, kind, variant):
     return problem(ref_bwd_input, dtype, kind, args)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def bwd_weight_problem(case, dtype, kind, variant):
     data = Data(case, dtype, kind, "bwd_weight", variant)
     x = data.placed(data.activation(case.input_size), "x")

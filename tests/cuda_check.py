@@ -24,7 +24,8 @@ from triton_aot import resources
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "cuda_check"
-FLAGS = ["-std=c++20", "-O3", "-Xptxas=-v"]  # as in setup.py, and a word on each kernel
+# As in setup.py, whose link takes these objects, and a word on each kernel.
+FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 ARCHITECTURES = "sm_80,sm_90a"
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SHARED = re.compile(r"(\d+) bytes smem")
@@ -62,7 +63,7 @@ def demangled(names):
 
 
 def compiled(source, arch, more=()):
-    """The rows of a source for one architecture, from the cache or by nvcc."""
+    """(the rows of a source for one architecture, its object), from the cache or by nvcc."""
     command = [nvcc(), *FLAGS, f"-arch={arch}", *more]
     headers = sorted(
         [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("c*/*.h"), *source.parent.glob("*.h")]
@@ -72,21 +73,25 @@ def compiled(source, arch, more=()):
     for path in (source, *headers):
         key.update(path.read_bytes())
     kept = CACHE / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    made = kept.with_suffix(".o")
+    if kept.exists() and made.exists():
+        return json.loads(kept.read_text()), made
     start = time.perf_counter()
-    command += [f"-I{ROOT / 'csrc' / 'cuda'}", "-c", str(source), "-o", os.devnull]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = made.with_suffix(f".{os.getpid()}.o")
+    command += [f"-I{ROOT / 'csrc' / 'cuda'}", "-c", str(source), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True)
     about = {"file": source.name, "seconds": round(time.perf_counter() - start, 1)}
     if done.returncode != 0:
         message = [line for line in done.stderr.splitlines() if not line.startswith("ptxas info")]
-        return [{"kernel": "-", "arch": arch, **about, "error": "\n".join(message) or str(done.returncode)}]
+        error = "\n".join(message) or str(done.returncode)
+        return [{"kernel": "-", "arch": arch, **about, "error": error}], None
     rows = [row | about for row in rows_of(done.stderr)]
     names = demangled([row["kernel"] for row in rows])
     rows = [row | {"kernel": names[row["kernel"]]} for row in rows]
-    CACHE.mkdir(parents=True, exist_ok=True)
+    part.replace(made)
     kept.write_text(json.dumps(rows))
-    return rows
+    return rows, made
 
 
 def fault(row):
@@ -120,7 +125,7 @@ def main():
     if not work:
         raise SystemExit("gconv: cuda-check: no .cu file in csrc/cuda")
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [row for rows in pool.map(lambda item: compiled(*item, more), work) for row in rows]
+        rows = [row for rows, _ in pool.map(lambda item: compiled(*item, more), work) for row in rows]
     print(json.dumps(rows) if args.json else table(rows))
     faults = [row for row in rows if fault(row)]
     for row in faults:

@@ -435,9 +435,9 @@ def op_cases():
                 for what, wrong in wrong_tensors(name, value).items():
                     if (op, name, what) in NO_CONTRADICTION:
                         continue
-                    yield pytest.param(op, name, wrong, id=f"{op}-{name}-{what}")
-                yield pytest.param(op, name, value.numpy(), id=f"{op}-{name}-array")
-                yield pytest.param(op, name, "x", id=f"{op}-{name}-string")
+                    yield op, name, wrong
+                yield op, name, value.numpy()
+                yield op, name, "x"
             elif isinstance(value, list):
                 pairs = [
                     [],
@@ -477,24 +477,23 @@ def op_cases():
                 for wrong in pairs:
                     if (op, name, str(wrong)) in NO_CONTRADICTION:
                         continue
-                    yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
+                    yield op, name, wrong
             elif name == "groups":
                 for wrong in (0, -1, 3, 5, 2**62, -(2**63), 1, 8, "4", 4.5, None):
-                    yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
+                    yield op, name, wrong
             elif name == "count":
                 for wrong in (1, 0, -1, -(2**63), "9", 4.5, None):
                     if (op, name, str(wrong)) in NO_CONTRADICTION:
                         continue
-                    yield pytest.param(op, name, wrong, id=f"{op}-{name}-{wrong}")
+                    yield op, name, wrong
             else:
-                yield pytest.param(op, name, "x", id=f"{op}-{name}-string")
+                yield op, name, "x"
 
 
 OP_CASES = list(op_cases())
 
 
-@pytest.mark.parametrize("op, name, wrong", OP_CASES)
-def test_ops_refuse(ops, op, name, wrong):
+def verify_refused(ops, op, name, wrong):
     good = OPS[op]
     getattr(ops, op)(**good)
     with pytest.raises(REFUSALS) as info:
@@ -509,6 +508,14 @@ def test_ops_refuse(ops, op, name, wrong):
         assert re.fullmatch(r"\w+: \w+: want .+, got .+", message), (
             f"want one line 'op: argument: want ..., got ...': {message}"
         )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_refuse(ops, op):
+    cases = [case for case in OP_CASES if case[0] == op]
+    assert cases
+    for case in cases:
+        verify_refused(ops, *case)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from checks import (
     channel,
     place,
 )
+from run_together import together
 
 import gconv
 from gconv.batch_norm import batch_norm_bwd_finish_ref, batch_norm_update_running_ref
@@ -30,7 +31,7 @@ SHAPES = (
 )  # fmt: skip
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
-kinds = pytest.mark.parametrize("kind", ["integer", "normal"])
+kinds = together(kind=["integer", "normal"])
 
 
 class Data:
@@ -76,8 +77,7 @@ def check(integer, actual, exact, own, label, dtype=None, magnitude=None):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("residual", ["none", "plain", "scaled"])
-@pytest.mark.parametrize("relu", [False, True])
+@together(residual=["none", "plain", "scaled"], relu=[False, True])
 @kinds
 def test_apply(isa, ops, shape, dtype, residual, relu, kind):
     data = Data(shape, dtype, kind, residual, relu)
@@ -207,7 +207,7 @@ def backward_problem(shape, dtype, kind, mask):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("mask", MASKS)
+@together(mask=MASKS)
 @kinds
 def test_backward_reduce(isa, ops, shape, dtype, mask, kind):
     data, v = backward_problem(shape, dtype, kind, mask)
@@ -283,8 +283,7 @@ def test_backward_finish(isa, ops, gamma):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("want_g", [False, True])
+@together(mask=MASKS, want_g=[False, True])
 @kinds
 def test_backward_apply(isa, ops, shape, dtype, mask, want_g, kind):
     data, v = backward_problem(shape, dtype, kind, mask)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cuda_check
 import pytest
 import torch
 from conv_cases import Case
@@ -376,15 +377,21 @@ def test_when_it_is_built(build, monkeypatch, tmp_path):
     assert build.cuda_objects() is None, "a CUDA torch without nvcc"
 
 
+def test_the_check_compiles_as_the_build_does(build):
+    assert [*build.CUDA_ARGS, "-Xptxas=-v"] == cuda_check.FLAGS
+
+
 BUILD = """
 import importlib.util, sys
 from setuptools import setup
 spec = importlib.util.spec_from_file_location("gconv_setup", "setup.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+library, temporary, *objects = sys.argv[1:]
+module.CudaObjects.objects = lambda self, folder: objects
 options = module.extension_options()
 options["ext_modules"] = [e for e in options["ext_modules"] if e.name == "gconv._cuda"]
-script_args = ["-q", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[2]]
+script_args = ["-q", "build_ext", "--build-lib", library, "--build-temp", temporary]
 setup(name="gconv", packages=[], script_args=script_args, **options)
 """
 USE = """
@@ -422,10 +429,12 @@ for name, args in (
 def test_builds_for_one_gpu_and_loads_beside_any_torch(ops, tmp_path):
     """The whole of gconv._cuda: compiled, linked, loaded, and of no use to tensors on a CPU."""
     env = os.environ | {"GCONV_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
-    # Objects are kept as `make build` keeps its own: nvcc takes a minute for them.
-    script, folders = tmp_path / "build.py", [str(tmp_path / "lib"), str(ROOT / "build" / "cuda_backend")]
+    # nvcc takes a minute for the objects of test_cuda_check.py, which are kept.
+    objects = [cuda_check.compiled(source, "sm_90a")[1] for source in cuda_check.sources()]
+    assert None not in objects
+    script, folders = tmp_path / "build.py", [str(tmp_path / "lib"), str(tmp_path / "temporary")]
     script.write_text(BUILD)
-    command = [sys.executable, script, *folders]
+    command = [sys.executable, script, *folders, *objects]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     (library,) = Path(folders[0]).rglob("_cuda*.so")

@@ -93,12 +93,13 @@ def test_what_does_not_compile_is_a_fault(tmp_path):
 def test_results_are_kept_by_content(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_check, "CACHE", tmp_path / "cache")
     path = source(tmp_path, SHARING)
-    first = cuda_check.compiled(path, "sm_80")
-    assert cuda_check.compiled(path, "sm_80") == first
-    assert len(list(cuda_check.CACHE.iterdir())) == 1
+    rows, made = cuda_check.compiled(path, "sm_80")
+    written = made.stat().st_mtime_ns
+    assert cuda_check.compiled(path, "sm_80") == (rows, made) and made.stat().st_mtime_ns == written
+    assert len(list(cuda_check.CACHE.iterdir())) == 2  # the rows and the object
     path.write_text(SHARING.replace("256", "128"))
-    assert cuda_check.compiled(path, "sm_80")[0]["shared"] == 512
-    assert len(list(cuda_check.CACHE.iterdir())) == 2
+    assert cuda_check.compiled(path, "sm_80")[0][0]["shared"] == 512
+    assert len(list(cuda_check.CACHE.iterdir())) == 4
 
 
 def test_without_nvcc_one_line_says_so():

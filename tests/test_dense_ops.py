@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import DTYPES, assert_accurate, assert_exact, assert_same_bits, channel, place
 from conv_cases import FWD_VARIANTS, STATS_VARIANTS, Case
+from run_together import together
 
 import gconv
 from gconv import batch_norm as bn_module
@@ -19,7 +20,7 @@ from gconv import pointwise_conv as pointwise_module
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
-kinds = pytest.mark.parametrize("kind", ["integer", "normal"])
+kinds = together(kind=["integer", "normal"])
 # Channels before and after a slice, and rows and columns around it: vectors of it are aligned, or not.
 PLACES = ((16, 48, 0), (3, 2, 0), (0, 1, 1))
 places = pytest.mark.parametrize("at", PLACES, ids=str)

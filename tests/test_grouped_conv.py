@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import DTYPES, EXPANDED, ISAS, assert_accurate, assert_exact, assert_same_bits, place
 from conv_cases import CASES, VERIFY, Case
+from run_together import together
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -24,9 +25,8 @@ def grid(kind):
             low = checks.rotate(DTYPES[1:], str(case), kind, name)
             for dtype in (torch.float32, low):
                 chosen.append((dtype, checks.rotate(variants, str(case), str(dtype), kind, name)))
-            for dtype, variant in dict.fromkeys(chosen):
-                label = f"{name.removeprefix('grouped_conv_')}-{variant}-{case}-{checks.dtype_name(dtype)}"
-                params.append(pytest.param(name, case, dtype, variant, id=label))
+            label = f"{name.removeprefix('grouped_conv_')}-{case}"
+            params.append(pytest.param(name, case, list(dict.fromkeys(chosen)), id=label))
     return params
 
 
@@ -58,15 +58,17 @@ def test_grid_lists_what_it_promises():
 
 
 @each_isa
-@pytest.mark.parametrize("name, case, dtype, variant", grid("integer"))
-def test_integers_are_exact(isa, ops, name, case, dtype, variant):
-    VERIFY[name][0](getattr(ops, name), case, dtype, "integer", variant)
+@pytest.mark.parametrize("name, case, chosen", grid("integer"))
+def test_integers_are_exact(isa, ops, name, case, chosen):
+    for dtype, variant in chosen:
+        VERIFY[name][0](getattr(ops, name), case, dtype, "integer", variant)
 
 
 @each_isa
-@pytest.mark.parametrize("name, case, dtype, variant", grid("normal"))
-def test_error_against_float64(isa, ops, name, case, dtype, variant):
-    VERIFY[name][0](getattr(ops, name), case, dtype, "normal", variant)
+@pytest.mark.parametrize("name, case, chosen", grid("normal"))
+def test_error_against_float64(isa, ops, name, case, chosen):
+    for dtype, variant in chosen:
+        VERIFY[name][0](getattr(ops, name), case, dtype, "normal", variant)
 
 
 # Small enough to run everything on: a grouped case with tails and a dense one with stride.
@@ -80,9 +82,8 @@ core = pytest.mark.parametrize("case", CORE, ids=str)
 
 @each_isa
 @core
-@pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 @pytest.mark.parametrize("name, variant", [(n, v) for n, (_, vs) in VERIFY.items() for v in vs])
-@pytest.mark.parametrize("kind", ["integer", "normal"])
+@together(dtype=DTYPES, kind=["integer", "normal"])
 def test_every_variant(isa, ops, case, dtype, name, variant, kind):
     VERIFY[name][0](getattr(ops, name), case, dtype, kind, variant)
 

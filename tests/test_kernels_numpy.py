@@ -37,6 +37,7 @@ from numpy_oracle import (
     value,
 )
 from numpy_runs import assert_same, both_ways, cpu_runs, integers, table
+from run_together import together
 
 kernels, isa, dtype = numpy_runs.kernels, numpy_runs.isa, numpy_runs.dtype  # fixtures
 
@@ -193,7 +194,7 @@ def norm_stats(kernels, isa, dtype, x):
     return both_ways(kernels, isa, dtype, call)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_stats(kernels, isa, dtype, channels):
     for rng, shape in norm_cases(channels):
         x = value(store(rng.standard_normal(shape) * 2 + 3, dtype), dtype)
@@ -264,7 +265,7 @@ def run_norm_pool(kernels, isa, dtype, x, dy, coefficients):
     return both_ways(kernels, isa, dtype, call)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_pool_exact(kernels, isa, dtype, channels):
     rng = np.random.default_rng(channels)
     for shape in ((2, 5, 7, channels), (1, 2, 2, channels), (0, 4, 3, channels), (1, 40, 63, channels)):
@@ -284,7 +285,7 @@ def test_norm_pool_exact(kernels, isa, dtype, channels):
         assert_same(sums, np.stack([g, g * (inside - mean) * rstd]).sum((1, 2, 3)), f"sums at {shape}")
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_apply_exact(kernels, isa, dtype, channels):
     for rng, shape in norm_cases(channels):
         x, residual = integers(rng, -9, 9, shape), integers(rng, -9, 9, shape)
@@ -394,7 +395,7 @@ def optional(place, case, name, dtype=None):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
     for rng, shape in norm_cases(channels):
         case = NormBackward(rng, shape, mask)
@@ -413,7 +414,7 @@ def test_norm_bwd_reduce_exact(kernels, isa, dtype, channels, mask):
         assert_same(finish[4:], case.mask_table(), f"mask at {shape}")
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_bwd_reduce_of_two_branches(kernels, isa, dtype, channels):
     """Each branch gets what it gets alone."""
     for rng, shape in norm_cases(channels):
@@ -444,7 +445,7 @@ def test_norm_bwd_finish(kernels):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("channels", CHANNELS)
+@together(channels=CHANNELS)
 def test_norm_bwd_apply_exact(kernels, isa, dtype, channels, mask):
     for rng, shape in norm_cases(channels):
         case = NormBackward(rng, shape, mask)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checks import DTYPES, ISAS, assert_same_bits
 from conv_cases import VERIFY, Case
+from run_together import together
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -52,8 +53,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 @each_isa
 @each_case
 @each_op
-@pytest.mark.parametrize("kind", ["integer", "normal"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
+@together(dtype=DTYPES, kind=["integer", "normal"])
 def test_against_float64(isa, ops, winograd, name, case, kind, dtype):
     """Integers exactly; other values within the bound of a direct algorithm."""
     winograd("always")
@@ -179,10 +179,18 @@ def test_what_is_not_finite_stays_where_it_belongs(isa, ops, winograd, case, val
     assert torch.equal(dw.isfinite().all(-1).all(-1), want.isfinite().all(-1).all(-1))
 
 
-each_switch = pytest.mark.parametrize("algorithm", ["winograd", "strassen"])
+ALGORITHMS = ("winograd", "strassen")
+SWITCHES = """
+import sys, torch, gconv
+for algorithm in sys.argv[1:]:
+    try:
+        print(getattr(torch.ops.gconv, f"cpu_{algorithm}")())
+    except RuntimeError as error:
+        print(error)
+"""
 
 
-@each_switch
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_choice_is_reported_and_refused(ops, request, algorithm):
     request.getfixturevalue(algorithm)("always")
     with pytest.raises((RuntimeError, ValueError), match="want never, auto or always, got sometimes"):
@@ -190,16 +198,13 @@ def test_choice_is_reported_and_refused(ops, request, algorithm):
     assert getattr(ops, f"cpu_{algorithm}")() == "always"
 
 
-@each_switch
 @pytest.mark.parametrize("value, want", [(None, "auto"), ("1", "auto"), ("0", "never"), ("yes", None)])
-def test_environment_variable(monkeypatch, algorithm, value, want):
-    variable = f"GCONV_{algorithm.upper()}"
-    monkeypatch.delenv(variable, raising=False)
-    if value is not None:
-        monkeypatch.setenv(variable, value)
-    code = f"import torch, gconv; print(torch.ops.gconv.cpu_{algorithm}())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if want is None:
-        assert run.returncode != 0 and f"{variable}: want 0 or 1, got yes" in run.stderr
-    else:
-        assert run.stdout.strip() == want, run.stderr
+def test_environment_variables(monkeypatch, value, want):
+    for algorithm in ALGORITHMS:
+        variable = f"GCONV_{algorithm.upper()}"
+        monkeypatch.delenv(variable, raising=False)
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    run = subprocess.run([sys.executable, "-c", SWITCHES, *ALGORITHMS], capture_output=True, text=True)
+    for line, algorithm in zip(run.stdout.splitlines(), ALGORITHMS, strict=True):
+        assert line == (want or f"GCONV_{algorithm.upper()}: want 0 or 1, got yes"), run.stderr
