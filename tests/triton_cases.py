@@ -2,7 +2,8 @@
 and the tests of the C++ ops to be run on them again."""
 
 import copy
-import types
+import functools
+import inspect
 
 import checks
 import pytest
@@ -57,8 +58,12 @@ def no_isa():
 def on_triton(test, **values):
     """`test`, of the C++ ops by the fixtures `ops` and `isa`, for the Triton kernels: with these values of
     its parameters in the place of its own, and `DTYPES`."""
-    again = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
-    again.__doc__ = test.__doc__
+
+    @functools.wraps(test)
+    def again(*args, **kwargs):
+        test(*args, **kwargs)
+
+    again.__signature__ = inspect.signature(test)
     again.pytestmark = []
     values["dtype"] = DTYPES
     for mark in getattr(test, "pytestmark", ()):
