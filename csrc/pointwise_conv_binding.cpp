@@ -7,17 +7,20 @@ namespace gconv {
 
 namespace {
 
-// The shape of a convolution of an image with a weight [K, C, 1, 1].
-PointwiseConvShape conv_shape(const char* op, const Shape& image, int64_t k, const Ints& stride) {
+// The shape of a convolution of an image, the argument `name`, with a weight [K, C, 1, 1], of which k is
+// known.
+template <typename Given>
+PointwiseConvShape conv_shape(const char* op, const char* name, const Shape& image, const Given& given,
+                              int64_t k, const Ints& stride) {
   check_pair(op, "stride", stride, 1, 2);
   const int64_t c = image.size[1], h = image.size[2], w = image.size[3];
   check(c >= 1 && k >= 1, op, ": weight: want at least one channel on each side, got ", Shape{k, c, 1, 1});
-  check(h >= 1 && w >= 1, op, ": x: want an image with pixels, got ", image);
+  check(h >= 1 && w >= 1, op, ": ", name, ": want an image with pixels, got ", given);
   return {image.size[0], h, w, c, (h - 1) / stride[0] + 1, (w - 1) / stride[1] + 1, k, stride[0], stride[1]};
 }
-// Of x with a weight of which k is known.
 PointwiseConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const Ints& stride) {
-  return conv_shape(op, Shape{x.size(0), x.size(1), x.size(2), x.size(3)}, k, stride);
+  const Shape image{x.size(0), x.size(1), x.size(2), x.size(3)};
+  return conv_shape(op, "x", image, Described{x}, k, stride);
 }
 PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride) {
   const int64_t k = weight.dim() > 0 ? weight.size(0) : 1;
@@ -171,7 +174,7 @@ Tensor pointwise_conv_pack(const Tensor& weight, const Ints& input_size, const I
   p.dtype = activation_dtype(op, "weight", weight);
   p.isa = isa_current(), p.strassen = strassen_current();
   check(input.size[1] == size.size[1], op, ": weight: want [K, ", input.size[1], ", 1, 1], got ", size);
-  p.shape = conv_shape(op, input, size.size[0], stride);
+  p.shape = conv_shape(op, "input_size", input, input, size.size[0], stride);
   const Tensor dense = dense_weight(weight);
   p.weight = dense.const_data_ptr();
   const auto header = PackedHeader::of(pointwise_conv_packing(p), size, 1);

@@ -2,10 +2,10 @@
 
 import torch
 from torch._C import _is_any_autocast_enabled
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from gconv import memory
-from gconv.autograd import applier, first_order, transformed
+from gconv.autograd import applier, first_order, on_tape
 
 
 def autocast_enabled(x) -> bool:
@@ -39,8 +39,7 @@ _cast_leaf = applier(CastLeaf)
 def _cast(t, dtype):
     if t is None or t.dtype is dtype or t.dtype is torch.float64 or not t.is_floating_point():
         return t
-    plain = transformed() or forward_ad._current_level >= 0 or not torch.is_grad_enabled()
-    return t.to(dtype) if plain or not (t.is_leaf and t.requires_grad) else _cast_leaf(t, dtype)
+    return _cast_leaf(t, dtype) if t.is_leaf and on_tape(t) else t.to(dtype)
 
 
 def autocast(*tensors):

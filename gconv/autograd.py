@@ -53,6 +53,11 @@ def untracked() -> bool:
     return not (torch.is_grad_enabled() or transformed() or forward_ad._current_level >= 0)
 
 
+def on_tape(x) -> bool:
+    """Whether autograd's tape watches x and nobody else does: then a Function may decide what is kept."""
+    return x.requires_grad and torch.is_grad_enabled() and not transformed() and forward_ad._current_level < 0
+
+
 def unwatched(*tensors) -> bool:
     """The same for a call on these tensors: also where none of them wants a gradient."""
     if untracked():

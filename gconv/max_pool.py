@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from gconv import memory
-from gconv.autograd import applier, first_order, suggests_channels_last, transformed
+from gconv.autograd import applier, first_order, on_tape, suggests_channels_last
 from gconv.conv_bn_relu import watched
 
 _aten = torch.ops.aten
@@ -48,6 +48,8 @@ _apply = applier(MaxPool)
 
 def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
     """How many windows of such a row there are; torch lets none begin past the row and its padding."""
+    if stride < 1:
+        return 0
     span = size + 2 * padding - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
     count = span // stride + 1
     return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
@@ -56,24 +58,19 @@ def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
 def max_pool(pool, x):
     """pool(x) of an nn.MaxPool2d, with less to keep for the backward; any other module, or one with hooks, is
     merely called, and so it is where nothing wants a gradient or others watch the tensors."""
-    plain = (
-        type(pool) is not nn.MaxPool2d
-        or type(x) is not torch.Tensor
-        or not x.requires_grad
-        or x.dim() != 4
-        or 0 in x.shape
-        or pool.return_indices
-        or watched(pool) is not None
-        or not torch.is_grad_enabled()
-        or transformed()
-        or forward_ad._current_level >= 0
+    ours = (
+        type(pool) is nn.MaxPool2d
+        and type(x) is torch.Tensor
+        and x.dim() == 4
+        and 0 not in x.shape
+        and on_tape(x)
+        and not pool.return_indices
+        and watched(pool) is None
     )
-    if plain:
+    if not ours:
         return pool(x)
     conf = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
-    if min(conf[1]) < 1:  # torch says what is wrong
-        return pool(x)
     sizes = [_pooled(n, *axis, pool.ceil_mode) for n, axis in zip(x.shape[2:], zip(*conf))]
-    if min(sizes) < 1:
+    if min(sizes) < 1:  # torch says what is wrong
         return pool(x)
     return _apply(x, (*x.shape[:2], *sizes), *conf, pool.ceil_mode)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 from checks import ISAS
+from run_together import without_repeats
 
 # Triton reads this when it is imported and whenever a kernel is declared, so it is for the whole process.
 if not torch.cuda.is_available():
@@ -15,18 +16,18 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """avx512_bf16 and amx_bf16 are avx512 for all but bfloat16: to run the other dtypes on them would repeat
-    a test. So would Winograd's algorithm, which they do not use, and the widest group, whose cuts narrower
-    ones have: on an emulator of amx_bf16 both take long."""
+    """Tests that would repeat another are dropped: by instruction set and dtype, or by all of the dtypes that
+    a test has `chosen`. So would Winograd's algorithm on amx_bf16, which does not use it, and the widest
+    group there, whose cuts narrower ones have: on an emulator both take long."""
 
-    def repeats(params):
-        isa, dtype = params.get("isa"), params.get("dtype")
+    def repeated(params):
+        isa = params.get("isa")
         if isa == "amx_bf16" and (params.get("winograd") == "always" or params.get("width") == (112, 112, 1)):
             return True
-        return isa in ("avx512_bf16", "amx_bf16") and dtype not in (None, "bfloat16", torch.bfloat16)
+        return not without_repeats(isa, params.get("chosen", [(params.get("dtype"), None)]))
 
     items[:] = [
-        item for item in items if not repeats(getattr(item, "callspec", item).__dict__.get("params", {}))
+        item for item in items if not repeated(getattr(item, "callspec", item).__dict__.get("params", {}))
     ]
     reason = missing_cuda()
     if reason is not None:

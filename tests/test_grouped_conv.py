@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import DTYPES, EXPANDED, ISAS, assert_accurate, assert_exact, assert_same_bits, place
 from conv_cases import CASES, VERIFY, Case
-from run_together import together
+from run_together import together, without_repeats
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -60,14 +60,14 @@ def test_grid_lists_what_it_promises():
 @each_isa
 @pytest.mark.parametrize("name, case, chosen", grid("integer"))
 def test_integers_are_exact(isa, ops, name, case, chosen):
-    for dtype, variant in chosen:
+    for dtype, variant in without_repeats(isa, chosen):
         VERIFY[name][0](getattr(ops, name), case, dtype, "integer", variant)
 
 
 @each_isa
 @pytest.mark.parametrize("name, case, chosen", grid("normal"))
 def test_error_against_float64(isa, ops, name, case, chosen):
-    for dtype, variant in chosen:
+    for dtype, variant in without_repeats(isa, chosen):
         VERIFY[name][0](getattr(ops, name), case, dtype, "normal", variant)
 
 
