@@ -7,6 +7,7 @@
 // one channel at two pixels in the weight gradient, where they are summed over pixels. To broadcast, to
 // shuffle and to move slots is the same for both.
 #pragma once
+#include <array>
 #include <type_traits>
 
 #include "conv_source.h"
@@ -27,6 +28,22 @@ GCONV_INLINE Vec pack_slots(Vec low, Vec high) { return {(__m512)_mm512_cvtne2ps
 GCONV_INLINE Vec pair_slots(Vec first, Vec second) {
   const __m512i low = _mm512_cvtepu16_epi32(to_bf16(first)), high = _mm512_cvtepu16_epi32(to_bf16(second));
   return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+// Of two vectors of 2 * LANES values the lower (first[i], second[i]), and the upper.
+GCONV_INLINE void interleave(Vec first, Vec second, Vec& lower, Vec& upper) {
+  alignas(64) static constexpr std::array<int16_t, 64> PLACES = [] {
+    std::array<int16_t, 64> places{};
+    for (int i = 0; i < 32; ++i)
+      places[2 * i] = static_cast<int16_t>(i), places[2 * i + 1] = static_cast<int16_t>(32 + i);
+    return places;
+  }();
+  const auto pick = [&](const int16_t* places) GCONV_LAMBDA {
+    const __m512i at = _mm512_load_si512(places);
+    return Vec{_mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(_mm512_castps_si512(first.v), at, _mm512_castps_si512(second.v)))};
+  };
+  lower = pick(PLACES.data());
+  upper = pick(PLACES.data() + 32);
 }
 GCONV_INLINE void stream_slots(bf16* out, Vec slots) {
   _mm512_stream_ps(reinterpret_cast<float*>(out), slots.v);

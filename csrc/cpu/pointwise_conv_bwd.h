@@ -73,24 +73,31 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
   const EvenCut walk(pixels, BLOCK_TILES * POINT_PIXELS);
   for (int64_t i = 0, first = begin; first < begin + pixels; ++i) {
     const PointCut cut(walk.least + (i < walk.longer));
+    const int64_t after = first + walk.least + (i < walk.longer);
+    const int64_t next = after < begin + pixels ? walk.least + (i + 1 < walk.longer) : 0;
+    const int64_t calls = want_dx * cut.count * parts(p.source_channels, (vectors + 1) / 2) +
+                          want_dw * outer_products(rows, vectors);
+    BlockAhead<T> ahead(g.dy, 0, rows, g.x, channel, channels, after, next, calls);
     if (want_dw) pack_block(g.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
     for (int64_t row = 0; row < rows; row += depth) {
       const int64_t here = std::min(depth, rows - row);
       for (int64_t tile = 0; tile < cut.count; ++tile) {
         const int64_t at = first + cut.first(tile), count = cut.pixels(tile);
         float* packed = dy.data + tile * dy.tile_floats;
-        if (want_dw || !PAIRS) pack_rows<T>(g.dy, at, count, row, here, packed);
+        if (!PAIRS || !want_dx) pack_rows<T>(g.dy, at, count, row, here, packed);
         if (!want_dx) continue;
-        if constexpr (PAIRS) {  // dw sums pairs of pixels, dx pairs of channels
-          packed = slots;
-          pack_tile<T, Slots::channels>(p.source, at, count, row / PER_SLOT, here / PER_SLOT, packed);
-        }
+#if defined(GCONV_ISA_AVX512_BF16)  // dx sums pairs of channels, dw pairs of pixels
+        pack_tile<T, Slots::channels>(p.source, at, count, row / PER_SLOT, here / PER_SLOT, slots);
+        if (want_dw) pack_rows(slots, count, here, packed);
+        packed = slots;
+#endif
         float* out = results + (partial ? tile * POINT_PIXELS * p.chunk * LANES : 0);
-        compute_tile<T>(p, cut, tile, at, packed, row / PER_SLOT, here / PER_SLOT, first_vector, out, sums);
+        compute_tile<T>(p, cut, tile, at, packed, row / PER_SLOT, here / PER_SLOT, first_vector, out, sums,
+                        ahead);
       }
-      if (want_dw) add_block(cut, dy, x, here, vectors, i == 0, dw + row * vectors * LANES);
+      if (want_dw) add_block(cut, dy, x, here, vectors, i == 0, dw + row * vectors * LANES, ahead);
     }
-    first += walk.least + (i < walk.longer);
+    first = after;
   }
   if (want_dw) store_chunk<T>(g, split, 0, rows, channel, channels, dw, vectors * LANES);
   if (want_dx && pixels > 0) store_sums(p, split, first_vector, sums);  // there is a place for each block's

@@ -19,9 +19,10 @@ namespace pointwise {
 
 // The pixels [first, first + pixels), packed, times the weights of a chunk, for source channels [channel,
 // channel + channels): into `results`, and after the last of them to the output.
-template <typename T>
+template <typename T, typename Ahead>
 void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t first, const float* packed,
-                  int64_t channel, int64_t channels, int64_t first_vector, float* results, TaskSums& sums) {
+                  int64_t channel, int64_t channels, int64_t first_vector, float* results, TaskSums& sums,
+                  Ahead& ahead) {
   const int64_t pixels = cut.pixels(tile), vector_floats = whole_tiles(pixels) * LANES;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   const TileResult result(p, first, pixels);
@@ -30,7 +31,8 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
     float* out = results + (partial ? v * vector_floats : 0);
     if (last) fetch_epilogue<T>(p, result, vector, together, 0, 1);
     const float* weights = p.weight + vector * LANES * p.weight_rows() + channel * together * LANES;
-    cut.function(tile, together)({packed, pixels, weights, channels, out, channel > 0});
+    multiply(cut.function(tile, together), {packed, pixels, weights, channels, out, channel > 0}, together,
+             ahead);
     if (last) store_vectors<T>(p, result, out, vector_floats, first_vector, v, together, sums);
   }
   if (last && p.gaps()) fill_gaps<T>(p, first, pixels, first_vector, sums.vectors);
@@ -57,7 +59,13 @@ void pass_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch) {
       const int64_t at = first + cut.first(tile);
       pack_tile<T, Slots::channels>(p.source, at, cut.pixels(tile), channel, channels, packed);
       float* out = p.depth < p.source_channels ? results + tile * POINT_PIXELS * p.chunk * LANES : results;
-      compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums);
+      const bool more = tile + 1 < cut.count;
+      const int64_t next = more ? tile + 1 : 0, next_channel = more ? channel : channel + channels;
+      const int64_t next_channels = std::min(p.depth, p.source_channels - next_channel);
+      SourceAhead<T, POINT_PIXELS> ahead(p.source, first + cut.first(next),
+                                         next_channels > 0 ? cut.pixels(next) : 0, next_channel * PER_SLOT,
+                                         next_channels * PER_SLOT, parts(channels, (sums.vectors + 1) / 2));
+      compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums, ahead);
     }
   }
   store_sums(p, block, first_vector, sums);

@@ -1,7 +1,7 @@
 // What a pass does to a tile's results while they are in L1, compiled once per instruction set: its epilogue,
 // statistics or mask, and the stores.
 #pragma once
-#include "pointwise_conv_plan.h"
+#include "pointwise_conv_ahead.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -19,58 +19,74 @@ struct TileResult {
   }
 };
 
-// Writes a vector of a tile.
-template <typename T, bool AFFINE, bool RESIDUAL>
-void store_results(const Pass& p, const TileResult& r, const float* values, int64_t channel, int lanes) {
+// Writes one vector of a tile, or two neighbours: their 16-bit values are one cache line, which has to leave
+// as one where it goes past the caches.
+template <typename T, int VECTORS, bool AFFINE, bool RESIDUAL>
+void store_results(const Pass& p, const TileResult& r, const float* values, int64_t step, int64_t channel,
+                   int lanes) {
   T* out = static_cast<T*>(p.output.data) + channel;
   const T* residual = RESIDUAL ? static_cast<const T*>(p.residual.data) + channel : nullptr;
-  Vec scale = zero(), shift = zero();
-  if constexpr (AFFINE) {
-    scale = load_lanes(p.affine + channel, lanes);
-    shift = load_lanes(p.affine + p.output_channels + channel, lanes);
+  Vec scale[VECTORS], shift[VECTORS];
+  GCONV_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    scale[v] = AFFINE ? load_lanes(p.affine + channel + v * LANES, lanes) : zero();
+    shift[v] = AFFINE ? load_lanes(p.affine + p.output_channels + channel + v * LANES, lanes) : zero();
   }
   const bool last_relu = p.relu, stream = p.stream && lanes == LANES;
   for (int64_t i = 0; i < r.pixels; ++i) {
-    Vec y = load(values + i * LANES);
-    if constexpr (AFFINE) y = fma(scale, y, shift);
-    if constexpr (RESIDUAL) y = add(y, load_lanes(residual + r.residual_at[i], lanes));
-    if (last_relu) y = relu(y);
-    if (stream)
-      stream_as(out + r.output_at[i], y);
-    else
-      store_lanes(out + r.output_at[i], y, lanes);
+    GCONV_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec y = load(values + v * step + i * LANES);
+      if constexpr (AFFINE) y = fma(scale[v], y, shift[v]);
+      if constexpr (RESIDUAL) y = add(y, load_lanes(residual + r.residual_at[i] + v * LANES, lanes));
+      if (last_relu) y = relu(y);
+      T* at = out + r.output_at[i] + v * LANES;
+      if (stream)
+        stream_as(at, y);
+      else
+        store_lanes(at, y, lanes);
+    }
   }
 }
 
 // g = dx where the prologue's ReLU passed, stored, or a*g added to the output; and the sums of g and g*xhat,
-// of g as it was stored or, added, before any rounding.
-template <typename T, bool ADD>
-void store_masked(const Pass& p, const TileResult& r, const float* values, int64_t channel, int lanes,
-                  CompensatedSum (&sums)[2]) {
+// of g as it was stored or, added, before any rounding. Of one vector or two.
+template <typename T, int VECTORS, bool ADD>
+void store_masked(const Pass& p, const TileResult& r, const float* values, int64_t step, int64_t channel,
+                  int lanes, CompensatedSum (*sums)[2]) {
   T* out = static_cast<T*>(p.output.data) + channel;
   const T* x = static_cast<const T*>(p.mask_x.data) + channel;
-  const auto row = [&](int64_t i) { return load_lanes(p.mask_act + i * p.output_channels + channel, lanes); };
-  const Vec a = row(0), b = row(1), mean = row(2), rstd = row(3);
-  const bool stream = p.stream && lanes == LANES;
-  Vec sum = zero(), deviations = zero();
-  for (int64_t i = 0; i < r.pixels; ++i) {
-    const Vec raw = load_lanes(x + r.mask_at[i], lanes);
-    Vec g = relu_mask(load(values + i * LANES), fma(a, raw, b));
-    T* at = out + r.output_at[i];
-    if constexpr (ADD) {
-      store_lanes(at, fma(a, g, load_lanes(at, lanes)), lanes);
-    } else {
-      g = rounded_to(x, g);
-      if (stream)
-        stream_as(at, g);
-      else
-        store_lanes(at, g, lanes);
-    }
-    sum = add(sum, g);
-    deviations = fma(g, sub(raw, mean), deviations);
+  Vec act[VECTORS][4], sum[VECTORS], deviations[VECTORS];  // act: a, b, mean, rstd
+  GCONV_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    for (int64_t i = 0; i < 4; ++i)
+      act[v][i] = load_lanes(p.mask_act + i * p.output_channels + channel + v * LANES, lanes);
+    sum[v] = deviations[v] = zero();
   }
-  sums[0].add(sum);
-  sums[1].add(mul(deviations, rstd));
+  const bool stream = p.stream && lanes == LANES;
+  for (int64_t i = 0; i < r.pixels; ++i) {
+    GCONV_UNROLL
+    for (int v = 0; v < VECTORS; ++v) {
+      const Vec a = act[v][0], raw = load_lanes(x + r.mask_at[i] + v * LANES, lanes);
+      Vec g = relu_mask(load(values + v * step + i * LANES), fma(a, raw, act[v][1]));
+      T* at = out + r.output_at[i] + v * LANES;
+      if constexpr (ADD) {
+        store_lanes(at, fma(a, g, load_lanes(at, lanes)), lanes);
+      } else {
+        g = rounded_to(x, g);
+        if (stream)
+          stream_as(at, g);
+        else
+          store_lanes(at, g, lanes);
+      }
+      sum[v] = add(sum[v], g);
+      deviations[v] = fma(g, sub(raw, act[v][2]), deviations[v]);
+    }
+  }
+  for (int v = 0; v < VECTORS; ++v) {
+    sums[v][0].add(sum[v]);
+    sums[v][1].add(mul(deviations[v], act[v][3]));
+  }
 }
 
 // The pixels between those of an input gradient's [first, first + pixels): 0, or the residual.
@@ -104,40 +120,38 @@ void fill_gaps(const Pass& p, int64_t first, int64_t pixels, int64_t first_vecto
   }
 }
 
-template <typename T>
-void store_vector(const Pass& p, const TileResult& r, const float* values, int64_t vector, Moments* moments,
-                  CompensatedSum (&sums)[2]) {
-  const int64_t channel = vector * LANES;
-  const int lanes = static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel));
+// One vector of a task, or two, `step` floats apart; `channel` is the first of the first.
+template <typename T, int VECTORS>
+void store_some(const Pass& p, const TileResult& r, const float* values, int64_t step, int64_t channel,
+                int lanes, CompensatedSum (*sums)[2]) {
   if (p.mask_act != nullptr)
-    return p.add ? store_masked<T, true>(p, r, values, channel, lanes, sums)
-                 : store_masked<T, false>(p, r, values, channel, lanes, sums);
+    return p.add ? store_masked<T, VECTORS, true>(p, r, values, step, channel, lanes, sums)
+                 : store_masked<T, VECTORS, false>(p, r, values, step, channel, lanes, sums);
   const bool residual = p.residual.data != nullptr;
   if (p.affine != nullptr)
-    residual ? store_results<T, true, true>(p, r, values, channel, lanes)
-             : store_results<T, true, false>(p, r, values, channel, lanes);
+    residual ? store_results<T, VECTORS, true, true>(p, r, values, step, channel, lanes)
+             : store_results<T, VECTORS, true, false>(p, r, values, step, channel, lanes);
   else
-    residual ? store_results<T, false, true>(p, r, values, channel, lanes)
-             : store_results<T, false, false>(p, r, values, channel, lanes);
-  if (p.moments) row_moments<T>(values, r.pixels, moments);
+    residual ? store_results<T, VECTORS, false, true>(p, r, values, step, channel, lanes)
+             : store_results<T, VECTORS, false, false>(p, r, values, step, channel, lanes);
 }
 
-// Vectors [v, v + count) of a task that begins at first_vector, `step` floats apart.
+// Vectors [v, v + count) of a task that begins at first_vector.
 template <typename T>
 void store_vectors(const Pass& p, const TileResult& r, const float* values, int64_t step,
                    int64_t first_vector, int64_t v, int64_t count, TaskSums& sums) {
-  for (int64_t i = 0; i < count; ++i, ++v, values += step)
-    store_vector<T>(p, r, values, first_vector + v, &sums.moments[v], sums.gradients[v]);
-}
-
-// Asks for a tile's pixels of a tensor, which arrive while the tile is multiplied.
-template <typename T>
-GCONV_INLINE void fetch_ahead(const Nhwc& t, const int64_t* at, int64_t pixels, int64_t channel,
-                              int64_t channels) {
-  constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int64_t c = 0; c < channels; c += LINE)
-      __builtin_prefetch(static_cast<const T*>(t.data) + at[i] + channel + c, 0, 2);
+  for (const int64_t end = v + count; v < end;) {
+    const int64_t channel = (first_vector + v) * LANES;
+    const bool two = v + 1 < end && channel + 2 * LANES <= p.output_channels;
+    if (two)
+      store_some<T, 2>(p, r, values, step, channel, LANES, &sums.gradients[v]);
+    else
+      store_some<T, 1>(p, r, values, step, channel,
+                       static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel)),
+                       &sums.gradients[v]);
+    for (const int64_t next = v + 1 + two; v < next; ++v, values += step)
+      if (p.moments) row_moments<T>(values, r.pixels, &sums.moments[v]);
+  }
 }
 
 // What the epilogues of `count` vectors will read, a share of the pixels at a time.
@@ -147,7 +161,8 @@ GCONV_INLINE void fetch_epilogue(const Pass& p, const TileResult& r, int64_t vec
   const int64_t at = vector * LANES, width = std::min(p.output_channels - at, count * LANES);
   const Share share(r.pixels, ith, nth);
   const auto fetch = [&](const Nhwc& t, const int64_t* pixels_at) GCONV_LAMBDA {
-    fetch_ahead<T>(t, pixels_at + share.begin, share.end - share.begin, at, width);
+    for (int64_t i = share.begin; i < share.end; ++i)
+      for (int64_t c = 0; c < width; c += LINE<T>) fetch_line<T>(t, pixels_at[i] + at + c);
   };
   if (p.residual.data != nullptr) fetch(p.residual, r.residual_at);
   if (p.mask_act == nullptr) return;

@@ -58,34 +58,6 @@ void pack_run(const PointSource& s, const Run& run, int64_t channel, int64_t hal
   }
 }
 
-// Asks for what will be packed next while tiles are multiplied, in so many calls: the pixels [first, end)
-// from source channel `channel` to the end of its cut.
-template <typename T>
-class SourceAhead {
- public:
-  SourceAhead(const Pass& p, int64_t first, int64_t end, int64_t channel, int64_t calls)
-      : source_(p.source),
-        channel_(channel),
-        channels_(std::min(p.depth, p.source_channels - channel)),
-        pixels_(channels_ > 0 ? end - first : 0),
-        calls_(calls) {
-    source_.x_at.offsets(first, pixels_, x_at_);
-    if (source_.prologue == Prologue::finish) source_.y_at.offsets(first, pixels_, y_at_);
-  }
-  void fetch() {
-    const Share share(pixels_, call_++, calls_);
-    const int64_t pixels = share.end - share.begin;
-    fetch_ahead<T>(source_.x, x_at_ + share.begin, pixels, channel_, channels_);
-    if (source_.prologue == Prologue::finish)
-      fetch_ahead<T>(source_.y, y_at_ + share.begin, pixels, channel_, channels_);
-  }
-
- private:
-  const PointSource& source_;
-  int64_t channel_, channels_, pixels_, call_ = 0, calls_;
-  int64_t x_at_[2 * POINT_PIXELS], y_at_[2 * POINT_PIXELS];
-};
-
 // Products, `floats` values each, to the four quarters of the result, in place of the first four.
 inline void combine_products(float* m, int64_t floats) {
   for (int64_t i = 0; i < floats; i += LANES, m += LANES) {
@@ -101,7 +73,8 @@ inline void combine_products(float* m, int64_t floats) {
 // The packed run times the weights of a chunk, as compute_tile does it for a tile.
 template <typename T>
 void compute_run(const Pass& p, const Run& run, const float* packed, int64_t channel, int64_t channels,
-                 int64_t first_vector, float* results, TaskSums& sums, SourceAhead<T>& ahead) {
+                 int64_t first_vector, float* results, TaskSums& sums,
+                 SourceAhead<T, 2 * POINT_PIXELS>& ahead) {
   const int64_t half = channels / 2, pixels = run.half(), second = run.count - pixels;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   const TileResult tiles[2] = {{p, run.first, pixels}, {p, run.first + pixels, second}};
@@ -112,13 +85,13 @@ void compute_run(const Pass& p, const Run& run, const float* packed, int64_t cha
     const float* weights =
         p.weight + (first_vector + v) * LANES * p.weight_rows() + channel / 2 * PRODUCTS * together * LANES;
     float* out = results + (partial ? product_floats(v) : 0);
-    const TileFunction multiply = tile_function(together, pixels);
+    const TileFunction function = tile_function(together, pixels);
     for (int64_t j = 0; j < PRODUCTS; ++j) {
       ahead.fetch();
       if (last)
         for (const TileResult& tile : tiles)
           fetch_epilogue<T>(p, tile, first_vector + v, 2 * together, j, PRODUCTS);
-      multiply({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
+      function({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
                 out + j * floats, channel > 0});
     }
     if (!last) continue;
@@ -150,8 +123,11 @@ void strassen_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch
       float* out = results + (partial ? (i - begin) * run_floats : 0);
       const bool more = i + 1 < end;
       const int64_t next = more ? i + 1 : begin, next_channel = more ? channel : channel + channels;
+      const int64_t next_channels = std::min(p.depth, p.source_channels - next_channel);
+      const int64_t first = p.first_pixel(next),
+                    pixels = next_channels > 0 ? p.first_pixel(next + 1) - first : 0;
       const int64_t calls = (sums.vectors + 3) / 4 * PRODUCTS;
-      SourceAhead<T> ahead(p, p.first_pixel(next), p.first_pixel(next + 1), next_channel, calls);
+      SourceAhead<T, 2 * POINT_PIXELS> ahead(p.source, first, pixels, next_channel, next_channels, calls);
       compute_run<T>(p, run, packed, channel, channels, first_vector, out, sums, ahead);
     }
   }

@@ -55,6 +55,25 @@ struct PointSource : RowSource {
   int64_t blocks() const { return (channels + LANES - 1) / LANES; }
 };
 
+// Slots of a channel that a packed tile of so many pixels has.
+constexpr int64_t pixel_slots(int64_t pixels) {
+  return ((TILES ? POINT_PIXELS : pixels) + PER_SLOT - 1) / PER_SLOT;
+}
+
+#if defined(GCONV_ISA_AVX512_BF16)
+// Up to two blocks of LANES channels in slots of pixels, where read(i) is pixel i in slots of channels.
+template <typename Read>
+GCONV_INLINE void pair_pixels(int64_t pixels, int64_t channels, const Read& read, float* packed) {
+  const int64_t slots = pixel_slots(pixels);
+  for (int64_t slot = 0, i = 0; slot < slots; ++slot, i += PER_SLOT, packed += LANES) {
+    Vec lower, upper;
+    interleave(i < pixels ? read(i) : zero(), i + 1 < pixels ? read(i + 1) : zero(), lower, upper);
+    store(packed, lower);
+    if (channels > LANES) store(packed + slots * LANES, upper);
+  }
+}
+#endif
+
 template <typename T, Prologue P, Slots S>
 void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
                float* packed) {
@@ -79,6 +98,21 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
     }
   };
   int64_t c = 0;
+#if defined(GCONV_ISA_AVX512_BF16)
+  if constexpr (S == Slots::pixels) {
+    constexpr int64_t BOTH = 2 * LANES;  // channels of a vector in slots of channels
+    for (; c + BOTH <= channels; c += BOTH, packed += 2 * pixel_slots(pixels) * LANES) {
+      const SlotReader<T, P, Slots::channels> slots(s, channel + c, LANES, false);
+      const T* x = static_cast<const T*>(s.x.data) + channel + c;
+      const T* y = P == Prologue::finish ? static_cast<const T*>(s.y.data) + channel + c : nullptr;
+      pair_pixels(
+          pixels, BOTH,
+          [&](int64_t i)
+              GCONV_LAMBDA { return slots.read(x + x_at[i], P == Prologue::finish ? y + y_at[i] : y); },
+          packed);
+    }
+  }
+#endif
   for (; c + LANES <= channels; c += LANES) block(c, LANES);
   if (c < channels) block(c, static_cast<int>(channels - c));
 }
@@ -91,16 +125,8 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
   });
 }
 
-// Slots of a channel that a packed tile of so many pixels has.
-constexpr int64_t pixel_slots(int64_t pixels) {
-  return ((TILES ? POINT_PIXELS : pixels) + PER_SLOT - 1) / PER_SLOT;
-}
-
-// A tile of one side of a weight gradient whose channels are its rows.
-template <typename T>
-void pack_rows(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
-               float* packed) {
-  pack_tile<T, Slots::pixels>(s, first, pixels, channel, channels, packed);
+// Packed channels, as the rows of a weight gradient.
+inline void turn_rows(int64_t channels, float* packed) {
   if constexpr (TILES) {
     static_assert(!TILES || POINT_PIXELS == LANES * PER_SLOT);
     for (int64_t c = 0; c < channels; c += LANES, packed += LANES * LANES) {
@@ -114,6 +140,26 @@ void pack_rows(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
   }
 }
 
+// A tile of one side of a weight gradient whose channels are its rows.
+template <typename T>
+void pack_rows(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
+               float* packed) {
+  pack_tile<T, Slots::pixels>(s, first, pixels, channel, channels, packed);
+  turn_rows(channels, packed);
+}
+
+#if defined(GCONV_ISA_AVX512_BF16)
+// The same from a tile packed in slots of channels.
+inline void pack_rows(const float* slots, int64_t pixels, int64_t channels, float* packed) {
+  constexpr int64_t BOTH = 2 * LANES;
+  float* out = packed;
+  for (int64_t c = 0; c < channels;
+       c += BOTH, slots += pixels * LANES, out += 2 * pixel_slots(pixels) * LANES)
+    pair_pixels(pixels, channels - c, [&](int64_t i) GCONV_LAMBDA { return load(slots + i * LANES); }, out);
+  turn_rows(channels, packed);
+}
+#endif
+
 struct TileProduct {
   const float* pixels;   // packed
   int64_t count;         // of them
@@ -124,6 +170,10 @@ struct TileProduct {
 };
 
 using TileFunction = void (*)(const TileProduct&);
+
+// One float32 sum over all channels would lose digits that blocked matrix products keep; tile registers sum
+// up a cut.
+constexpr int64_t PARTIAL = TILES ? 256 : 64;
 
 #if defined(GCONV_ISA_AMX_BF16)
 // A product of registers is a partial sum over LANES slots.
@@ -160,9 +210,6 @@ struct PointCut {
   TileFunction function(int64_t tile, int64_t vectors) const { return tile_function(vectors, pixels(tile)); }
 };
 #else
-// One float32 sum over all channels would lose digits that blocked matrix products keep.
-constexpr int64_t PARTIAL = 64;
-
 template <int VECTORS, int PIXELS>
 void multiply_tile(const TileProduct& t) {
   const float *pixels = t.pixels, *weights = t.weights;
