@@ -75,9 +75,10 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
     const PointCut cut(walk.least + (i < walk.longer));
     const int64_t after = first + walk.least + (i < walk.longer);
     const int64_t next = after < begin + pixels ? walk.least + (i + 1 < walk.longer) : 0;
-    const int64_t calls = want_dx * cut.count * parts(p.source_channels, (vectors + 1) / 2) +
-                          want_dw * outer_products(rows, vectors);
-    BlockAhead<T> ahead(g.dy, 0, rows, g.x, channel, channels, after, next, calls);
+    Ahead ahead(want_dx * cut.count * requests(p.source_channels) * ((vectors + 1) / 2) +
+                want_dw * outer_requests(cut.count, rows, vectors));
+    ahead.add(g.dy, after, next, 0, rows, sizeof(T));
+    ahead.add(g.x, after, next, channel, channels, sizeof(T));
     if (want_dw) pack_block(g.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
     for (int64_t row = 0; row < rows; row += depth) {
       const int64_t here = std::min(depth, rows - row);

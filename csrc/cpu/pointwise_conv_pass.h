@@ -19,7 +19,7 @@ namespace pointwise {
 
 // The pixels [first, first + pixels), packed, times the weights of a chunk, for source channels [channel,
 // channel + channels): into `results`, and after the last of them to the output.
-template <typename T, typename Ahead>
+template <typename T>
 void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t first, const float* packed,
                   int64_t channel, int64_t channels, int64_t first_vector, float* results, TaskSums& sums,
                   Ahead& ahead) {
@@ -31,8 +31,7 @@ void compute_tile(const Pass& p, const PointCut& cut, int64_t tile, int64_t firs
     float* out = results + (partial ? v * vector_floats : 0);
     if (last) fetch_epilogue<T>(p, result, vector, together, 0, 1);
     const float* weights = p.weight + vector * LANES * p.weight_rows() + channel * together * LANES;
-    multiply(cut.function(tile, together), {packed, pixels, weights, channels, out, channel > 0}, together,
-             ahead);
+    cut.function(tile, together)({packed, pixels, weights, channels, out, channel > 0, &ahead});
     if (last) store_vectors<T>(p, result, out, vector_floats, first_vector, v, together, sums);
   }
   if (last && p.gaps()) fill_gaps<T>(p, first, pixels, first_vector, sums.vectors);
@@ -62,9 +61,10 @@ void pass_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch) {
       const bool more = tile + 1 < cut.count;
       const int64_t next = more ? tile + 1 : 0, next_channel = more ? channel : channel + channels;
       const int64_t next_channels = std::min(p.depth, p.source_channels - next_channel);
-      SourceAhead<T, POINT_PIXELS> ahead(p.source, first + cut.first(next),
-                                         next_channels > 0 ? cut.pixels(next) : 0, next_channel * PER_SLOT,
-                                         next_channels * PER_SLOT, parts(channels, (sums.vectors + 1) / 2));
+      Ahead ahead(requests(channels) * ((sums.vectors + 1) / 2));
+      if (next_channels > 0)
+        ahead.add(p.source, first + cut.first(next), cut.pixels(next), next_channel * PER_SLOT,
+                  next_channels * PER_SLOT, sizeof(T));
       compute_tile<T>(p, cut, tile, at, packed, channel, channels, first_vector, out, sums, ahead);
     }
   }

@@ -1,7 +1,7 @@
 // What a pass does to a tile's results while they are in L1, compiled once per instruction set: its epilogue,
 // statistics or mask, and the stores.
 #pragma once
-#include "pointwise_conv_ahead.h"
+#include "pointwise_conv_plan.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
@@ -158,11 +158,13 @@ void store_vectors(const Pass& p, const TileResult& r, const float* values, int6
 template <typename T>
 GCONV_INLINE void fetch_epilogue(const Pass& p, const TileResult& r, int64_t vector, int64_t count,
                                  int64_t ith, int64_t nth) {
-  const int64_t at = vector * LANES, width = std::min(p.output_channels - at, count * LANES);
+  constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t at = vector * LANES, end = std::min(p.output_channels, at + count * LANES);
   const Share share(r.pixels, ith, nth);
   const auto fetch = [&](const Nhwc& t, const int64_t* pixels_at) GCONV_LAMBDA {
     for (int64_t i = share.begin; i < share.end; ++i)
-      for (int64_t c = 0; c < width; c += LINE<T>) fetch_line<T>(t, pixels_at[i] + at + c);
+      for (int64_t c = at; c < end; c += LINE)
+        __builtin_prefetch(static_cast<const T*>(t.data) + pixels_at[i] + c, 0, 2);
   };
   if (p.residual.data != nullptr) fetch(p.residual, r.residual_at);
   if (p.mask_act == nullptr) return;

@@ -73,8 +73,7 @@ inline void combine_products(float* m, int64_t floats) {
 // The packed run times the weights of a chunk, as compute_tile does it for a tile.
 template <typename T>
 void compute_run(const Pass& p, const Run& run, const float* packed, int64_t channel, int64_t channels,
-                 int64_t first_vector, float* results, TaskSums& sums,
-                 SourceAhead<T, 2 * POINT_PIXELS>& ahead) {
+                 int64_t first_vector, float* results, TaskSums& sums, Ahead& ahead) {
   const int64_t half = channels / 2, pixels = run.half(), second = run.count - pixels;
   const bool last = channel + channels == p.source_channels, partial = p.depth < p.source_channels;
   const TileResult tiles[2] = {{p, run.first, pixels}, {p, run.first + pixels, second}};
@@ -85,14 +84,13 @@ void compute_run(const Pass& p, const Run& run, const float* packed, int64_t cha
     const float* weights =
         p.weight + (first_vector + v) * LANES * p.weight_rows() + channel / 2 * PRODUCTS * together * LANES;
     float* out = results + (partial ? product_floats(v) : 0);
-    const TileFunction function = tile_function(together, pixels);
+    const TileFunction multiply = tile_function(together, pixels);
     for (int64_t j = 0; j < PRODUCTS; ++j) {
-      ahead.fetch();
       if (last)
         for (const TileResult& tile : tiles)
           fetch_epilogue<T>(p, tile, first_vector + v, 2 * together, j, PRODUCTS);
-      function({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
-                out + j * floats, channel > 0});
+      multiply({packed + j * pixels * half, pixels, weights + j * half * together * LANES, half,
+                out + j * floats, channel > 0, &ahead});
     }
     if (!last) continue;
     combine_products(out, floats);
@@ -124,10 +122,10 @@ void strassen_task(const Pass& p, int64_t block, int64_t chunk, Scratch& scratch
       const bool more = i + 1 < end;
       const int64_t next = more ? i + 1 : begin, next_channel = more ? channel : channel + channels;
       const int64_t next_channels = std::min(p.depth, p.source_channels - next_channel);
-      const int64_t first = p.first_pixel(next),
-                    pixels = next_channels > 0 ? p.first_pixel(next + 1) - first : 0;
-      const int64_t calls = (sums.vectors + 3) / 4 * PRODUCTS;
-      SourceAhead<T, 2 * POINT_PIXELS> ahead(p.source, first, pixels, next_channel, next_channels, calls);
+      Ahead ahead(requests(channels / 2) * PRODUCTS * ((sums.vectors + 3) / 4));
+      if (next_channels > 0)
+        ahead.add(p.source, p.first_pixel(next), p.first_pixel(next + 1) - p.first_pixel(next), next_channel,
+                  next_channels, sizeof(T));
       compute_run<T>(p, run, packed, channel, channels, first_vector, out, sums, ahead);
     }
   }

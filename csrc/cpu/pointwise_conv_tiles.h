@@ -8,52 +8,11 @@
 //   three vectors of x; the pixels are what is summed over, so both sides are as packed for multiply_tile.
 //   Tile registers want the pixels of dy along a row: pack_rows.
 #pragma once
-#include "pointwise_conv.h"
-#include "tile_registers.h"
+#include "pointwise_conv_source.h"
 
 namespace gconv {
 namespace GCONV_ISA_NS {
 namespace pointwise {
-
-// The pixels of a tensor, or every step-th of them, numbered in order: where each lies, in elements.
-class PixelGrid {
- public:
-  PixelGrid() = default;
-  PixelGrid(const Nhwc& t, int64_t images, int64_t rows, int64_t columns, int64_t step_h, int64_t step_w)
-      : columns_(columns),
-        rows_(rows),
-        image_(t.stride_n),
-        row_(t.stride_h * step_h),
-        column_(t.stride_w * step_w) {
-    if (rows_ == 1 || row_ == columns_ * column_) {  // rows, and then images, that run on are one long row
-      columns_ *= rows_, rows_ = 1;
-      if (images == 1 || image_ == columns_ * column_) columns_ *= images;
-    }
-  }
-  // Of pixels [first, first + count).
-  void offsets(int64_t first, int64_t count, int64_t* at) const {
-    const int64_t line = first / columns_;
-    int64_t w = first % columns_, h = line % rows_, image = line / rows_;
-    int64_t here = image * image_ + h * row_ + w * column_;
-    for (int64_t i = 0; i < count; ++i, here += column_, ++w) {
-      if (w == columns_) {
-        w = 0;
-        if (++h == rows_) h = 0, ++image;
-        here = image * image_ + h * row_;
-      }
-      at[i] = here;
-    }
-  }
-
- private:
-  int64_t columns_ = 1, rows_ = 1, image_ = 0, row_ = 0, column_ = 0;
-};
-
-// What is read, pixel by pixel.
-struct PointSource : RowSource {
-  PixelGrid x_at, y_at;
-  int64_t blocks() const { return (channels + LANES - 1) / LANES; }
-};
 
 // Slots of a channel that a packed tile of so many pixels has.
 constexpr int64_t pixel_slots(int64_t pixels) {
@@ -167,13 +126,13 @@ struct TileProduct {
   int64_t channels;      // summed over
   float* out;            // [vector][pixel][LANES]
   bool add;              // to what lies there
+  Ahead* ahead;          // asked once per LANES channels
 };
 
 using TileFunction = void (*)(const TileProduct&);
 
-// One float32 sum over all channels would lose digits that blocked matrix products keep; tile registers sum
-// up a cut.
-constexpr int64_t PARTIAL = TILES ? 256 : 64;
+// Times that a product of so many channels asks ahead.
+inline int64_t requests(int64_t channels) { return (channels + LANES - 1) / LANES; }
 
 #if defined(GCONV_ISA_AMX_BF16)
 // A product of registers is a partial sum over LANES slots.
@@ -184,6 +143,7 @@ void multiply_tile(const TileProduct& t) {
   t.add ? Sums::load(out) : Sums::clear();
   TilePair pixels{t.pixels, LANES, TILE_ROWS * LANES}, weights{t.weights, VECTORS * LANES, LANES};
   for (int64_t c = 0; c < t.channels; c += LANES) {
+    t.ahead->fetch();
     Sums::multiply_add(pixels, weights);
     pixels.data += t.count * LANES;
     weights.data += LANES * VECTORS * LANES;
@@ -210,6 +170,10 @@ struct PointCut {
   TileFunction function(int64_t tile, int64_t vectors) const { return tile_function(vectors, pixels(tile)); }
 };
 #else
+// One float32 sum over all channels would lose digits that blocked matrix products keep. Of pairs they are
+// lost to 16-bit values anyway.
+constexpr int64_t PARTIAL = PAIRS ? 256 : 64;
+
 template <int VECTORS, int PIXELS>
 void multiply_tile(const TileProduct& t) {
   const float *pixels = t.pixels, *weights = t.weights;
@@ -223,6 +187,7 @@ void multiply_tile(const TileProduct& t) {
     }
     for (int64_t left = std::min(PARTIAL, t.channels - first); left > 0; left -= LANES) {
       const int64_t here = std::min<int64_t>(left, LANES);
+      t.ahead->fetch();
       for (int64_t c = 0; c < here; ++c, weights += VECTORS * LANES) {
         Vec weight[VECTORS];
         GCONV_UNROLL
@@ -289,15 +254,18 @@ struct PackedTiles {
 #if defined(GCONV_ISA_AMX_BF16)
 // out[row][vector] += sum over the pixels of dy[row0 + row] * x[vector0 + vector].
 inline void add_outer(int64_t vectors, int64_t rows, const PointCut& cut, const PackedTiles& dy, int64_t row,
-                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row) {
+                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row,
+                      Ahead& ahead) {
   with_tiles(rows, vectors, [&](auto row_tiles, auto together) {
     using Sums = TileSums<decltype(row_tiles)::value, decltype(together)::value>;
     constexpr int64_t SLOTS = pixel_slots(POINT_PIXELS);
     const TileSumsAt at{out, out_row, TILE_ROWS * out_row, LANES};
     fresh ? Sums::clear() : Sums::load(at);
-    for (int64_t tile = 0; tile < cut.count; ++tile)
+    for (int64_t tile = 0; tile < cut.count; ++tile) {
+      ahead.fetch();
       Sums::multiply_add({dy.block(tile, SLOTS, row / LANES), LANES, TILE_ROWS * LANES},
                          {x.block(tile, SLOTS, vector), LANES, SLOTS * LANES});
+    }
     Sums::store(at);
   });
 }
@@ -305,7 +273,7 @@ inline void add_outer(int64_t vectors, int64_t rows, const PointCut& cut, const 
 // out[row][vector] += sum over the pixels of dy[row0 + row] * x[vector0 + vector].
 template <int VECTORS>
 void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const PackedTiles& x, int64_t vector,
-               bool fresh, float* out, int64_t out_row) {
+               bool fresh, float* out, int64_t out_row, Ahead& ahead) {
   Vec sum[OUTER_ROWS][VECTORS];
   GCONV_UNROLL
   for (int r = 0; r < OUTER_ROWS; ++r) {
@@ -313,6 +281,7 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = zero();
   }
   for (int64_t tile = 0; tile < cut.count; ++tile) {
+    ahead.fetch();
     const int64_t slots = pixel_slots(cut.pixels(tile)), next = slots * LANES;
     const float* dy_at = dy.block(tile, slots, row / LANES) + row % LANES;
     const float* x_at = x.block(tile, slots, vector);
@@ -339,9 +308,10 @@ void add_outer(const PointCut& cut, const PackedTiles& dy, int64_t row, const Pa
 }
 
 inline void add_outer(int64_t vectors, int64_t, const PointCut& cut, const PackedTiles& dy, int64_t row,
-                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row) {
+                      const PackedTiles& x, int64_t vector, bool fresh, float* out, int64_t out_row,
+                      Ahead& ahead) {
   const auto add = vectors == 3 ? add_outer<3> : vectors == 2 ? add_outer<2> : add_outer<1>;
-  add(cut, dy, row, x, vector, fresh, out, out_row);
+  add(cut, dy, row, x, vector, fresh, out, out_row, ahead);
 }
 #endif
 

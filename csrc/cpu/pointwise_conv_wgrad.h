@@ -14,9 +14,8 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 namespace pointwise {
 
-constexpr int64_t BLOCK_TILES = LANES == 16 ? 8 : 16;  // of a block, which L1 holds for a tile of dw
-constexpr int64_t WGRAD_TASKS = 16;                    // more of them leave more partial results to merge
-constexpr int64_t LEAST_BLOCKS = 4;                    // of a split
+constexpr int64_t WGRAD_TASKS = 16;  // more of them leave more partial results to merge
+constexpr int64_t LEAST_BLOCKS = 4;  // of a split
 
 struct Wgrad {
   DType dtype;
@@ -48,39 +47,21 @@ inline void plan_cuts(Wgrad& p) {
   p.splits = std::min((WGRAD_TASKS + chunks - 1) / chunks, p.most_splits());
 }
 
-// The next block's pixels of both sides, asked for during this one's products, of which there are `calls`.
-template <typename T>
-class BlockAhead {
- public:
-  BlockAhead(const PointSource& dy, int64_t row, int64_t rows, const PointSource& x, int64_t channel,
-             int64_t channels, int64_t first, int64_t pixels, int64_t calls)
-      : dy_(dy, first, pixels, row, rows, calls), x_(x, first, pixels, channel, channels, calls) {}
-  void fetch() {
-    dy_.fetch();
-    x_.fetch();
-  }
-
- private:
-  SourceAhead<T, BLOCK_TILES * POINT_PIXELS> dy_, x_;
-};
-
-// Products of a block of pixels with the rows and vectors of a chunk of dw.
-inline int64_t outer_products(int64_t rows, int64_t vectors) {
-  return (rows + OUTER_ROWS - 1) / OUTER_ROWS * EvenCut(vectors, OUTER_VECTORS).count;
+// Times that a block of so many tiles asks ahead while it is added to a chunk of dw.
+inline int64_t outer_requests(int64_t tiles, int64_t rows, int64_t vectors) {
+  return tiles * ((rows + OUTER_ROWS - 1) / OUTER_ROWS) * EvenCut(vectors, OUTER_VECTORS).count;
 }
 
 // Pixels of both sides, packed, to the rows and vectors of a chunk of dw.
-template <typename Ahead>
-void add_block(const PointCut& cut, const PackedTiles& dy, const PackedTiles& x, int64_t rows,
-               int64_t vectors, bool fresh, float* dw, Ahead& ahead) {
+inline void add_block(const PointCut& cut, const PackedTiles& dy, const PackedTiles& x, int64_t rows,
+                      int64_t vectors, bool fresh, float* dw, Ahead& ahead) {
   const EvenCut groups(vectors, OUTER_VECTORS);
   const int64_t row_floats = vectors * LANES;
   for (int64_t g = 0, v = 0; g < groups.count; ++g) {
     const int64_t together = groups.least + (g < groups.longer);
     for (int64_t row = 0; row < rows; row += OUTER_ROWS) {
-      ahead.fetch();
       add_outer(together, rows - row, cut, dy, row, x, v, fresh, dw + row * row_floats + v * LANES,
-                row_floats);
+                row_floats, ahead);
     }
     v += together;
   }
@@ -144,7 +125,9 @@ void wgrad_task(const Wgrad& p, int64_t task, Scratch& scratch) {
     pack_block(p.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
     first += walk.least + (i < walk.longer);
     const int64_t next = first < share.end ? walk.least + (i + 1 < walk.longer) : 0;
-    BlockAhead<T> ahead(p.dy, row, rows, p.x, channel, channels, first, next, outer_products(rows, vectors));
+    Ahead ahead(outer_requests(cut.count, rows, vectors));
+    ahead.add(p.dy, first, next, row, rows, sizeof(T));
+    ahead.add(p.x, first, next, channel, channels, sizeof(T));
     add_block(cut, dy, x, rows, vectors, i == 0, dw, ahead);
   }
   store_chunk<T>(p, split, row, rows, channel, channels, dw, vectors * LANES);
