@@ -145,8 +145,9 @@ def _end_of_block(dz, z, ys, tables, gammas, conf, want_sums, want_g):
     return g, dgammas, dbeta, finishes
 
 
-def _backward_stages(dz, x, weights, gammas, ys, tables, z, wanted, conf):
-    """(dx, dresidual, dweights, dgammas, dbetas), what is not wanted None or anything."""
+def _backward_stages(dz, x, weights, gammas, ys, tables, last, wanted, conf):
+    """(dx, dresidual, dweights, dgammas, dbetas), what is not wanted None or anything. `last` is a list with
+    z, which only the first stage needs: it is taken out, so that its memory serves the others."""
     want_x, want_residual, want_weights, want_gammas, want_betas = wanted
     want_norm = [a or b for a, b in zip(want_gammas, want_betas)]
     # What each gradient is needed for, from the block's start to its end.
@@ -163,7 +164,7 @@ def _backward_stages(dz, x, weights, gammas, ys, tables, z, wanted, conf):
     want_g = into_last or into_down or want_residual or (want_x and conf.shortcut == "x")
     want_sums = (want_norm[2] or (into_last and conf.batch[2]), want_norm[3] or (into_down and conf.batch[3]))
     g, (dgammas[2], dgammas[3]), dbeta, finishes = _end_of_block(
-        dz, z, ys, tables, gammas, conf, want_sums, want_g
+        dz, last.pop(), ys, tables, gammas, conf, want_sums, want_g
     )
     dbetas[2] = dbetas[3] = dbeta
 
@@ -247,10 +248,14 @@ def _normalized(y, gamma, beta, table, eps, by_batch):
 # ------------------------------------------------------------------------------------------------- Functions
 
 
+def _fours(flat):
+    return (flat[i : i + 4] for i in range(0, len(flat), 4))
+
+
 def _in_fours(args):
     """(x, residual, weights, gammas, betas, means, variances, conf) of the flat arguments of `Bottleneck`."""
     x, residual, *rest, conf = args
-    return x, residual, *(rest[i : i + 4] for i in range(0, 20, 4)), conf
+    return x, residual, *_fours(rest), conf
 
 
 def _present(*fours) -> list:
@@ -307,12 +312,26 @@ class Bottleneck(Function):
         if dz is None:
             return *(None,) * 14, *nothing
         wanted = tuple(ctx.needs_input_grad[:14])
-        run = BottleneckBackward.forward if first_order() else _backward_apply
-        return *run(dz, *ctx.saved_tensors, wanted, ctx.conf), *nothing
+        saved = list(ctx.saved_tensors)
+        if first_order():
+            return *_gradients(dz, saved, wanted, ctx.conf), *nothing
+        return *_backward_apply(dz, *saved, wanted, ctx.conf), *nothing
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return vmap_by(_train_composed, info, in_dims, args)
+
+
+def _gradients(dz, saved, wanted, conf):
+    """Gradients to the first 14 arguments of `Bottleneck`, None where not wanted. `saved` is what it saves, a
+    list from which z is taken."""
+    last = [saved.pop()]
+    x, *rest = saved
+    weights, gammas, _, ys, tables = _fours(rest)
+    in_fours = (*wanted[:2], *_fours(wanted[2:]))
+    stages = (channels_last(dz), x, weights, gammas, ys, tables, last, in_fours, conf)
+    dx, dresidual, *grads = call(_backward_stages, *stages)
+    return only(wanted, (dx, dresidual, *(grad for four in grads for grad in four)))
 
 
 class BottleneckBackward(Function):
@@ -320,18 +339,9 @@ class BottleneckBackward(Function):
     of the composition."""
 
     @staticmethod
-    def _parts(args):
-        """(dz, x, weights, gammas, betas, ys, tables, z, wanted, conf)"""
-        dz, x, *rest, z, wanted, conf = args
-        return dz, x, *(rest[i : i + 4] for i in range(0, 20, 4)), z, wanted, conf
-
-    @staticmethod
     def forward(dz, *rest):
-        _, x, weights, gammas, _, ys, tables, z, wanted, conf = BottleneckBackward._parts((dz, *rest))
-        in_fours = (*wanted[:2], *(wanted[i : i + 4] for i in range(2, 14, 4)))
-        stages = (channels_last(dz), x, weights, gammas, ys, tables, z, in_fours, conf)
-        dx, dresidual, *grads = call(_backward_stages, *stages)
-        return only(wanted, (dx, dresidual, *(grad for four in grads for grad in four)))
+        *saved, wanted, conf = rest
+        return _gradients(dz, saved, wanted, conf)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -342,11 +352,12 @@ class BottleneckBackward(Function):
 
     @staticmethod
     def composed(*args):
-        dz, x, weights, gammas, betas, ys, tables, z, wanted, conf = BottleneckBackward._parts(args)
+        dz, x, *rest, z, wanted, conf = args
+        weights, gammas, betas, ys, tables = _fours(rest)
         shut = [relu_mask(ys[i], tables[i], None, True) for i in range(2)]
 
         def forward(x, *rest):
-            weights, gammas, betas = (rest[i : i + 4] for i in range(0, 12, 4))
+            weights, gammas, betas = _fours(rest)
 
             def normalize(i, y):
                 h = _normalized(y, gammas[i], betas[i], tables[i], conf.eps[i], conf.batch[i])

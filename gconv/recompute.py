@@ -8,7 +8,6 @@ and function transforms and compilers see the Functions as they are.
 """
 
 import weakref
-from math import isqrt
 
 import torch
 
@@ -63,20 +62,20 @@ class Recomputed:
 
     def get(self):
         """z, kept for the next call. Of a row of n recipes made of each other, which the backward needs from
-        the last to the first, some sqrt(n) are kept on the way and the last sqrt(n), and the others made once
-        more (Chen et al., section 4.1)."""
+        the last to the first, the one half way is kept too: the next calls begin there. So some log2(n) are
+        there at once, and one is made that often at most (Chen et al., "recursion")."""
         missing, recipe = [], self
         while isinstance(recipe, Recomputed) and (recipe._value is None or not recipe._value.unchanged):
             missing.append(recipe)
             recipe = recipe._args[2]
         z = recipe._value.tensor if isinstance(recipe, Recomputed) else None
-        segment = isqrt(len(missing))
+        half = (len(missing) + 1) // 2
         # No recursion: a network may have any number of blocks in a row.
         for left in reversed(range(len(missing))):
             recipe = missing[left]
             args = [z if isinstance(arg, Recomputed) else arg and arg.get() for arg in recipe._args]
             z = call(_apply_affine, *args, True)
-            if left < segment or left % segment == 0:
+            if left in (0, half):
                 recipe.use(z)
         return z
 

@@ -1,5 +1,6 @@
 """Memory that the CPU kernels' large results come from: reused when it is free, never before."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -72,6 +73,36 @@ def test_the_smallest_range_that_fits_is_taken(cache):
         tensors[i] = None
     taken = [new(size) for size in (3, 4, 5, 1)]
     assert [tensor.data_ptr() for tensor in taken] == [places[2], places[4], places[0], places[0] + 5 * MB]
+
+
+def test_the_last_range_grows(cache):
+    """What is too small at the end becomes the beginning of what comes next, and addresses there stay."""
+    first, second = new(4), new(3)
+    where = second.data_ptr()
+    del second
+    larger = new(5).fill_(1)
+    assert larger.data_ptr() == where and cache.cache_use().cached == 0
+    del larger
+    cache.empty_cache()
+    again = new(2)
+    assert again.data_ptr() == where and again.abs().max() == 0  # from the system
+    del first
+    assert new(4).fill_(1).data_ptr() + 4 * MB == where
+
+
+def test_more_than_the_reserved_addresses(cache):
+    """Tensors of more than a GiB together, of which only corners are touched."""
+    tensors = [new(size) for size in (700, 600, 1500, 2)]
+    for i, x in enumerate(tensors):
+        x[0, 0, 0, 0] = x[0, -1, -1, -1] = i
+    places = sorted((x.data_ptr(), x.nbytes) for x in tensors)
+    assert all(place + nbytes <= after for (place, nbytes), (after, _) in itertools.pairwise(places))
+    del x, tensors[1]
+    assert cache.cache_use().cached <= 600 * MB
+    more = new(650)
+    more[0, 0, 0, 0] = more[0, -1, -1, -1] = 9
+    for i, x in zip((0, 2, 3), tensors):
+        assert x[0, 0, 0, 0] == i and x[0, -1, -1, -1] == i
 
 
 def test_empty_cache_and_limit(cache):

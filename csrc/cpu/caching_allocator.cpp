@@ -26,17 +26,19 @@ size_t in_pages(size_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
+constexpr size_t LEAST_RESERVE = size_t{1} << 30;
+
 class Cache {
  public:
   void* allocate(size_t bytes) {
     bytes = in_pages(bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
     void* block = from_free(bytes);
-    if (block == nullptr) block = from_system(bytes);
+    if (block == nullptr) block = from_edge(bytes);
     try {
       used_.emplace(block, bytes);
     } catch (...) {
-      munmap(block, bytes);
+      give_back(static_cast<char*>(block), bytes);
       throw;
     }
     allocated_ += bytes;
@@ -49,7 +51,8 @@ class Cache {
     const size_t bytes = found->second;
     used_.erase(found);
     allocated_ -= bytes;
-    if (cached_ + bytes > limit_ || !keep(static_cast<char*>(block), bytes)) munmap(block, bytes);
+    char* start = static_cast<char*>(block);
+    if (cached_ + bytes > limit_ || !keep(start, bytes)) give_back(start, bytes);
   }
 
   // The ranges at the highest addresses go first: from_free fills the lowest.
@@ -58,7 +61,7 @@ class Cache {
     while (cached_ > limit) {
       const auto last = std::prev(free_.end());
       const size_t bytes = std::min(last->second, in_pages(cached_ - limit));
-      munmap(last->first + (last->second - bytes), bytes);
+      give_back(last->first + (last->second - bytes), bytes);
       cached_ -= bytes;
       if (bytes == last->second)
         free_.erase(last);
@@ -102,17 +105,66 @@ class Cache {
     return start;
   }
 
-  static void* from_system(size_t bytes) {
-    void* block = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (block == MAP_FAILED) throw std::runtime_error("can't allocate " + std::to_string(bytes) + " bytes");
-#if defined(MADV_HUGEPAGE)
-    madvise(block, bytes, MADV_HUGEPAGE);  // fewer faults, and prefetching goes on past 4 KiB
-#endif
-    return block;
+  // A block that ends what is in use of the reserved addresses. A free range that ended it before, too small
+  // alone, is its beginning: ranges grow, and what is lost between blocks does not.
+  void* from_edge(size_t bytes) {
+    auto range = free_.lower_bound(edge_);
+    const bool begun = range != free_.begin() && std::prev(range)->first + std::prev(range)->second == edge_;
+    char* start = begun ? std::prev(range)->first : edge_;
+    if (static_cast<size_t>(reserved_end_ - start) < bytes) {
+      reserve(bytes);
+      range = free_.end(), start = edge_;
+    } else if (begun) {
+      --range;
+    } else {
+      range = free_.end();
+    }
+    const size_t more = static_cast<size_t>(start + bytes - edge_);
+    if (mprotect(edge_, more, PROT_READ | PROT_WRITE) != 0) refuse(bytes);
+    if (range != free_.end()) {
+      cached_ -= range->second;
+      free_.erase(range);
+    }
+    edge_ = start + bytes;
+    return start;
   }
 
-  // As one range with the free ranges before and behind it, whichever call of mmap they came from; false if
-  // there is no memory to note it.
+  // Addresses for at least so many bytes, without memory; those before that no block has are given up.
+  void reserve(size_t bytes) {
+    const auto map = [](size_t size) {
+      return mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    };
+    size_t size = std::max({bytes, LEAST_RESERVE, allocated_ + cached_});
+    void* start = map(size);
+    if (start == MAP_FAILED) start = map(size = bytes);
+    if (start == MAP_FAILED) refuse(bytes);
+#if defined(MADV_HUGEPAGE)
+    madvise(start, size, MADV_HUGEPAGE);  // fewer faults, and prefetching goes on past 4 KiB
+#endif
+    if (reserved_end_ > edge_) munmap(edge_, static_cast<size_t>(reserved_end_ - edge_));
+    edge_ = static_cast<char*>(start), reserved_end_ = edge_ + size;
+  }
+
+  // Memory to the system; at the edge the addresses stay.
+  void give_back(char* start, size_t bytes) {
+    const bool last =
+        start + bytes == edge_ &&
+        mmap(start, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+    if (!last) {
+      munmap(start, bytes);
+      return;
+    }
+#if defined(MADV_HUGEPAGE)
+    madvise(start, bytes, MADV_HUGEPAGE);
+#endif
+    edge_ = start;
+  }
+
+  [[noreturn]] static void refuse(size_t bytes) {
+    throw std::runtime_error("can't allocate " + std::to_string(bytes) + " bytes");
+  }
+
+  // As one range with the free ranges before and behind it; false if there is no memory to note it.
   bool keep(char* start, size_t bytes) {
     auto next = free_.lower_bound(start);
     auto range = next;
@@ -138,6 +190,8 @@ class Cache {
   std::map<char*, size_t> free_;
   std::unordered_map<void*, size_t> used_;
   size_t allocated_ = 0, cached_ = 0, limit_ = 0;
+  char* edge_ = nullptr;  // of the reserved addresses those before it have memory
+  char* reserved_end_ = nullptr;
 };
 
 // Never destroyed: tensors may outlive every static object. A fork waits until no other thread is inside, for
