@@ -68,7 +68,7 @@ class Ahead {
                                               : nullptr;
     s.pixel_end = channels * bytes;
     s.left = count * ((s.pixel_end + LINE - 1) / LINE);
-    s.step = (s.left << FRACTION) / calls_ + 1;
+    s.step = (s.left + calls_ - 1) / calls_;
     source.x_at.offsets(first, count, s.x_at);
     for (int64_t i = 0; i < count; ++i) s.x_at[i] *= bytes;
     if (s.y == nullptr) return;
@@ -78,8 +78,7 @@ class Ahead {
 
   GCONV_INLINE void fetch() {
     for (Stream& s : streams_) {
-      s.due += s.step;
-      for (; s.due >= ONE && s.left > 0; s.due -= ONE, --s.left) {
+      for (int64_t i = std::min(s.step, s.left); i > 0; --i, --s.left) {
         __builtin_prefetch(s.x + s.x_at[s.pixel] + s.byte, 0, 2);
         if (s.y != nullptr) __builtin_prefetch(s.y + s.y_at[s.pixel] + s.byte, 0, 2);
         s.byte += LINE;
@@ -90,14 +89,12 @@ class Ahead {
 
  private:
   static constexpr int64_t LINE = 64;
-  static constexpr int FRACTION = 16;
-  static constexpr int64_t ONE = 1 << FRACTION;
 
   struct Stream {
     const char* x = nullptr;
     const char* y = nullptr;
-    int64_t pixel_end = 0, left = 0, step = 0, due = 0;  // lines, and of those due per call, in parts of ONE
-    int64_t pixel = 0, byte = 0;
+    int64_t left = 0, step = 0;  // lines, and those of a call, as many in each: the branch is foreseen then
+    int64_t pixel = 0, byte = 0, pixel_end = 0;
     int64_t x_at[MOST], y_at[MOST];
   };
   int64_t calls_, added_ = 0;
