@@ -3,8 +3,8 @@
 What gconv's C++ kernels return or work in, from 128 KiB up, comes from an allocator that keeps freed blocks,
 as torch's does on a GPU. torch's own CPU allocator gives them back to the system by way of malloc, which
 zeroes and maps in every page anew for the next tensor: of ResNet's inference that is some 5 to 10 % of the
-time. Tensors of torch's operators are not touched. Addresses are reserved a GiB at a time, which tools show as
-virtual memory; memory is what tensors have had of them.
+time. Tensors of torch's operators are not touched. Addresses are reserved a GiB at a time, which tools show
+as virtual memory; memory is what tensors have had of them.
 """
 
 from typing import NamedTuple
