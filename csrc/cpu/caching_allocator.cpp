@@ -109,15 +109,12 @@ class Cache {
   // alone, is its beginning: ranges grow, and what is lost between blocks does not.
   void* from_edge(size_t bytes) {
     auto range = free_.lower_bound(edge_);
-    const bool begun = range != free_.begin() && std::prev(range)->first + std::prev(range)->second == edge_;
-    char* start = begun ? std::prev(range)->first : edge_;
+    range = range == free_.begin() ? free_.end() : std::prev(range);
+    if (range != free_.end() && range->first + range->second != edge_) range = free_.end();
+    char* start = range == free_.end() ? edge_ : range->first;
     if (static_cast<size_t>(reserved_end_ - start) < bytes) {
       reserve(bytes);
       range = free_.end(), start = edge_;
-    } else if (begun) {
-      --range;
-    } else {
-      range = free_.end();
     }
     const size_t more = static_cast<size_t>(start + bytes - edge_);
     if (mprotect(edge_, more, PROT_READ | PROT_WRITE) != 0) refuse(bytes);

@@ -60,6 +60,7 @@ constexpr bool PAIRS = false;
 GCONV_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 GCONV_INLINE Vec pack_slots(Vec low, Vec) { return low; }
 GCONV_INLINE Vec pair_slots(Vec first, Vec) { return first; }
+GCONV_INLINE void interleave(Vec first, Vec second, Vec& lower, Vec& upper) { lower = first, upper = second; }
 GCONV_INLINE void stream_slots(float* out, Vec slots) { stream_as(out, slots); }
 GCONV_INLINE Vec load_half(const float* p) { return load(p); }
 #endif

@@ -87,11 +87,11 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
         float* packed = dy.data + tile * dy.tile_floats;
         if (!PAIRS || !want_dx) pack_rows<T>(g.dy, at, count, row, here, packed);
         if (!want_dx) continue;
-#if defined(GCONV_ISA_AVX512_BF16)  // dx sums pairs of channels, dw pairs of pixels
-        pack_tile<T, Slots::channels>(p.source, at, count, row / PER_SLOT, here / PER_SLOT, slots);
-        if (want_dw) pack_rows(slots, count, here, packed);
-        packed = slots;
-#endif
+        if constexpr (PAIRS) {  // dx sums pairs of channels, dw pairs of pixels
+          pack_tile<T, Slots::channels>(p.source, at, count, row / PER_SLOT, here / PER_SLOT, slots);
+          if (want_dw) pack_rows(slots, count, here, packed);
+          packed = slots;
+        }
         float* out = results + (partial ? tile * POINT_PIXELS * p.chunk * LANES : 0);
         compute_tile<T>(p, cut, tile, at, packed, row / PER_SLOT, here / PER_SLOT, first_vector, out, sums,
                         ahead);

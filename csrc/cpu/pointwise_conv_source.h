@@ -69,18 +69,16 @@ class Ahead {
     s.pixel_end = channels * bytes;
     s.left = count * ((s.pixel_end + LINE - 1) / LINE);
     s.step = (s.left + calls_ - 1) / calls_;
+    s.bytes = bytes;
     source.x_at.offsets(first, count, s.x_at);
-    for (int64_t i = 0; i < count; ++i) s.x_at[i] *= bytes;
-    if (s.y == nullptr) return;
-    source.y_at.offsets(first, count, s.y_at);
-    for (int64_t i = 0; i < count; ++i) s.y_at[i] *= bytes;
+    if (s.y != nullptr) source.y_at.offsets(first, count, s.y_at);
   }
 
   GCONV_INLINE void fetch() {
     for (Stream& s : streams_) {
       for (int64_t i = std::min(s.step, s.left); i > 0; --i, --s.left) {
-        __builtin_prefetch(s.x + s.x_at[s.pixel] + s.byte, 0, 2);
-        if (s.y != nullptr) __builtin_prefetch(s.y + s.y_at[s.pixel] + s.byte, 0, 2);
+        __builtin_prefetch(s.x + s.x_at[s.pixel] * s.bytes + s.byte, 0, 2);
+        if (s.y != nullptr) __builtin_prefetch(s.y + s.y_at[s.pixel] * s.bytes + s.byte, 0, 2);
         s.byte += LINE;
         if (s.byte >= s.pixel_end) s.byte = 0, ++s.pixel;
       }
@@ -94,7 +92,7 @@ class Ahead {
     const char* x = nullptr;
     const char* y = nullptr;
     int64_t left = 0, step = 0;  // lines, and those of a call, as many in each: the branch is foreseen then
-    int64_t pixel = 0, byte = 0, pixel_end = 0;
+    int64_t pixel = 0, byte = 0, pixel_end = 0, bytes = 0;
     int64_t x_at[MOST], y_at[MOST];
   };
   int64_t calls_, added_ = 0;

@@ -19,7 +19,6 @@ constexpr int64_t pixel_slots(int64_t pixels) {
   return ((TILES ? POINT_PIXELS : pixels) + PER_SLOT - 1) / PER_SLOT;
 }
 
-#if defined(GCONV_ISA_AVX512_BF16)
 // Up to two blocks of LANES channels in slots of pixels, where read(i) is pixel i in slots of channels.
 template <typename Read>
 GCONV_INLINE void pair_pixels(int64_t pixels, int64_t channels, const Read& read, float* packed) {
@@ -31,7 +30,6 @@ GCONV_INLINE void pair_pixels(int64_t pixels, int64_t channels, const Read& read
     if (channels > LANES) store(packed + slots * LANES, upper);
   }
 }
-#endif
 
 template <typename T, Prologue P, Slots S>
 void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t channel, int64_t channels,
@@ -57,21 +55,18 @@ void pack_tile(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
     }
   };
   int64_t c = 0;
-#if defined(GCONV_ISA_AVX512_BF16)
-  if constexpr (S == Slots::pixels) {
+  if constexpr (PAIRS && S == Slots::pixels) {
     constexpr int64_t BOTH = 2 * LANES;  // channels of a vector in slots of channels
     for (; c + BOTH <= channels; c += BOTH, packed += 2 * pixel_slots(pixels) * LANES) {
       const SlotReader<T, P, Slots::channels> slots(s, channel + c, LANES, false);
       const T* x = static_cast<const T*>(s.x.data) + channel + c;
       const T* y = P == Prologue::finish ? static_cast<const T*>(s.y.data) + channel + c : nullptr;
-      pair_pixels(
-          pixels, BOTH,
-          [&](int64_t i)
-              GCONV_LAMBDA { return slots.read(x + x_at[i], P == Prologue::finish ? y + y_at[i] : y); },
-          packed);
+      const auto read = [&](int64_t i) GCONV_LAMBDA {
+        return slots.read(x + x_at[i], P == Prologue::finish ? y + y_at[i] : y);
+      };
+      pair_pixels(pixels, BOTH, read, packed);
     }
   }
-#endif
   for (; c + LANES <= channels; c += LANES) block(c, LANES);
   if (c < channels) block(c, static_cast<int>(channels - c));
 }
@@ -107,17 +102,14 @@ void pack_rows(const PointSource& s, int64_t first, int64_t pixels, int64_t chan
   turn_rows(channels, packed);
 }
 
-#if defined(GCONV_ISA_AVX512_BF16)
-// The same from a tile packed in slots of channels.
+// The same, of pairs, from a tile packed in slots of channels.
 inline void pack_rows(const float* slots, int64_t pixels, int64_t channels, float* packed) {
-  constexpr int64_t BOTH = 2 * LANES;
+  const int64_t next = 2 * pixel_slots(pixels) * LANES;
   float* out = packed;
-  for (int64_t c = 0; c < channels;
-       c += BOTH, slots += pixels * LANES, out += 2 * pixel_slots(pixels) * LANES)
+  for (int64_t c = 0; c < channels; c += 2 * LANES, slots += pixels * LANES, out += next)
     pair_pixels(pixels, channels - c, [&](int64_t i) GCONV_LAMBDA { return load(slots + i * LANES); }, out);
   turn_rows(channels, packed);
 }
-#endif
 
 struct TileProduct {
   const float* pixels;   // packed
