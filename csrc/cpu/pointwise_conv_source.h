@@ -59,7 +59,7 @@ class Ahead {
   explicit Ahead(int64_t calls) : calls_(calls) {}
 
   // `count` pixels of a source of at most two, from `first` on: channels [channel, channel + channels) of
-  // values of so many bytes.
+  // values of so many bytes. Places are kept in bytes: between multiplications each instruction counts.
   void add(const PointSource& source, int64_t first, int64_t count, int64_t channel, int64_t channels,
            int64_t bytes) {
     Stream& s = streams_[added_++];
@@ -69,16 +69,18 @@ class Ahead {
     s.pixel_end = channels * bytes;
     s.left = count * ((s.pixel_end + LINE - 1) / LINE);
     s.step = (s.left + calls_ - 1) / calls_;
-    s.bytes = bytes;
     source.x_at.offsets(first, count, s.x_at);
-    if (s.y != nullptr) source.y_at.offsets(first, count, s.y_at);
+    for (int64_t i = 0; i < count; ++i) s.x_at[i] *= bytes;
+    if (s.y == nullptr) return;
+    source.y_at.offsets(first, count, s.y_at);
+    for (int64_t i = 0; i < count; ++i) s.y_at[i] *= bytes;
   }
 
   GCONV_INLINE void fetch() {
     for (Stream& s : streams_) {
       for (int64_t i = std::min(s.step, s.left); i > 0; --i, --s.left) {
-        __builtin_prefetch(s.x + s.x_at[s.pixel] * s.bytes + s.byte, 0, 2);
-        if (s.y != nullptr) __builtin_prefetch(s.y + s.y_at[s.pixel] * s.bytes + s.byte, 0, 2);
+        __builtin_prefetch(s.x + s.x_at[s.pixel] + s.byte, 0, 2);
+        if (s.y != nullptr) __builtin_prefetch(s.y + s.y_at[s.pixel] + s.byte, 0, 2);
         s.byte += LINE;
         if (s.byte >= s.pixel_end) s.byte = 0, ++s.pixel;
       }
@@ -92,7 +94,7 @@ class Ahead {
     const char* x = nullptr;
     const char* y = nullptr;
     int64_t left = 0, step = 0;  // lines, and those of a call, as many in each: the branch is foreseen then
-    int64_t pixel = 0, byte = 0, pixel_end = 0, bytes = 0;
+    int64_t pixel = 0, byte = 0, pixel_end = 0;
     int64_t x_at[MOST], y_at[MOST];
   };
   int64_t calls_, added_ = 0;
