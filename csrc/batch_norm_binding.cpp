@@ -83,22 +83,41 @@ void batch_norm_update_running(const Tensor& running_mean, const Tensor& running
   run_stage(batch_norm_update_running_cpu, p, c);
 }
 
-std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
-                                           const OptionalTensor& beta, double eps) {
-  const char* op = "batch_norm_fold";
-  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+namespace {
+
+void fold(const char* op, const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+          const OptionalTensor& beta, double eps, float* rstd, float* affine) {
   const int64_t c = mean.size(0);
-  Tensor rstd = empty_floats({c}, mean), affine = empty_floats({2, c}, mean);
   const BatchNormFoldParams p{c,
                               channel_floats(op, "mean", mean, {c}),
                               channel_floats(op, "var", var, {c}),
                               channel_floats(op, "gamma", gamma, {c}),
                               channel_floats(op, "beta", beta, {c}),
                               eps,
-                              floats_of(rstd),
-                              floats_of(affine)};
+                              rstd,
+                              affine};
   run_stage(batch_norm_fold_cpu, p, c);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                                           const OptionalTensor& beta, double eps) {
+  const char* op = "batch_norm_fold";
+  check(mean.dim() == 1, op, ": mean: want float32 [C], got ", Described{mean});
+  Tensor rstd = empty_floats({mean.size(0)}, mean), affine = empty_floats({2, mean.size(0)}, mean);
+  fold(op, mean, var, gamma, beta, eps, floats_of(rstd), floats_of(affine));
   return {rstd, affine};
+}
+
+Tensor batch_norm_table(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                        const OptionalTensor& beta, double eps) {
+  const int64_t c = mean.size(0);
+  Tensor table = empty_floats({4, c}, mean);
+  float* rows = floats_of(table);
+  fold("batch_norm_table", mean, var, gamma, beta, eps, rows + 3 * c, rows);
+  std::copy_n(floats_of(mean), c, rows + 2 * c);
+  return table;
 }
 
 namespace {

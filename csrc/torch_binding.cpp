@@ -1,5 +1,5 @@
 // The extension module and what concerns no single op: importing gconv._C registers the torch operators.
-#include <Python.h>
+#include "guards.h"
 
 #include <string>
 #include <tuple>
@@ -98,7 +98,15 @@ static PyObject* cpu_settings(PyObject*, PyObject*) {
   }
 }
 
+// The signature of METH_FASTCALL, as a method table holds it.
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyCFunction fast_call() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 static PyMethodDef methods[] = {{"cpu_settings", cpu_settings, METH_NOARGS, nullptr},
+                                {"make_guard", fast_call<gconv::make_guard>(), METH_FASTCALL, nullptr},
+                                {"guard_holds", fast_call<gconv::guard_holds>(), METH_FASTCALL, nullptr},
                                 {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

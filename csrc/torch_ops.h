@@ -52,6 +52,9 @@ void batch_norm_update_running(const Tensor& running_mean, const Tensor& running
                                std::optional<double> momentum);
 std::tuple<Tensor, Tensor> batch_norm_fold(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
                                            const OptionalTensor& beta, double eps);
+// [4, C]: the affine a and b, mean and rstd.
+Tensor batch_norm_table(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                        const OptionalTensor& beta, double eps);
 Tensor batch_norm_apply(const Tensor& x, const Tensor& affine, const OptionalTensor& residual,
                         const OptionalTensor& residual_affine, bool relu);
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd_reduce(const Tensor& dz, const Tensor& x,

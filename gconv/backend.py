@@ -61,7 +61,7 @@ class Decision(NamedTuple):
 
 _missing_extension = extensions.load("_C", "run `make develop`")
 if _missing_extension is None:
-    from gconv._C import cpu_settings  # noqa: F401
+    from gconv._C import cpu_settings, guard_holds, make_guard  # noqa: F401
 else:
     schemas.define()
 gpu.register()
@@ -170,6 +170,11 @@ def policy() -> str:
 def explaining() -> bool:
     """Whether this is the dry run of `explain`."""
     return _explaining
+
+
+def tracing() -> bool:
+    """Whether a trace is open."""
+    return bool(_traces)
 
 
 def settings() -> tuple:

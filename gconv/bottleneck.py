@@ -23,8 +23,11 @@ from gconv.autograd import (
     call,
     channels_last,
     decide,
+    empty_channels_last,
     first_order,
     in_format,
+    op,
+    register,
     suggests_channels_last,
     untracked,
     unwatched,
@@ -53,7 +56,7 @@ from gconv.batch_norm import (
     update_state,
     uses_batch_statistics,
 )
-from gconv.conv_bn_relu import fuse_modules_forward, not_fusable, run_conv_bn_relu
+from gconv.conv_bn_relu import run_conv_bn_relu
 from gconv.grouped_conv import (
     bwd,
     check_tensors,
@@ -322,6 +325,36 @@ class Bottleneck(Function):
         return vmap_by(_train_composed, info, in_dims, args)
 
 
+class BottleneckJoined(Function):
+    """z of `Bottleneck` where every layer normalises by its batch, by one op that moves the running
+    statistics too, for autograd's tape alone: no function transform sees what it saves. What else was made,
+    (raw outputs, tables), is put into the list `made`."""
+
+    @staticmethod
+    def forward(ctx, x, residual, *rest):
+        *parameters, conf, constants, made = rest
+        weights, gammas, betas = _fours(parameters)
+        z, ys, tables = run_joined(x, residual, weights, gammas, betas, conf, constants)
+        made += ys, tables
+        ctx.conf = conf
+        ctx.set_materialize_grads(False)
+        absent = [None] * (4 - len(ys))
+        ctx.save_for_backward(x, *parameters, *ys, *absent, *tables, *absent, z)
+        return z
+
+    backward = staticmethod(Bottleneck.backward)
+
+
+def run_joined(x, residual, weights, gammas, betas, conf, constants):
+    """(z, raw outputs, tables), no None among them, by one op. constants: (eps, running, momenta) of those
+    layers that there are."""
+    count = 4 if conf.shortcut == "down" else 3
+    eps, *state = constants
+    parameters = (four[:count] for four in (weights, gammas, betas))
+    geometry = (conf.first, *conf.middle, conf.last, conf.down or ())
+    return call(_fwd_train, x, residual, *parameters, eps, *geometry, *state)
+
+
 def _gradients(dz, saved, wanted, conf):
     """Gradients to the first 14 arguments of `Bottleneck`, None where not wanted. `saved` is what it saves, a
     list from which z is taken."""
@@ -384,13 +417,31 @@ class BottleneckBackward(Function):
 
 
 _train_apply = applier(Bottleneck)
+joined_on_tape = applier(BottleneckJoined, transforms=False)
 _backward_apply = applier(BottleneckBackward)
+
+
+def _fwd_train_fake(x, residual, weights, *rest):
+    *_, first, stride, padding, dilation, _, last, down, _, _ = rest
+    unit = ((0, 0), (1, 1))
+    ys, source = [], x
+    for weight, geometry in zip(weights, ((first, *unit), (stride, padding, dilation), (last, *unit))):
+        ys.append(empty_channels_last(x, conv_output_size(source, weight, *geometry)))
+        source = ys[-1]
+    if len(weights) == 4:
+        ys.append(empty_channels_last(x, conv_output_size(x, weights[3], down, *unit)))
+    tables = [x.new_empty(4, y.shape[1], dtype=torch.float32) for y in ys]
+    return torch.empty_like(ys[2]), ys, tables
+
+
+_fwd_train = op("bottleneck_fwd_train")
+register("bottleneck_fwd_train", _fwd_train_fake, None)
 
 
 # ------------------------------------------------------------------------------------------- the functions
 
 
-def _infer(x, residual, weights, affines, conf):
+def infer(x, residual, weights, affines, conf):
     """z by constants alone, each normalisation in its convolution's epilogue; weights may be `Packed`."""
     plain = pointwise_conv.DENSE
     h = packed.run_fwd(x, weights[0], conf.first, *plain, None, affines[0], None, True)
@@ -424,7 +475,7 @@ class _Sized(NamedTuple):
 NAMES = ("first", "middle", "last", "downsample")
 
 
-def _sizes(x, layers) -> tuple | None:
+def sizes_of(x, layers) -> tuple | None:
     """The size after each layer (first, middle, last, perhaps downsample), or None if they do not fit."""
     sizes, size, channels = [], tuple(x.shape), x.shape[1]
     for i, layer in enumerate(layers):
@@ -444,7 +495,7 @@ def _sizes(x, layers) -> tuple | None:
     return tuple(sizes) if len(layers) == 3 or sizes[3] == sizes[2] else None
 
 
-def _reason(x, layers, sizes) -> str | None:
+def reason_against(x, layers, sizes) -> str | None:
     """Why the layers cannot run as a chain, or None."""
     for layer in layers:
         decision = decide("bottleneck", x, layer.weight, None, *layer[2:], True)
@@ -463,7 +514,7 @@ def _reason(x, layers, sizes) -> str | None:
     return None
 
 
-def _conf(padded, residual) -> Conf:
+def conf_of(padded, residual) -> Conf:
     """Of four layers, the last perhaps None."""
     first, middle, last, down = padded
     return Conf(
@@ -481,13 +532,13 @@ def _chain(x, layers, sizes, residual):
     """The chain on the kernels."""
     padded = [*layers, *(None,) * (4 - len(layers))]
     states = [(None,) * 4 if layer is None else state_of(layer.bn) for layer in padded]
-    conf = _conf(padded, residual)
+    conf = conf_of(padded, residual)
     batch = conf.batch
     for layer, by_batch, size in zip(layers, batch, sizes):
         check_eps("bottleneck", layer.bn.eps, by_batch)
         if by_batch:
             check_count("bottleneck", size)
-    keep = _keeps(x, layers)
+    keep = keeps(x, layers)
     x = channels_last(x)
     weights = [None if layer is None else layer.weight for layer in padded]
     gammas, betas = [as_float(state[2]) for state in states], [as_float(state[3]) for state in states]
@@ -498,7 +549,7 @@ def _chain(x, layers, sizes, residual):
     if not any(batch) and unwatched(*tensors):
         norms = zip(means, variances, gammas, betas, conf.eps)
         affines = [None if norm[0] is None else call(fold, *norm)[1] for norm in norms]
-        return in_format(call(_infer, x, residual, weights, affines, conf), keep)
+        return in_format(call(infer, x, residual, weights, affines, conf), keep)
     run = Bottleneck.forward if untracked() else _train_apply
     z, *rest = run(*tensors, conf)
     ys, tables, found = _outputs(rest, conf)
@@ -512,12 +563,12 @@ def _chain(x, layers, sizes, residual):
     return in_format(z, keep)
 
 
-def _keeps(x, layers) -> bool:
+def keeps(x, layers) -> bool:
     """Whether the result is channels_last."""
     return any(map(suggests_channels_last, (x, *(layer.weight for layer in layers[:3]))))
 
 
-def _layer_by_layer(run, x, layers, residual):
+def layer_by_layer(run, x, layers, residual):
     """The same by `run(x, layer, residual, relu)`."""
     h = run(run(x, layers[0], None, True), layers[1], None, True)
     if len(layers) == 4:
@@ -586,14 +637,14 @@ def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downs
     ]
     if downsample is not None:
         layers.append(Layer(weights[3], downsample[1], stride))
-    z = _run(x, layers, residual)
-    return _layer_by_layer(_run_layer, x, layers, residual) if z is None else z
+    z = run(x, layers, residual)
+    return layer_by_layer(_run_layer, x, layers, residual) if z is None else z
 
 
-def _run(x, layers, residual):
+def run(x, layers, residual):
     """The chain, or None, said in a trace, where the layers have to run one by one."""
-    sizes = _sizes(x, layers) if x.dim() == 4 else None
-    reason = _reason(x, layers, sizes)
+    sizes = sizes_of(x, layers) if x.dim() == 4 else None
+    reason = reason_against(x, layers, sizes)
     if reason is not None:
         not_chained(reason, x)
         return None
@@ -603,90 +654,3 @@ def _run(x, layers, residual):
     z = _chain(x, layers, sizes, residual)
     backend.record(backend.whole("bottleneck", x, layers[1].weight, layers[1].groups), "bottleneck", x, z)
     return z
-
-
-def _run_frozen(x, pairs, residual):
-    """The chain by what is kept of its modules, or None if they are not frozen or it has to run otherwise."""
-    convs, bns = zip(*pairs)
-    if packed.kept_of(convs[0]) is None:
-        return None
-    here, given = autocast(x, residual)
-
-    def make():
-        layers = [
-            Layer(packed.parameters_of(conv, x)[0], bn, conv.stride, conv.padding, conv.dilation, conv.groups)
-            for conv, bn in pairs
-        ]
-        sizes = _sizes(here, layers)
-        fits = sizes is not None and (len(layers) == 4 or given is not None or sizes[2] == tuple(x.shape))
-        if not fits or _reason(here, layers, sizes) is not None:
-            return None
-        check_residual("bottleneck", given, sizes[2], here)
-        for layer in layers:
-            check_eps("bottleneck", layer.bn.eps, False)
-        read = (x.shape, *sizes[:2], x.shape)
-        every = zip(convs, layers, read)
-        weights = [packed.packed_of(conv, layer.weight, size[2:], *layer[2:]) for conv, layer, size in every]
-        affines = [packed.affine_of(bn, state_of(bn)) for bn in bns]
-        conf = _conf([*layers, None][:4], given)
-        decision = backend.whole("bottleneck", here, layers[1].weight, layers[1].groups)
-        return weights, affines, conf, _keeps(here, layers), packed.named(decision)
-
-    found = packed.block_of(here, convs, bns, make, given)
-    if found is None:
-        return None
-    weights, affines, conf, keep, decision = found
-    z = in_format(call(_infer, channels_last(here), given, weights, affines, conf), keep)
-    backend.record(decision, "bottleneck", here, z)
-    return z
-
-
-def _modules_reason(pairs) -> str | None:
-    """Why these convolutions and normalisations must be called as they are, or None."""
-    for name, (conv, bn) in zip(NAMES, pairs):
-        reason = not_fusable(conv, bn)
-        if reason is None and conv.bias is not None:
-            reason = "conv: has a bias"
-        if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
-            reason = f"conv: padding {conv.padding} with {conv.padding_mode}"
-        if reason is not None:
-            return f"{name}: {reason}"
-    return None
-
-
-def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
-    """`bottleneck` of modules: what blocks made of torch's modules call.
-
-    Where a module has hooks, a replaced forward or a type that is not fused, or a convolution has a bias,
-    the block runs layer by layer (`fuse_modules_forward`), and `gconv.trace` says why. Global module hooks
-    are not run for the fused modules.
-
-    Args:
-        x: [N, C, H, W].
-        pairs: ((conv1, bn1), (conv2, bn2), (conv3, bn3)).
-        downsample: (conv, bn) of the shortcut.
-        residual: [N, K, OH, OW]: the shortcut itself. Without either it is x.
-
-    Returns:
-        [N, K, OH, OW]; dtype and memory format as in `bottleneck`.
-
-    Raises:
-        ValueError: as in `bottleneck`.
-    """
-    pairs = (*pairs, downsample) if downsample is not None else tuple(pairs)
-    reason = _modules_reason(pairs)
-    if reason is not None:
-        not_chained(reason, x)
-    else:
-        z = _run_frozen(x, pairs, residual)
-        if z is not None:
-            return z
-        here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
-        layers = [
-            Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups)
-            for weight, (conv, bn) in zip(weights, pairs)
-        ]
-        z = _run(here, layers, given)
-        if z is not None:
-            return z
-    return _layer_by_layer(lambda x, pair, *rest: fuse_modules_forward(x, *pair, *rest), x, pairs, residual)

@@ -5,13 +5,15 @@ makes the ReLU's mask depend on it); the backward of normalisation and ReLU is a
 gradients load it. Inference folds the normalisation into the convolution's epilogue.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from gconv import backend, packed
-from gconv.autocast import autocast
+from gconv import backend, guards, packed
+from gconv.autocast import autocast, autocast_enabled
 from gconv.autograd import (
     applier,
     call,
@@ -24,6 +26,7 @@ from gconv.autograd import (
     register,
     suggests_channels_last,
     untracked,
+    unwrapped,
     vjp_by_reference,
     vmap_by,
 )
@@ -278,6 +281,7 @@ class ConvBatchNormBackward(Function):
 
 _train_apply = applier(ConvBatchNorm)
 _joined_apply = applier(ConvBatchNormJoined)
+_joined_on_tape = applier(ConvBatchNormJoined, transforms=False)
 _backward_apply = applier(ConvBatchNormBackward)
 
 
@@ -341,6 +345,65 @@ def _train(x, weight, bias, bn, state, residual, relu, conf, count, into):
             z, _, mean, var, *_ = run(*args)
         update_state(bn, running_mean, running_var, mean, var, count, bias)
     return z if in_place else placed(in_format(z, keep), into)
+
+
+class TrainingCall(NamedTuple):
+    """A convolution without a bias and its normalisation as one training step's call on images of one size,
+    with what of it does not change from step to step."""
+
+    weight: torch.Tensor
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    running: tuple
+    eps: float
+    conf: tuple
+    tracked: bool
+    cast: bool
+    keep: bool
+    decision: backend.Decision
+
+    def run(self, x, residual, relu):
+        weight = self.weight
+        if self.cast:
+            x, weight, residual = autocast(x, weight, residual)
+        here = channels_last(x)
+        if self.tracked:
+            rest = (self.gamma, self.beta, unwrapped(residual), self.eps, relu, *self.conf, self.running)
+            z = _joined_on_tape(unwrapped(here), weight, None, *rest)
+        else:
+            rest = (*self.conf, self.gamma, self.beta, residual, self.eps, relu, *self.running)
+            z = call(_fwd_train, here, weight, *rest)[0]
+        moved(*self.running[:2])
+        z = in_format(z, self.keep)
+        backend.record(self.decision, "conv_bn_relu", x, z)
+        return z
+
+
+_WHERE = guards.state((globals(), "JOINED"))
+
+
+def _remember_training(what, x, conv, bn, residual, conf, by_design) -> None:
+    """After a call that ran: the next one like it need not ask how, if it is one op in training."""
+    if guards.looked_on() or conv.bias is not None or not uses_batch_statistics(bn) or not _joined(x):
+        return
+    with torch.no_grad():
+        here, weight = autocast(x, conv.weight)
+    settled, decision = plan("conv_bn_relu", here, weight, None, *conf, by_design)
+    state = state_of(bn)
+    running_mean, running_var, gamma, beta = state
+    if not decision.ours or as_float(gamma) is not gamma or as_float(beta) is not beta:
+        return
+    running = running_in_place(bn, running_mean, running_var, None)
+    if running is None or not kernels_run(here, conv_output_size(here, weight, *settled[:3]), True, *state):
+        return
+    keep = suggests_channels_last(here) or suggests_channels_last(weight)
+
+    def make():
+        rest = (not untracked(), autocast_enabled(x), keep, decision)
+        return TrainingCall(conv.weight, gamma, beta, running, bn.eps, settled, *rest)
+
+    tensors = (conv.weight, *state, bn.num_batches_tracked)
+    guards.remember(what, (conv, bn), (x, residual), tensors, False, _WHERE, make)
 
 
 def _infer(x, weight, bias, eps, state, residual, relu, conf, into):
@@ -488,22 +551,33 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
     Raises:
         ValueError: as in `conv_bn_relu`.
     """
+    call = None
+    if into is None and isinstance(x, torch.Tensor):
+        call = guards.recall("conv_bn_relu", (conv, bn), (x, residual))
+        if call is not None and not backend.tracing():
+            return call.run(x, residual, relu)
     with backend.layer_scope(conv):
+        if call is not None:
+            return call.run(x, residual, relu)
         reason = not_fusable(conv, bn)
         if reason is not None:
             z = placed(tail(bn(conv(x)), residual, relu), into)
             backend.record(backend.one_by_one(reason), "conv_bn_relu", x, z)
             return z
-        padding = conv.padding
+        padding, what = conv.padding, "conv_bn_relu"
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-            padding = (0, 0)
+            padding, what = (0, 0), "conv_bn_relu, padded"
         by_design = type(conv) is nn.Conv2d or conv.kernel_size == (1, 1)
         frozen = None if packed.kept_of(conv) is None else conv
         if frozen is not None and isinstance(x, torch.Tensor):
-            z = packed.conv_bn_relu(x, conv, bn, residual, relu, padding, by_design, into)
-            if z is not None:
-                return z
+            check_into("conv_bn_relu", into)
+            call = packed.conv_bn_relu(what, x, conv, bn, residual, padding, by_design)
+            if call is not None:
+                return call.run(x, residual, relu, into)
         weight, bias = packed.parameters_of(conv, x)
         conf = (conv.stride, padding, conv.dilation, conv.groups)
-        return run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into, frozen)
+        z = run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into, frozen)
+        if padding is conv.padding:
+            _remember_training(what, x, conv, bn, residual, conf, by_design)
+        return z

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from gconv import backend
-from gconv.bottleneck import fuse_bottleneck_forward, not_chained
+from gconv.bottleneck import not_chained
+from gconv.bottleneck_modules import fuse_bottleneck_forward
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.convert_dense import (
     DenseForward,

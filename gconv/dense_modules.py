@@ -74,9 +74,9 @@ def _run_frozen(x, modules, layers, transition, memory):
         convs += [conv for conv in transition[1:] if conv is not None]
     if memory == "naive" or packed.kept_of(convs[0]) is None or any(layer.dropout > 0 for layer in layers):
         return None
-    (here,) = autocast(x)
 
     def make():
+        (here,) = autocast(x)
         weights = [packed.parameters_of(conv, x)[0] for conv in convs]
         rest = iter(weights)
         frozen = [layer._replace(weights=tuple(next(rest) for _ in layer.weights)) for layer in layers]
@@ -96,10 +96,10 @@ def _run_frozen(x, modules, layers, transition, memory):
         decision = backend.whole("dense_block", here, frozen[0].weights[-1], frozen[0].groups)
         return made, affines, conf, keep, packed.named(decision)
 
-    found = packed.block_of(here, convs, bns, make)
+    found = packed.block_of("dense_block", x, convs, bns, make)
     if found is None:
         return None
-    weights, affines, conf, keep, decision = found
+    (here,), (weights, affines, conf, keep, decision) = autocast(x), found
     out = in_format(call(infer_stages, here, weights, affines, conf), keep)
     backend.record(decision, "dense_block", here, out)
     return out

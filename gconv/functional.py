@@ -2,7 +2,8 @@
 blocks."""
 
 from gconv.batch_norm import batch_norm
-from gconv.bottleneck import bottleneck, fuse_bottleneck_forward
+from gconv.bottleneck import bottleneck
+from gconv.bottleneck_modules import fuse_bottleneck_forward
 from gconv.conv_bn_relu import conv_bn_relu, fuse_modules_forward
 from gconv.dense_block import dense_block
 from gconv.dense_modules import fuse_dense_block_forward

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gconv import packed
+from gconv import guards, packed
 from gconv.concat import placed
 from gconv.conv_bn_relu import fuse_modules_forward
 from gconv.grouped_conv import grouped_conv
@@ -68,6 +68,8 @@ class Conv2d(nn.Conv2d):
             raise ValueError(f"Conv2d.from_torch: conv: want a plain torch.nn.Conv2d, got {_described(conv)}")
         layer = cls.__new__(cls)
         for name, value in conv.__dict__.items():
+            if name == guards.CALLS:
+                continue
             # Shallow copies of the registries: the same tensors and hooks, in dictionaries of the new layer's
             # own.
             layer.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
@@ -149,7 +151,8 @@ class ConvBNReLU(nn.Module):
 
     @torch.jit.unused
     def _run(self, x: Tensor, residual: Tensor | None, into: Any) -> Tensor:
-        return fuse_modules_forward(x, self.conv, self.bn, residual, self.relu, into)
+        children = self._modules  # an attribute that is a child takes a microsecond
+        return fuse_modules_forward(x, children["conv"], children["bn"], residual, self.relu, into)
 
     def _forward_children(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = self.bn(self.conv(x))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gconv import backend
+from gconv import backend, guards
 from gconv.autocast import autocast, autocast_enabled
 from gconv.autograd import (
     call,
@@ -39,7 +39,6 @@ from gconv.grouped_conv import check_tensors, conv_output_size, ops_for, plan
 
 KEPT = "_gconv_kept"  # the name of a module's `Kept`, an attribute like any other: no part of a state_dict
 MOST = 256  # things kept of one module: packed weights go by dtype and image size
-PLAIN = (torch.Tensor, nn.Parameter)  # what has memory of its own; other types only look like it
 
 # ---------------------------------------------------------------------------------------------- the ops
 #
@@ -211,7 +210,7 @@ def named(decision: backend.Decision, what: str = "packed weights") -> backend.D
 def plain(*tensors) -> bool:
     """Whether these are tensors with memory of their own, as fake ones and many subclasses are not; a dry run
     has no others."""
-    return backend.explaining() or all(type(t) in PLAIN for t in tensors)
+    return backend.explaining() or all(type(t) in guards.PLAIN for t in tensors)
 
 
 def _ready(*tensors) -> bool:
@@ -219,10 +218,17 @@ def _ready(*tensors) -> bool:
     return plain(*(t for t in tensors if t is not None)) and unwatched(*tensors)
 
 
-def block_of(x, convs, bns, make, residual=None, more=()):
-    """make(), remembered, for a block of these modules that runs as one call on x and residual: what it needs
-    to know besides, which may depend on `more` too, or None where that cannot run by what is kept. None too
-    if not all of them are frozen."""
+_WHERE = guards.state()
+
+
+def block_of(what, x, convs, bns, make, residual=None):
+    """make(), or what it returned for such a call before (`gconv.guards`, by this `what` and convolutions and
+    normalisations one after the other), for a block of these modules that runs as one call on x and residual;
+    None where that cannot run by what is kept, or if not all of them are frozen."""
+    modules, inputs = (*convs, *bns), (x, residual)
+    found = guards.recall(what, modules, inputs)
+    if found is not None:
+        return found
     if x.dim() != 4 or not x.is_cpu or not backend.extension_loaded():
         return None
     if None in map(kept_of, convs) or any(map(uses_batch_statistics, bns)):
@@ -232,13 +238,13 @@ def block_of(x, convs, bns, make, residual=None, more=()):
         tensors += state_of(bn)
     if backend.backend_of(x) != "cpu" or not _ready(x, residual, *tensors):
         return None
-    key = (
-        "block", x.shape, x.dtype, x.layout, suggests_channels_last(x), autocast_enabled(x),
-        residual if residual is None else (residual.shape, residual.dtype, residual.device),
-        tuple((conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs),
-        tuple(bn.eps for bn in bns), more, *backend.settings(), backend.cpu_settings(),
-    )  # fmt: skip
-    return convs[0].__dict__[KEPT].get(key, tuple(tensors), make)
+
+    def kept():
+        # What is made outlives an inference_mode that this call may be in.
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    return guards.remember(what, modules, inputs, tuple(tensors), True, _WHERE, kept)
 
 
 def run_fwd(x, weight, *conf_and_epilogue):
@@ -270,33 +276,44 @@ def _run(x, packed, conf, shape, keep, affine, residual, relu, into):
     return placed(in_format(call(fwd_packed, channels_last(x), packed.data, *rest), keep), into)
 
 
-def conv_bn_relu(x, conv, bn, residual, relu, padding, by_design, into):
+class ConvCall(NamedTuple):
+    """A frozen convolution and normalisation as one call on images of one size."""
+
+    weight: Packed
+    affine: torch.Tensor
+    conf: tuple
+    shape: tuple
+    keep: bool
+    decision: backend.Decision
+
+    def run(self, x, residual, relu, into=None):
+        x, residual = autocast(x, residual)
+        z = _run(x, self.weight, self.conf, self.shape, self.keep, self.affine, residual, relu, into)
+        backend.record(self.decision, "conv_bn_relu", x, z)
+        return z
+
+
+def conv_bn_relu(what, x, conv, bn, residual, padding, by_design) -> ConvCall | None:
     """`conv_bn_relu` of a frozen convolution and normalisation on the CPU's kernels, or None where it has to
     run from the parameters."""
     name = "conv_bn_relu"
-    check_into(name, into)
-    x, residual = autocast(x, residual)
 
     def make():
+        here, more = autocast(x, residual)
         weight, bias = autocast(*parameters_of(conv, x))
         conf, decision = plan(
-            name, x, weight, bias, conv.stride, padding, conv.dilation, conv.groups, by_design
+            name, here, weight, bias, conv.stride, padding, conv.dilation, conv.groups, by_design
         )
-        shape, state = conv_output_size(x, weight, *conf[:3]) if decision.ours else None, state_of(bn)
-        if decision.backend != "cpu" or not kernels_run(x, shape, False, *state):
+        shape, state = conv_output_size(here, weight, *conf[:3]) if decision.ours else None, state_of(bn)
+        if decision.backend != "cpu" or not kernels_run(here, shape, False, *state):
             return None
-        check_residual(name, residual, shape, x)
+        check_residual(name, more, shape, here)
         check_eps(name, bn.eps, False)
-        found = packed_of(conv, weight, x.shape[2:], *conf)
-        return found, affine_of(bn, state, bias), conf, shape, suggests_channels_last(weight), named(decision)
+        found = packed_of(conv, weight, here.shape[2:], *conf)
+        keep = suggests_channels_last(weight)
+        return found and ConvCall(found, affine_of(bn, state, bias), conf, shape, keep, named(decision))
 
-    found = block_of(x, (conv,), (bn,), make, residual, (padding, by_design))
-    if found is None or found[0] is None:
-        return None
-    weight, affine, conf, shape, keep, decision = found
-    z = _run(x, weight, conf, shape, keep, affine, residual, relu, into)
-    backend.record(decision, name, x, z)
-    return z
+    return block_of(what, x, (conv,), (bn,), make, residual)
 
 
 def infer_on_torch(conv, x, weight, bias, bn, residual, relu, conf):

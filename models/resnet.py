@@ -7,8 +7,9 @@ torchvision the stride of a bottleneck sits on its 3x3 convolution ("ResNet v1.5
 
 Names, shapes and order of parameters and buffers, and the use of the random generator while they are
 initialised, are torchvision's: the same seed gives the same weights and checkpoints go both ways. What
-differs is the forward pass: a bottleneck runs as one chain (`gconv.bottleneck.fuse_bottleneck_forward`), and
-elsewhere convolution, batch norm, residual and ReLU as one call (`gconv.conv_bn_relu.fuse_modules_forward`).
+differs is the forward pass: a bottleneck runs as one chain
+(`gconv.bottleneck_modules.fuse_bottleneck_forward`), and elsewhere convolution, batch norm, residual and
+ReLU as one call (`gconv.conv_bn_relu.fuse_modules_forward`).
 For the backward the max pooling keeps less than torch's (`gconv.max_pool`).
 The 3x3 convolutions are gconv.Conv2d; the 1x1 ones and the 7x7 stem are nn.Conv2d.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gconv import backend
-from gconv.bottleneck import fuse_bottleneck_forward
+from gconv.bottleneck_modules import fuse_bottleneck_forward
 from gconv.conv_bn_relu import fuse_modules_forward, not_plain_relu, watched
 from gconv.layers import Conv2d
 from gconv.max_pool import max_pool

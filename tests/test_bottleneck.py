@@ -11,6 +11,7 @@ from bottleneck_blocks import BLOCKS, SMALL_BLOCKS, assert_chained, block_input,
 from checks import DTYPES, LAYOUTS, assert_accurate, assert_same_bits, place
 from fused_checks import assert_repeats, assert_same_results, compare, compare_draws, memory_formats, run
 from torch import nn
+from torch.library import opcheck
 
 import gconv
 from gconv import bottleneck as chain_module
@@ -469,3 +470,65 @@ def test_a_constant_shift_shows_in_padding(ops):
             assert_accurate(
                 ours(x).detach(), copy.deepcopy(stock).double()(x.double()), stock(x).detach(), "z"
             )
+
+
+# ---------------------------------------------------------------------------------------------- the joint op
+
+
+def joint_arguments(down=False, given=False, moving=True):
+    """By name, as of bottleneck_fwd_train."""
+    torch.manual_seed(0)
+    widths, x = (8, 12, 20), torch.randn(2, 6, 5, 7)
+    sizes = [(8, 6, 1, 1), (12, 4, 3, 3), (20, 12, 1, 1)]
+    if down:
+        widths, sizes = (*widths, 20), [*sizes, (20, 6, 1, 1)]
+    norms = [[torch.rand(k) + 0.5 for k in widths] for _ in range(2)]
+    running = [t for k in widths for t in (torch.zeros(k), torch.ones(k), torch.tensor(3))]
+    stride = [2, 2] if down else [1, 1]
+    return {
+        "x": x.contiguous(memory_format=torch.channels_last),
+        "residual": torch.randn(2, 20, 5, 7) if given else None,
+        "weights": [torch.randn(size) for size in sizes],
+        "gammas": [norms[0][0], None, *norms[0][2:]], "betas": [*norms[1][:2], None, *norms[1][3:]],
+        "eps": [1e-5] * len(widths), "first": [1, 1], "stride": stride, "padding": [1, 1],
+        "dilation": [1, 1], "groups": 2, "last": [1, 1], "down": stride if down else [],
+        "running": running if moving else [], "momenta": [0.1] * len(widths) if moving else [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("down, given", [(False, True), (True, False)])
+@pytest.mark.parametrize("moving", (True, False))
+def test_opcheck_of_the_joint_op(ops, down, given, moving):
+    args = tuple(joint_arguments(down, given, moving).values())
+    checks_run = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(ops.bottleneck_fwd_train.default, args, test_utils=checks_run)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weights": []}, "weights: want one of each of the 3 layers, got 0"),
+        ({"gammas": [None]}, "gammas: want one of each of the 3 layers, got 1"),
+        ({"betas": [None] * 4}, "betas: want one of each of the 3 layers, got 4"),
+        ({"eps": [1e-5]}, "eps: want one of each of the 3 layers, got 1"),
+        ({"momenta": []}, "momenta: want one of each of the 3 layers, got 0"),
+        ({"running": [torch.ones(8)]}, "running: want nothing or three tensors for each .* 3 layers, got 1"),
+        ({"down": [1, 1]}, "weights: want one of each of the 4 layers, got 3"),
+        ({"x": torch.randn(2, 7, 5, 7)}, "weight: want float32 \\[8, 7, 1, 1\\], got .*\\[8, 6, 1, 1\\]"),
+        ({"gammas": [torch.ones(9), None, None]}, "gamma: want float32 \\[8\\], got float32 \\[9\\]"),
+        ({"groups": 5}, "groups: want a divisor of the 8 input channels, got 5"),
+        ({"residual": torch.randn(2, 20, 5, 6)}, "residual: want float32 \\[2, 20, 5, 7\\]"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_the_joint_op(ops, change, message):
+    args = joint_arguments(given=True)
+    before = [t.clone() for t in args["running"]]
+    with pytest.raises(RuntimeError, match=message):
+        ops.bottleneck_fwd_train(*(args | change).values())
+    assert all(map(torch.equal, args["running"], before)), "a refused call changes no state"
+
+
+def test_the_joint_op_takes_one_shortcut(ops):
+    args = joint_arguments(down=True) | {"residual": torch.randn(2, 20, 3, 4)}
+    with pytest.raises(RuntimeError, match="residual: want either it or down, got both"):
+        ops.bottleneck_fwd_train(*args.values())
