@@ -40,6 +40,7 @@ struct GroupedConvFwdParams {
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C/groups, 3, 3]
   WeightLayout layout;  // of weight
+  bool float_weight;    // on the CPU: weight is float32, and rounded to dtype as it is read
   const float* packed;  // incoming, on the CPU: what grouped_conv_pack_weights_cpu made of weight, which is
                         //   not read then, nor does fwd_pack do anything; null: not given
   const float* act;     // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
@@ -64,6 +65,7 @@ struct GroupedConvBwdInputParams {
                         //   dy <- A*(dy*[not a*y + b <= 0]) + B*(y - mean) + C
   const void* weight;   // incoming [K, C/groups, 3, 3]
   WeightLayout layout;  // of weight
+  bool float_weight;    // on the CPU: weight is float32, and rounded to dtype as it is read
   Nhwc x;               // incoming raw input, read with act only
   const float* act;     // incoming [4, C]: a, b, mean, rstd; null: no mask, no sums
   Nhwc dx;              // outgoing [N, C, H, W]
@@ -84,6 +86,7 @@ struct GroupedConvBwdWeightParams {
   const float* act;     // incoming [2, C]: prologue relu(a*x + b) on x; null: identity
   void* dweight;        // outgoing [K, C/groups, 3, 3]
   WeightLayout layout;  // of dweight
+  bool float_weight;    // on the CPU: dweight is float32
   float* workspace;     // grouped_conv_bwd_weight_workspace() floats, 64-byte aligned
 };
 

@@ -70,7 +70,7 @@ struct Forward : Output<GroupedConvFwdParams> {
   Forward(DeviceType home, const char* op, const Tensor& input, const Tensor& filters,
           const Geometry& geometry, const OptionalTensor& act, const OptionalTensor& into)
       : Forward(home, op, input, shape_of(op, "weight", filters), geometry, act, into) {
-    check_tensor(op, "weight", filters, x.scalar_type(), shape_of(op, "weight", filters), x.device());
+    p.float_weight = check_weight(op, filters, x.scalar_type(), shape_of(op, "weight", filters), x.device());
     weight = dense_weight(filters);
     p.weight = weight.const_data_ptr();
     p.layout = weight_layout(p.shape.c / p.shape.groups, is_channels_last(weight));
@@ -114,7 +114,7 @@ struct InputGradient : Gradient<GroupedConvBwdInputParams> {
     p.shape = geometry.shape(input.size[0], input.size[1], input.size[2], input.size[3],
                              shape_of(op, "weight", weight));
     const GroupedConvShape& s = p.shape;
-    check_tensor(op, "weight", weight, type, shape_of(op, "weight", weight), from.dy.device());
+    p.float_weight = check_weight(op, weight, type, shape_of(op, "weight", weight), from.dy.device());
     take(op, from, from.dy);
     weight = dense_weight(weight);
     p.weight = weight.const_data_ptr();
@@ -136,11 +136,13 @@ struct InputGradient : Gradient<GroupedConvBwdInputParams> {
 struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
   Tensor x, dweight;
 
-  // act may have rows beyond its first two, a and b.
+  // act may have rows beyond its first two, a and b. The weight is of x's type or, `float_weight`, of
+  // float32.
   WeightGradient(DeviceType home, const char* op, const OutputGradient& from, const Tensor& input,
-                 const Ints& weight_size, const Geometry& geometry, const OptionalTensor& act,
-                 int64_t act_rows, bool channels_last)
+                 const Ints& weight_size, bool float_weight, const Geometry& geometry,
+                 const OptionalTensor& act, int64_t act_rows, bool channels_last)
       : x(input) {
+    p.float_weight = float_weight;
     p.dtype = activation_dtype(op, "x", x, home);
     const ScalarType type = x.scalar_type();
     const Shape size = shape_of(op, "weight_size", weight_size);
@@ -150,7 +152,8 @@ struct WeightGradient : Gradient<GroupedConvBwdWeightParams> {
     x = channels_adjacent(x);
     p.x = view_of(x);
     p.act = channel_floats(op, "act", act, {act_rows, s.c}, x.device());
-    dweight = empty(size, type, x, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    dweight = empty(size, float_weight ? ScalarType::Float : type, x,
+                    channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     p.dweight = dweight.mutable_data_ptr();
     p.layout = weight_layout(s.c / s.groups, channels_last);
   }
@@ -215,7 +218,7 @@ struct GroupedConvOps {
                            Context... context) {
     const char* op = "grouped_conv_bwd_weight";
     const Geometry geometry{op, stride, padding, dilation, groups};
-    WeightGradient weight(Kernels::DEVICE, op, {dy, y, finish}, x, weight_size, geometry, act, 2,
+    WeightGradient weight(Kernels::DEVICE, op, {dy, y, finish}, x, weight_size, false, geometry, act, 2,
                           channels_last);
     run_gradient(Kernels{context...}, weight);
     return weight.dweight;
@@ -236,8 +239,12 @@ struct GroupedConvOps {
     std::optional<WeightGradient> filters;
     const OptionalTensor raw = act.has_value() ? OptionalTensor(x) : std::nullopt;
     if (want_dx) input.emplace(home, op, from, weight, sizes_of(op, "x", x), geometry, raw, act);
-    if (want_dweight)
-      filters.emplace(home, op, from, x, sizes_of(op, "weight", weight), geometry, act, 4, channels_last);
+    if (want_dweight) {
+      const bool wider =
+          check_weight(op, weight, x.scalar_type(), shape_of(op, "weight", weight), x.device());
+      filters.emplace(home, op, from, x, sizes_of(op, "weight", weight), wider, geometry, act, 4,
+                      channels_last);
+    }
     if (input && filters) {
       input->workspace = reserve(kernels, input->p, x);
       filters->workspace = reserve(kernels, filters->p, x);

@@ -31,6 +31,7 @@ struct PointwiseConvFwdParams {
   Use strassen;         // whether Strassen's algorithm runs
   Nhwc x;               // incoming
   const void* weight;   // incoming [K, C]
+  bool float_weight;    // weight is float32, and rounded to dtype as it is read
   const float* packed;  // incoming: what pointwise_conv_pack_weights_cpu made of weight, which is not read
                         //   then, nor does fwd_pack do anything; null: not given
   const float* act;     // incoming [2, C]: a, b of the prologue relu(a*x + b); null: identity
@@ -55,6 +56,7 @@ struct PointwiseConvBwdParams {
   Nhwc x;               // incoming [N, C, H, W], read for dweight and with act
   const float* act;     // incoming [4, C]: a, b, mean, rstd; null: no prologue, no mask, no sums
   const void* weight;   // incoming [K, C], read for dx
+  bool float_weight;    // weight, rounded to dtype as it is read, and dweight are float32
   Nhwc residual;        // incoming, added to dx, without act only; data null: none
   Nhwc dx;              // outgoing [N, C, H, W]; data null: not wanted
   bool add;             // with act: dx += a*g for the masked gradient g, the sums being those of g in float32

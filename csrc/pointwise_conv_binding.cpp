@@ -22,9 +22,10 @@ PointwiseConvShape conv_shape(const char* op, const Tensor& x, int64_t k, const 
   const Shape image{x.size(0), x.size(1), x.size(2), x.size(3)};
   return conv_shape(op, "x", image, Described{x}, k, stride);
 }
-PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride) {
+PointwiseConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride,
+                              bool* float_weight) {
   const int64_t k = weight.dim() > 0 ? weight.size(0) : 1;
-  check_tensor(op, "weight", weight, x.scalar_type(), {k, x.size(1), 1, 1});
+  *float_weight = check_weight(op, weight, x.scalar_type(), {k, x.size(1), 1, 1});
   return conv_shape(op, x, k, stride);
 }
 
@@ -46,7 +47,7 @@ struct Forward : Output<PointwiseConvFwdParams> {
   Forward(const char* op, const Tensor& input, const Tensor& filters, const Ints& stride,
           const OptionalTensor& act, const OptionalTensor& into) {
     p.dtype = activation_dtype(op, "x", input);
-    p.shape = conv_shape(op, input, filters, stride);
+    p.shape = conv_shape(op, input, filters, stride, &p.float_weight);
     weight = dense_weight(filters);
     p.weight = weight.const_data_ptr();
     read(op, input, act, into);
@@ -92,7 +93,7 @@ struct Backward : Gradient<PointwiseConvBwdParams> {
       : op(name), x(input), weight(filters) {
     p.dtype = activation_dtype(op, "x", x);
     p.isa = isa_current(), p.strassen = strassen_current();
-    p.shape = conv_shape(op, x, weight, stride);
+    p.shape = conv_shape(op, x, weight, stride, &p.float_weight);
     take(op, from, x);
     p.act = channel_floats(op, "act", act, {4, p.shape.c});
     dx = empty({0}, x.scalar_type(), x), dweight = empty({0}, x.scalar_type(), x),
@@ -113,7 +114,7 @@ struct Backward : Gradient<PointwiseConvBwdParams> {
   void to_weight(bool channels_last) {
     read_input();
     const Shape size{p.shape.k, p.shape.c, 1, 1};
-    dweight = empty(size, x.scalar_type(), x,
+    dweight = empty(size, p.float_weight ? ScalarType::Float : x.scalar_type(), x,
                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     p.dweight = dweight.mutable_data_ptr();
   }

@@ -108,6 +108,15 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Scal
   check(t.device() == home, op, ": ", name, ": want a tensor on ", home, ", got one on ", t.device());
 }
 
+// Whether a weight is float32 beside activations of another type: the CPU's kernels round it as they read it.
+inline bool check_weight(const char* op, const Tensor& weight, ScalarType type, const Shape& shape,
+                         const Device& home = DeviceType::CPU) {
+  const bool wider = home.type() == DeviceType::CPU && type != ScalarType::Float &&
+                     weight.scalar_type() == ScalarType::Float;
+  check_tensor(op, "weight", weight, wider ? ScalarType::Float : type, shape, home);
+  return wider;
+}
+
 // A float32 vector or table of vectors, one entry per channel.
 inline const float* channel_floats(const char* op, const char* name, const Tensor& t, const Shape& shape,
                                    const Device& home = DeviceType::CPU) {

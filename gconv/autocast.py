@@ -4,8 +4,8 @@ import torch
 from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
 
-from gconv import memory
-from gconv.autograd import applier, first_order, on_tape
+from gconv import backend, memory
+from gconv.autograd import applier, first_order, on_tape, transformed
 
 
 def autocast_enabled(x) -> bool:
@@ -40,6 +40,21 @@ def _cast(t, dtype):
     if t is None or t.dtype is dtype or t.dtype is torch.float64 or not t.is_floating_point():
         return t
     return _cast_leaf(t, dtype) if t.is_leaf and on_tape(t) else t.to(dtype)
+
+
+def rounds_weights(x) -> bool:
+    """Whether autocast leaves float32 weights of convolutions of x as they are, because the kernels round
+    them to its dtype as they read them: there is no copy to make, to keep and to differentiate."""
+    return x.is_cpu and backend.extension_loaded() and not transformed() and backend.backend_of(x) == "cpu"
+
+
+def autocast_around(weights, *tensors) -> tuple:
+    """`autocast` of tensors and weights of convolutions, but `rounds_weights`: (*tensors, weights)."""
+    if not autocast_enabled(tensors[0]):
+        return *tensors, weights
+    if not rounds_weights(tensors[0]):
+        return *autocast(*tensors), autocast(*weights)
+    return *autocast(*tensors), tuple(w if w.dtype is torch.float32 else autocast(w)[0] for w in weights)
 
 
 def autocast(*tensors):

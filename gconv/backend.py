@@ -345,7 +345,8 @@ def choose(
         return Decision("torch", _torch_kernel(op), "use_backend('torch')")
     ours, note = _kernels_of(x, weight, groups)
     if reason is None:
-        reason = _backend_reason(ours, op, x) or _tensor_reason(x, weight)
+        # A bottleneck's weights may be float32 in autocast, which is for it to say.
+        reason = _backend_reason(ours, op, x) or _tensor_reason(x, None if op == "bottleneck" else weight)
     if reason is not None:
         return fall_back(op, reason)
     left = None

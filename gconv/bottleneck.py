@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import Function
 
 from gconv import backend, packed, pointwise_conv
-from gconv.autocast import autocast
+from gconv.autocast import autocast_around, autocast_enabled
 from gconv.autograd import (
     applier,
     call,
@@ -211,6 +211,7 @@ def _backward_stages(dz, x, weights, gammas, ys, tables, last, wanted, conf):
 def _composed_layers(x, weights, conf, normalize):
     """The chain up to its last sum, from differentiable parts: the last branch, the shortcut's convolution or
     None, each normalised by `normalize(i, y)`, which adds the ReLU in between."""
+    weights = [w if w is None else w.to(x.dtype) for w in weights]
     h = normalize(0, F.conv2d(x, weights[0], None, conf.first))
     h = normalize(1, conv_apply(h, weights[1], None, None, None, False, *conf.middle))
     h = normalize(2, F.conv2d(h, weights[2], None, conf.last))
@@ -505,7 +506,8 @@ def reason_against(x, layers, sizes) -> str | None:
         return "convolutions that are not 1x1, 3x3 and 1x1, or do not fit together"
     for name, layer, size in zip(NAMES, layers, sizes):
         weight, bn = layer.weight, layer.bn
-        if weight.dtype != x.dtype or not backend.same_device(weight, x):
+        rounded = weight.dtype is torch.float32 and autocast_enabled(x)  # by the kernels, as they read it
+        if not (weight.dtype == x.dtype or rounded) or not backend.same_device(weight, x):
             return f"{name}: weight: want {x.dtype} on {x.device}, got {weight.dtype} on {weight.device}"
         if not kernels_run(x, size, uses_batch_statistics(bn), *state_of(bn)):
             return f"{name}: an empty batch or uncommon parameters of its normalisation"
@@ -624,7 +626,7 @@ def bottleneck(x, weights, bns, stride=1, padding=1, dilation=1, groups=1, downs
     more = () if downsample is None else (downsample[0],)
     for weight in (*weights, *more):
         check_tensors("bottleneck", x, weight, None)
-    x, residual, *weights = autocast(x, residual, *weights, *more)
+    x, residual, weights = autocast_around((*weights, *more), x, residual)
     stride = pair("bottleneck: stride", stride, 1)
     padding, dilation = pair("bottleneck: padding", padding, 0), pair("bottleneck: dilation", dilation, 1)
     if type(groups) is not int or groups < 1:

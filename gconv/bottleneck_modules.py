@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from gconv import backend, conv_bn_relu, guards, packed
-from gconv.autocast import autocast, autocast_enabled
+from gconv.autocast import autocast, autocast_around, autocast_enabled
 from gconv.autograd import call, channels_last, in_format, untracked, unwrapped
 from gconv.batch_norm import (
     as_float,
@@ -100,13 +100,13 @@ class TrainingCall(NamedTuple):
     decision: backend.Decision
 
     def run(self, x, residual):
-        weights, shortcut = self.weights, self.conf.shortcut
+        shortcut = self.conf.shortcut
         if self.cast:
-            x, residual, *weights = autocast(x, residual, *weights)
+            x, residual = autocast(x, residual)
         here = channels_last(x)
         if self.tracked:
             here, made = unwrapped(here), []
-            parameters = (*weights, *self.gammas, *self.betas)
+            parameters = (*self.weights, *self.gammas, *self.betas)
             z = joined_on_tape(here, unwrapped(residual), *parameters, self.conf, self.constants, made)
             ys, tables = made
             if shortcut == "x":
@@ -114,7 +114,7 @@ class TrainingCall(NamedTuple):
             elif shortcut == "down":
                 forget_block(z, here, ys[2], tables[2], (ys[3], tables[3]))
         else:
-            parameters = (weights, self.gammas, self.betas)
+            parameters = (self.weights, self.gammas, self.betas)
             z, _, _ = run_joined(here, residual, *parameters, self.conf, self.constants)
         running = self.constants[1]
         for i in range(0, len(running), 3):
@@ -147,7 +147,8 @@ def _remember_training(x, pairs, layers, residual) -> None:
     if kept is None or any(as_float(v) is not v for state in states for v in state[2:]):
         return
     decision = backend.whole("bottleneck", x, layers[1].weight, layers[1].groups)
-    if decision.backend != "cpu":
+    cast = any(layer.weight is not conv.weight for layer, (conv, _) in zip(layers, pairs))
+    if decision.backend != "cpu" or cast:
         return
 
     def make():
@@ -212,7 +213,7 @@ def fuse_bottleneck_forward(x, pairs, downsample=None, residual=None):
         chain = _frozen(x, pairs, residual)
         if chain is not None:
             return chain.run(x, residual)
-        here, given, *weights = autocast(x, residual, *(conv.weight for conv, _ in pairs))
+        here, given, weights = autocast_around([conv.weight for conv, _ in pairs], x, residual)
         layers = [
             Layer(weight, bn, conv.stride, conv.padding, conv.dilation, conv.groups)
             for weight, (conv, bn) in zip(weights, pairs)

@@ -154,6 +154,7 @@ def grouped_conv_bwd_ref(
         prologue = None if act is None else act[:2]
         size = tuple(weight.shape)
         dweight = grouped_conv_bwd_weight_ref(dy, x, size, *conf, y, finish, prologue, channels_last)
+        dweight = dweight.to(weight.dtype)
     return dx, dweight, sums
 
 

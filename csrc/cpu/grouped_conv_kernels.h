@@ -32,7 +32,7 @@ void plan(Pass& p, const Params& q) {
   // The backward of a stride leaves too few columns per scalar of a wider group.
   p.narrow = !p.winograd && !p.tiles && is_narrow(s, scale_of(p) == Scale::twice ? LANES - 1 : LANES);
   p.narrow ? plan_narrow(p) : p.winograd ? plan_winograd(p) : plan_work(p);
-  p.raw_weight = q.weight, p.layout = q.layout;
+  p.raw_weight = q.weight, p.layout = q.layout, p.float_weight = q.float_weight;
   p.weight = p.ahead != nullptr ? p.ahead : q.workspace;
   p.partials = q.workspace == nullptr ? nullptr : q.workspace + p.packed_weight_floats();
 }

@@ -245,7 +245,7 @@ void run_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth, const Afte
 inline void merge_narrow_wgrad(const NarrowWgrad& p, int64_t ith, int64_t nth) {
   const int64_t per_group = p.source_per_group;
   const Share share(p.vectors(), ith, nth);
-  with_dtype(p.dtype, [&](auto* type) {
+  with_weight_dtype(p.dtype, p.float_weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = share.begin; v < share.end; ++v) {
       const int64_t lanes = std::min<int64_t>(LANES, p.shape.k - v * LANES);

@@ -7,15 +7,16 @@ namespace GCONV_ISA_NS {
 
 // Vector v of [K, C/groups, 3, 3] to [source channel][3][3][LANES]; for the input gradient the roles of the
 // channels are exchanged and the taps mirrored. Lanes past the tail repeat the last: what they compute is
-// never stored.
-template <typename T>
+// never stored. T is what the activations are of, W what the weights are.
+template <typename T, typename W>
 void pack_vector(const Pass& p, int64_t v, float* out) {
-  const T* weight = static_cast<const T*>(p.raw_weight);
+  const W* weight = static_cast<const W*>(p.raw_weight);
+  const auto put = [](float* to, Vec lanes) { store(to, rounded_from<W, T>(lanes)); };
   const WeightLayout layout = p.layout;
   const int64_t per_group = p.output_per_group, channels = p.source_per_group * PER_SLOT;
   const int64_t kernel = 9 * (p.transposed ? per_group : channels);
   const int64_t last = p.output_channels() - 1;
-  const T* rows[LANES];
+  const W* rows[LANES];
   for (int64_t l = 0; l < LANES; ++l) {
     const int64_t channel = std::min(v * LANES + l, last);
     const int64_t group = channel / per_group, within = channel % per_group;
@@ -27,20 +28,20 @@ void pack_vector(const Pass& p, int64_t v, float* out) {
     const int64_t inner = by_tap ? 1 : channels;
     int64_t c = 0, t = 0;
     for_columns(rows, kernel, [&](int64_t i, Vec lanes) {
-      store(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
+      put(out + (by_tap ? i : c * 9 + t) * LANES, lanes);
       if (++c == inner) c = 0, ++t;
     });
   } else if (layout.stride_tap == 1) {
     for (int64_t c = 0; c < channels; ++c, out += 9 * LANES) {
-      for_columns(rows, 9, [&](int64_t i, Vec lanes) { store(out + (8 - i) * LANES, lanes); });
-      for (const T*& row : rows) row += kernel;
+      for_columns(rows, 9, [&](int64_t i, Vec lanes) { put(out + (8 - i) * LANES, lanes); });
+      for (const W*& row : rows) row += kernel;
     }
   } else {
     const bool adjacent = v * LANES % per_group + LANES <= per_group;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < 9; ++t, out += LANES) {
         const int64_t at = c * kernel + (8 - t) * layout.stride_tap;
-        store(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
+        put(out, adjacent ? load_as(rows[0] + at) : load_column(rows, at));
       }
   }
 }
@@ -60,7 +61,7 @@ inline void pack_vectors(const Pass& p, int64_t first, int64_t end, float* packe
     for (int64_t v = first; v < end; ++v, packed += p.weight_floats()) {
       const int64_t channels = p.source_per_group * PER_SLOT;
       float* taps = p.winograd || PAIRS ? scratch.floats(channels * WEIGHTS_PER_CHANNEL) : packed;
-      pack_vector<T>(p, v, taps);
+      p.float_weight ? pack_vector<T, float>(p, v, taps) : pack_vector<T, T>(p, v, taps);
       if (PAIRS) {
         pair_channels(taps, p.source_per_group, packed);
         std::fill(packed + p.source_per_group * WEIGHTS_PER_CHANNEL, packed + p.weight_floats(), 0.0f);

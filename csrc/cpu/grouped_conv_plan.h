@@ -39,6 +39,7 @@ struct Pass {
   int64_t stride_h, pad_h, dil_h;
   RowSource source;
   const void* raw_weight;  // as torch keeps it
+  bool float_weight;       // of float32, whatever dtype is
   WeightLayout layout;
   const float* ahead;   // all weights, packed before the call; null: packed by it
   const float* weight;  // packed, of vectors from first_packed on

@@ -34,6 +34,7 @@ struct WgradPass {
   bool winograd;
   RowSource x, dy;
   void* dweight;
+  bool float_weight;  // dweight is of float32, whatever dtype is
   WeightLayout layout;
   float* partials;  // [splits][vectors][source_per_group][9][LANES]
   int64_t splits, chunk;
@@ -485,7 +486,7 @@ inline WgradPass plan_wgrad(const GroupedConvBwdWeightParams& q) {
   p.x = RowSource{q.x, Nhwc{}, q.act != nullptr ? Prologue::act : Prologue::none, q.act, s.c};
   p.dy = RowSource{q.dy, q.y, q.finish != nullptr ? Prologue::finish : Prologue::none, q.finish, s.k};
   p.winograd = uses_winograd(s, q.winograd, winograd_wgrad_overhead());
-  p.dweight = q.dweight;
+  p.dweight = q.dweight, p.float_weight = q.float_weight;
   p.layout = q.layout;
   p.partials = q.workspace;
   p.chunk = std::min(p.vectors(), p.output_per_group < LANES ? SourcePlan::MOST : SourcePlan::MOST / 2);
@@ -529,7 +530,7 @@ inline void merge_wgrad(const WgradPass& p, int64_t ith, int64_t nth) {
   const int64_t terms = p.source_per_group * 9;
   const bool by_tap = p.layout.stride_tap == 1;
   const Share share(p.vectors(), ith, nth);
-  with_dtype(p.dtype, [&](auto* type) {
+  with_weight_dtype(p.dtype, p.float_weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t v = share.begin; v < share.end; ++v) {
       const int64_t k = v * LANES, lanes = std::min<int64_t>(LANES, p.shape.k - k);

@@ -34,7 +34,7 @@ Pass plan(const Params& q, int64_t source_channels, int64_t output_channels, con
   p.shape = q.shape;
   p.pixels = q.shape.n * q.shape.oh * q.shape.ow;
   p.source_channels = source_channels / PER_SLOT, p.output_channels = output_channels;
-  p.raw_weight = q.weight;
+  p.raw_weight = q.weight, p.float_weight = q.float_weight;
   p.residual = q.residual;
   p.strassen = uses_strassen(strassen, source_channels, output_channels, p.image_pixels());
   p.strassen ? plan_strassen(p) : plan_direct(p);
@@ -77,7 +77,7 @@ inline Wgrad plan_weight_gradient(const PointwiseConvBwdParams& q) {
   p.dtype = q.dtype;
   p.pixels = q.shape.n * q.shape.oh * q.shape.ow;
   p.x = source_of_x(q.shape, q.x, q.act), p.dy = source_of_dy(q);
-  p.dweight = q.dweight;
+  p.dweight = q.dweight, p.float_weight = q.float_weight;
   plan_cuts(p);
   return p;
 }

@@ -26,6 +26,7 @@ struct Pass {
   bool transposed;
   PointSource source;
   const void* raw_weight;  // [K, C]
+  bool float_weight;       // of float32, whatever dtype is
   const float* ahead;      // weights packed before the call; null: by its first stage, into the workspace
   const float* weight;     // packed
   const float* affine;     // forward epilogue

@@ -22,7 +22,8 @@ struct Wgrad {
   int64_t pixels;
   PointSource x, dy;
   void* dweight;
-  float* partials;  // [splits][rows of all blocks of dy][floats of a row]; none for one split
+  bool float_weight;  // dweight is of float32, whatever dtype is
+  float* partials;    // [splits][rows of all blocks of dy][floats of a row]; none for one split
   int64_t splits, row_chunk, vector_chunk;  // blocks of dy and vectors of x that a task takes
 
   int64_t row_chunks() const { return (dy.blocks() + row_chunk - 1) / row_chunk; }
@@ -77,10 +78,13 @@ void store_chunk(const Wgrad& p, int64_t split, int64_t row, int64_t rows, int64
       std::memcpy(out, dw, sizeof(float) * static_cast<size_t>(dw_row));
     return;
   }
-  T* out = static_cast<T*>(p.dweight) + row * p.x.channels + channel;
-  for (int64_t r = 0; r < rows; ++r, out += p.x.channels, dw += dw_row)
-    for (int64_t c = 0; c < channels; c += LANES)
-      store_lanes(out + c, load(dw + c), static_cast<int>(std::min<int64_t>(LANES, channels - c)));
+  const auto rounded = [&](auto* out) {
+    out += row * p.x.channels + channel;
+    for (int64_t r = 0; r < rows; ++r, out += p.x.channels, dw += dw_row)
+      for (int64_t c = 0; c < channels; c += LANES)
+        store_lanes(out + c, load(dw + c), static_cast<int>(std::min<int64_t>(LANES, channels - c)));
+  };
+  p.float_weight ? rounded(static_cast<float*>(p.dweight)) : rounded(static_cast<T*>(p.dweight));
 }
 
 // The tiles of a block of pixels of one side, channels [channel, channel + channels), by `pack`.
@@ -146,7 +150,7 @@ inline void run_wgrad(const Wgrad& p, int64_t ith, int64_t nth) {
 inline void merge_wgrad(const Wgrad& p, int64_t ith, int64_t nth) {
   if (p.splits == 1) return;
   const Share share(p.dy.channels, ith, nth);
-  with_dtype(p.dtype, [&](auto* type) {
+  with_weight_dtype(p.dtype, p.float_weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = share.begin; row < share.end; ++row) {
       const float* partial = p.partials + row * p.row_floats();

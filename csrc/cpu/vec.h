@@ -672,5 +672,17 @@ GCONV_INLINE void with_dtype(DType dtype, F&& f) {
 #endif
 }
 
+// The same for weights, which may be float32 beside activations of another type.
+template <typename F>
+GCONV_INLINE void with_weight_dtype(DType dtype, bool float_weight, F&& f) {
+  float_weight ? f(static_cast<float*>(nullptr)) : with_dtype(dtype, f);
+}
+
+// What was loaded as W, as a T stores it.
+template <typename W, typename T>
+GCONV_INLINE Vec rounded_from(Vec a) {
+  return std::is_same_v<W, T> ? a : rounded_to(static_cast<const T*>(nullptr), a);
+}
+
 }  // namespace GCONV_ISA_NS
 }  // namespace gconv
