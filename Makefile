@@ -32,7 +32,7 @@ help: ## list the verbs
 
 build: ## build the extension and install gconv into build/site
 	@mkdir -p $(BUILD)
-	@echo "gconv: building with $(PY) (from nothing about a minute on 2 cores)"
+	@echo "gconv: building with $(PY) (from nothing about three minutes on 2 cores)"
 	@$(LOCK) .ci/install $(PY) $(BUILD)/site
 
 cuda-build: ## build with the CUDA C++ kernels too, for every GPU or TORCH_CUDA_ARCH_LIST; needs nvcc, no GPU

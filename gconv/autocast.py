@@ -17,9 +17,8 @@ def autocast_enabled(x) -> bool:
 
 
 class CastLeaf(Function):
-    """leaf.to(dtype), in memory of `gconv.memory`, and so the leaf's gradient. ResNeXt-50 has 48 MiB of such
-    copies until the backward and 96 MiB of gradients until the optimizer's step: what one part of a step
-    frees is room for the next."""
+    """leaf.to(dtype), in memory of `gconv.memory`, and so the leaf's gradient. A network has copies until the
+    backward and gradients until the optimizer's step: what one part of a step frees is room for the next."""
 
     @staticmethod
     def forward(ctx, leaf, dtype):

@@ -82,11 +82,19 @@ def looked_on() -> bool:
     )
 
 
-def _guardable(inputs, tensors, by_contents) -> bool:
+def _guardable(modules, inputs, tensors, by_contents) -> bool:
     if looked_on() or not all(map(_plain, (*inputs, *tensors))):
         return False
-    # Inference tensors do not count writes.
-    return not (by_contents and any(t is not None and t.is_inference() for t in tensors))
+    # What a guard has seen it keeps: no step's tensors, nor the graph behind them.
+    for module in modules:
+        if any(isinstance(value, torch.Tensor) for value in vars(module).values()):
+            return False
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_leaf:
+            return False
+        if tensor is not None and by_contents and tensor.is_inference():  # these do not count writes
+            return False
+    return True
 
 
 def remember(
@@ -102,7 +110,7 @@ def remember(
         where: a `state`.
         make: returns what to remember. None is not remembered.
     """
-    if not _guardable(inputs, tensors, by_contents):
+    if not _guardable(modules, inputs, tensors, by_contents):
         return make()
     owner = modules[0].__dict__
     calls = owner.get(CALLS)

@@ -395,13 +395,12 @@ def test_bottleneck(channels, options, size):
 def test_copies_know_nothing():
     module, x = layer(), image()
     module(x)
-    assert guards.CALLS in vars(module.conv)
+    assert guards.CALLS in vars(module.conv) and b"gconv.guards" not in pickle.dumps(module.conv)
     taken_over = gconv.Conv2d.from_torch(nn.Conv2d(16, 16, 3))
     assert guards.CALLS not in vars(taken_over)
     assert guards.CALLS not in vars(gconv.ConvBNReLU.from_torch(_stock(module.conv), module.bn).conv)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert recalled(other, x) is None
-        assert b"gconv.guards" not in pickle.dumps(other.conv)
         other(x)
         assert recalled(other, x) is not None
     assert guards.CALLS not in str(module.state_dict().keys())
@@ -424,6 +423,22 @@ def test_modules_die():
         del module
         gc.collect()
         assert [reference() for reference in found] == [None] * 3
+
+
+def test_no_step_is_kept():
+    """Weights that were computed and tensors that a module carries around end with their step."""
+    module, x = layer(), image()
+    values = dict(module.named_parameters())
+    made = values["conv.weight"] * 1
+    torch.func.functional_call(module, values | {"conv.weight": made}, x).sum().backward()
+    other = layer()
+    other.bn.carried = carried = torch.ones(1)
+    other(x)
+    assert recalled(module, x) is None and recalled(other, x) is None
+    found = weakref.ref(made), weakref.ref(carried)
+    del made, carried, other
+    gc.collect()
+    assert [reference() for reference in found] == [None] * 2
 
 
 def test_not_too_many():
