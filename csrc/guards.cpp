@@ -119,36 +119,37 @@ bool walk_tensors(PyObject* tensors, bool by_contents, Visitor& v) {
 }
 
 template <typename Visitor>
-bool walk_module(PyObject* module, Visitor& v);
+bool walk_module(PyObject* module, PyObject* keeper, Visitor& v);
 
 // The entries of a module's dictionary (`outer`) and of the dictionaries in it: parameters, buffers, hooks
-// and children, whose own are walked too. No key is None, so None can stand for the end.
+// and children, whose own are walked too. No key is None, so None can stand for the end. If it held its
+// keeper too, a guard would hold itself, and what it has seen would stay until the garbage is collected.
 template <typename Visitor>
-bool walk_dict(PyObject* dict, bool outer, bool children, Visitor& v) {
+bool walk_dict(PyObject* dict, PyObject* keeper, bool outer, bool children, Visitor& v) {
   PyObject *key, *value;
   Py_ssize_t at = 0;
   while (PyDict_Next(dict, &at, &key, &value)) {
-    if (!v.same(key) || !v.same(value)) return false;
-    if (children && value != Py_None && !walk_module(value, v)) return false;
+    if (!v.same(key) || !v.same(value == keeper ? Py_None : value)) return false;
+    if (children && value != Py_None && !walk_module(value, keeper, v)) return false;
     if (!outer || !PyDict_Check(value)) continue;
     const bool modules = PyDict_Size(value) > 0 && PyUnicode_Check(key) &&
                          PyUnicode_CompareWithASCIIString(key, "_modules") == 0;
-    if (!walk_dict(value, false, modules, v)) return false;
+    if (!walk_dict(value, keeper, false, modules, v)) return false;
   }
   return v.same(Py_None);
 }
 
 template <typename Visitor>
-bool walk_module(PyObject* module, Visitor& v) {
+bool walk_module(PyObject* module, PyObject* keeper, Visitor& v) {
   if (!v.same(reinterpret_cast<PyObject*>(Py_TYPE(module)))) return false;
   const Owned dict(PyObject_GenericGetDict(module, nullptr));
-  return dict && walk_dict(dict.get(), true, false, v);
+  return dict && walk_dict(dict.get(), keeper, true, false, v);
 }
 
 template <typename Visitor>
-bool walk_modules(PyObject* modules, Visitor& v) {
+bool walk_modules(PyObject* modules, PyObject* keeper, Visitor& v) {
   for (Py_ssize_t i = 0; i < PyTuple_Size(modules); ++i)
-    if (!walk_module(PyTuple_GetItem(modules, i), v)) return false;
+    if (!walk_module(PyTuple_GetItem(modules, i), keeper, v)) return false;
   return true;
 }
 
@@ -164,7 +165,7 @@ bool walk_state(PyObject* state, Visitor& v) {
   for (Py_ssize_t i = 0; i < PyTuple_Size(places); ++i) {
     PyObject* place = PyTuple_GetItem(places, i);
     PyObject* value = PyDict_GetItemWithError(PyTuple_GetItem(place, 0), PyTuple_GetItem(place, 1));
-    if (value == nullptr || !v.same(value)) return false;
+    if (PyErr_Occurred() || !v.same(value == nullptr ? Py_None : value)) return false;
   }
   return true;
 }
@@ -205,9 +206,10 @@ bool compares(PyObject* seen, const Walk& walk) {
 }  // namespace
 
 PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!check(count == 5 && PyTuple_Check(args[0]) && PyTuple_Size(args[0]) == 2 && PyTuple_Check(args[1]) &&
-                 PyTuple_Check(args[2]) && PyTuple_Check(args[3]),
-             "make_guard: want (state, inputs, tensors, modules, by_contents), the first four tuples"))
+  if (!check(
+          count == 6 && PyTuple_Check(args[0]) && PyTuple_Size(args[0]) == 2 && PyTuple_Check(args[1]) &&
+              PyTuple_Check(args[2]) && PyTuple_Check(args[3]),
+          "make_guard: want (state, inputs, tensors, modules, by_contents, keeper), the first four tuples"))
     return nullptr;
   PyObject *state = args[0], *inputs = args[1], *tensors = args[2], *modules = args[3];
   const int by_contents = PyObject_IsTrue(args[4]);
@@ -220,7 +222,7 @@ PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }));
   if (!state_seen || !inputs_seen) return nullptr;
   const Owned tensors_seen(recorded([&](auto& v) { return walk_tensors(tensors, by_contents, v); }));
-  const Owned modules_seen(recorded([&](auto& v) { return walk_modules(modules, v); }));
+  const Owned modules_seen(recorded([&](auto& v) { return walk_modules(modules, args[5], v); }));
   if (!tensors_seen || !modules_seen) return nullptr;
   const Owned aliases(aliases_of(tensors));
   if (!aliases) return nullptr;
@@ -229,18 +231,18 @@ PyObject* make_guard(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* guard_holds(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!check(count >= 2 && is_guard(args[0]) && PyTuple_Check(args[1]),
-             "guard_holds: want (guard, modules, *inputs), modules a tuple"))
+  if (!check(count >= 3 && is_guard(args[0]) && PyTuple_Check(args[1]),
+             "guard_holds: want (guard, modules, keeper, *inputs), modules a tuple"))
     return nullptr;
   const auto part = [&](Part which) { return PyTuple_GetItem(args[0], which); };
   const bool holds = compares(part(STATE_SEEN), [&](auto& v) { return walk_state(part(STATE), v); }) &&
                      compares(part(INPUTS),
                               [&](auto& v) {
-                                for (Py_ssize_t i = 2; i < count; ++i)
+                                for (Py_ssize_t i = 3; i < count; ++i)
                                   if (!walk_kind(args[i], v)) return false;
                                 return true;
                               }) &&
-                     compares(part(MODULES), [&](auto& v) { return walk_modules(args[1], v); }) &&
+                     compares(part(MODULES), [&](auto& v) { return walk_modules(args[1], args[2], v); }) &&
                      compares(part(TENSORS_SEEN), [&](auto& v) {
                        return walk_tensors(part(TENSORS), part(BY_CONTENTS) == Py_True, v);
                      });

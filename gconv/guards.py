@@ -63,7 +63,7 @@ def recall(what: str, modules: tuple, inputs: tuple):
     if type(calls) is not Calls:
         return None
     found = calls.known.get(_key(what, inputs[0]))
-    if found is None or not backend.guard_holds(found[0], modules, *inputs):
+    if found is None or not backend.guard_holds(found[0], modules, calls, *inputs):
         return None
     return found[1]
 
@@ -117,7 +117,7 @@ def remember(
     if type(calls) is not Calls:
         calls = owner[CALLS] = Calls()
     # Seen before it is read: what another thread writes meanwhile must be noticed.
-    guard = backend.make_guard(where, inputs, tensors, modules, by_contents)
+    guard = backend.make_guard(where, inputs, tensors, modules, by_contents, calls)
     value = make()
     if value is not None:
         if len(calls.known) >= MOST:

@@ -414,15 +414,27 @@ def _stock(conv):
 
 
 def test_modules_die():
-    for frozen in (False, True):
-        module = layer(frozen)
-        with torch.set_grad_enabled(not frozen):
-            module(image())
-        assert recalled(module, image()) is None or not frozen
-        found = weakref.ref(module.conv), weakref.ref(module.conv.weight), weakref.ref(module.bn)
-        del module
-        gc.collect()
-        assert [reference() for reference in found] == [None] * 3
+    """At once: nothing waits for the garbage collector."""
+    made = (
+        layer,
+        lambda: layer(frozen=True),
+        lambda: twins("guards", (16, 8, 8, 16))[1],
+        lambda: gconv.freeze(twins("guards", (16, 8, 8, 16))[1].eval()),
+    )
+    for make in made:
+        module = make()
+        with torch.set_grad_enabled(module.training):
+            for _ in range(2):
+                module(image())
+        convs = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
+        assert vars(convs[0])[guards.CALLS].known
+        found = [weakref.ref(t) for conv in convs for t in (conv, conv.weight)]
+        gc.disable()
+        try:
+            del module, convs
+            assert [reference() for reference in found] == [None] * len(found)
+        finally:
+            gc.enable()
 
 
 def test_no_step_is_kept():
@@ -452,12 +464,16 @@ def test_bad_use():
     with pytest.raises(TypeError, match="make_guard: want"):
         backend.make_guard(1, 2, 3)
     with pytest.raises(TypeError, match="make_guard: want"):
-        backend.make_guard(((), ()), None, (), (), True)
+        backend.make_guard(((), ()), None, (), (), True, None)
     with pytest.raises(TypeError, match="guard_holds: want"):
         backend.guard_holds(())
     with pytest.raises(TypeError, match="guard_holds: want"):
-        backend.guard_holds((1, 2), ())
-    guard = backend.make_guard(((), ()), (image(),), (), (), True)
-    assert backend.guard_holds(guard, (), image()) is True
+        backend.guard_holds((1, 2), (), None)
+    somewhere = {}
+    state = (), ((somewhere, "nowhere"),)
+    guard = backend.make_guard(state, (image(),), (), (), True, None)
+    assert backend.guard_holds(guard, (), None, image()) is True
     for inputs in ((), (image(), None), (None,), (3,)):
-        assert backend.guard_holds(guard, (), *inputs) is False
+        assert backend.guard_holds(guard, (), None, *inputs) is False
+    somewhere["nowhere"] = 1
+    assert backend.guard_holds(guard, (), None, image()) is False
