@@ -382,7 +382,7 @@ class TrainingCall(NamedTuple):
 _WHERE = guards.state((globals(), "JOINED"))
 
 
-def _remember_training(what, x, conv, bn, residual, conf, by_design) -> None:
+def _remember_training(x, conv, bn, residual, conf, by_design) -> None:
     """After a call that ran: the next one like it need not ask how, if it is one op in training."""
     if guards.looked_on() or conv.bias is not None or not uses_batch_statistics(bn) or not _joined(x):
         return
@@ -403,7 +403,7 @@ def _remember_training(what, x, conv, bn, residual, conf, by_design) -> None:
         return TrainingCall(conv.weight, gamma, beta, running, bn.eps, settled, *rest)
 
     tensors = (conv.weight, *state, bn.num_batches_tracked)
-    guards.remember(what, (conv, bn), (x, residual), tensors, False, _WHERE, make)
+    guards.remember("conv_bn_relu", (conv, bn), (x, residual), tensors, False, _WHERE, make)
 
 
 def _infer(x, weight, bias, eps, state, residual, relu, conf, into):
@@ -578,6 +578,6 @@ def fuse_modules_forward(x, conv: nn.Module, bn: nn.Module, residual=None, relu:
         weight, bias = packed.parameters_of(conv, x)
         conf = (conv.stride, padding, conv.dilation, conv.groups)
         z = run_conv_bn_relu(x, weight, bn, bias, *conf, residual, relu, by_design, into, frozen)
-        if padding is conv.padding:
-            _remember_training(what, x, conv, bn, residual, conf, by_design)
+        if into is None and padding is conv.padding:  # what the next call would recall
+            _remember_training(x, conv, bn, residual, conf, by_design)
         return z

@@ -437,6 +437,18 @@ def test_modules_die():
             gc.enable()
 
 
+@pytest.mark.parametrize("options, slot", (({}, True), ({"padding_mode": "circular"}, False)))
+def test_nothing_is_remembered_that_is_not_recalled(options, slot):
+    """A training call into a slot, or of a padded image, decides every time."""
+    module, x = layer(**options), image()
+    into = gconv.Concat(16, 4)[0] if slot else None
+    module(x, into=into)
+    assert guards.CALLS not in vars(module.conv)
+    plain = layer()
+    plain(x)
+    assert guards.CALLS in vars(plain.conv)
+
+
 def test_no_step_is_kept():
     """Weights that were computed and tensors that a module carries around end with their step."""
     module, x = layer(), image()
