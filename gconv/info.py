@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -62,14 +63,23 @@ def _compiler() -> str | None:
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
 
 
-def _cpu_model() -> str:
+def _cpu_model(path: str = "/proc/cpuinfo") -> str:
+    """What Linux calls the CPU. Virtual machines leave out of it which it is ("AMD EPYC"): then with
+    the family and model that the CPU itself tells."""
+    known: dict[str, str] = {}
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                if line.startswith(("model name", "Hardware", "cpu model")):
-                    return line.partition(":")[2].strip()
+                key, _, value = line.partition(":")
+                known.setdefault(key.strip(), value.strip())
     except OSError:
         pass
+    for key in ("model name", "Hardware", "cpu model"):
+        name = known.get(key)
+        if name and not re.search(r"\d", name) and "cpu family" in known and "model" in known:
+            return f"{name} family {known['cpu family']} model {known['model']}"
+        if name:
+            return name
     return platform.processor() or platform.machine()
 
 

@@ -1,16 +1,26 @@
-"""nn.MaxPool2d whose backward keeps neither what was pooled nor 64-bit indices."""
+"""nn.MaxPool2d whose backward keeps neither what was pooled nor 64-bit indices, in memory that stays."""
 
 import torch
 from torch import nn
+from torch._C import _get_tracing_state
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from gconv import memory
-from gconv.autograd import applier, first_order, on_tape, suggests_channels_last
+from gconv.autograd import applier, first_order, on_tape, suggests_channels_last, unwatched
 from gconv.conv_bn_relu import watched
 
 _aten = torch.ops.aten
+
+
+def _pool(x, size, conf):
+    """max_pool2d(x) of that size and the 64-bit indices of the maxima."""
+    channels_last = suggests_channels_last(x)
+    z = memory.new(x, size, x.dtype, channels_last)
+    places = memory.new(x, size, torch.int64, channels_last)
+    _aten.max_pool2d_with_indices.out(x, *conf, out=z, indices=places)
+    return z, places
 
 
 class MaxPool(Function):
@@ -20,9 +30,7 @@ class MaxPool(Function):
     @staticmethod
     def forward(ctx, x, size, *conf):
         ctx.size, ctx.conf, ctx.channels_last = x.shape, conf, suggests_channels_last(x)
-        z = memory.new(x, size, x.dtype, ctx.channels_last)
-        places = memory.new(x, size, torch.int64, ctx.channels_last)
-        _aten.max_pool2d_with_indices.out(x, *conf, out=z, indices=places)
+        z, places = _pool(x, size, conf)
         last = x.shape[2] * x.shape[3] - 1
         small = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
         if last <= torch.iinfo(small).max:
@@ -56,21 +64,23 @@ def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
 
 
 def max_pool(pool, x):
-    """pool(x) of an nn.MaxPool2d, with less to keep for the backward; any other module, or one with hooks, is
-    merely called, and so it is where nothing wants a gradient or others watch the tensors."""
+    """pool(x) of an nn.MaxPool2d, with less to keep for the backward. On a CPU also where there is none: the
+    fresh pages of indices that nobody reads can cost more than the pooling. Any other module, or one with
+    hooks, is merely called, and so it is where others watch the tensors."""
     ours = (
         type(pool) is nn.MaxPool2d
         and type(x) is torch.Tensor
         and x.dim() == 4
         and 0 not in x.shape
-        and on_tape(x)
         and not pool.return_indices
         and watched(pool) is None
     )
-    if not ours:
+    kept = ours and on_tape(x)
+    if not kept and not (ours and x.is_cpu and unwatched(x) and _get_tracing_state() is None):
         return pool(x)
     conf = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     sizes = [_pooled(n, *axis, pool.ceil_mode) for n, axis in zip(x.shape[2:], zip(*conf))]
     if min(sizes) < 1:  # torch says what is wrong
         return pool(x)
-    return _apply(x, (*x.shape[:2], *sizes), *conf, pool.ceil_mode)
+    size, conf = (*x.shape[:2], *sizes), (*conf, pool.ceil_mode)
+    return _apply(x, size, *conf) if kept else _pool(x, size, conf)[0]

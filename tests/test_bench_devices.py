@@ -222,6 +222,14 @@ def test_roofs_are_measured_on_the_device(device, fake):
         assert target.tolist() in (source.tolist(), (~source).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_a_cpu_agree(dtype):
+    a, b = (torch.randn(32, 32).to(dtype) for _ in range(2))
+    plain, convolved = (way() for way in devices.CPU.products(a, b))
+    assert plain.shape == (32, 32) and convolved.shape == (1, 32, 2, 16)
+    torch.testing.assert_close(convolved.permute(0, 2, 3, 1).reshape(32, 32), plain)
+
+
 def test_float32_says_how_it_is_rounded(device):
     before = torch.backends.cudnn.conv.fp32_precision
     try:

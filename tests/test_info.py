@@ -89,3 +89,22 @@ def test_a_wrong_option_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         info.main(["--yaml"])
     assert stop.value.code == 2 and "--yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "told, want",
+    [
+        ("model name : AMD EPYC\ncpu family : 26\nmodel : 2\n", "AMD EPYC family 26 model 2"),
+        ("cpu family : 6\nmodel : 143\nmodel name : Intel Xeon\n", "Intel Xeon family 6 model 143"),
+        ("model name : AMD EPYC 9554\ncpu family : 25\nmodel : 17\n", "AMD EPYC 9554"),
+        ("Hardware : Some Board\n", "Some Board"),
+    ],
+)  # fmt: skip
+def test_a_cpu_without_a_number_gets_its_family(tmp_path, told, want):
+    path = tmp_path / "cpuinfo"
+    path.write_text(told + "\n" + told.replace("AMD", "another"))
+    assert info._cpu_model(str(path)) == want
+
+
+def test_where_no_cpu_is_told(tmp_path):
+    assert info._cpu_model(str(tmp_path / "absent"))

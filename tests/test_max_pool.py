@@ -68,6 +68,22 @@ def test_other_dtypes(dtype):
     assert_as_stock(POOLS[0], images((2, 16, 12, 13), dtype))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+def test_without_gradients(pool, layout):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = images((2, 3, 13, 15), dtype, layout)
+        results = [max_pool(pool, x)]
+        with torch.no_grad():
+            results.append(max_pool(pool, x.clone().requires_grad_()))
+        with torch.inference_mode():
+            results.append(max_pool(pool, x))
+        want = pool(x)
+        for z in results:
+            assert z.grad_fn is None and z.stride() == want.stride()
+            assert_same_bits(z, want)
+
+
 def test_uncommon_inputs():
     pool = POOLS[0]
     assert_as_stock(pool, images((4, 8, 20, 20))[::2, 1:5, 3:, ::2])
@@ -117,6 +133,9 @@ def test_memory_is_the_allocators(ops):
     assert here >= pooled.numel() * (4 + 2)
     (dx,) = torch.autograd.grad(pooled.sum(), x)
     assert memory.cache_use().allocated - before >= here - 2 * pooled.numel() + dx.numel() * 4
+    before = memory.cache_use().allocated
+    alone = max_pool(POOLS[0], x.detach())
+    assert memory.cache_use().allocated - before >= alone.numel() * 4
 
 
 # ------------------------------------------------------------------------------------- where torch's runs
@@ -145,11 +164,11 @@ def test_hooks_and_subclasses_are_called():
     assert node(max_pool(pool, x)) == OURS
 
 
-def test_without_gradients():
+def test_a_traced_graph_has_the_module():
     x = images((2, 3, 12, 12))
-    assert max_pool(POOLS[0], x).grad_fn is None
-    with torch.no_grad():
-        assert max_pool(POOLS[0], x.requires_grad_()).grad_fn is None
+    traced = torch.jit.trace(lambda x: max_pool(POOLS[0], x), (x,))
+    assert "cpu_empty" not in str(traced.graph)
+    assert_same_bits(traced(x.flip(3)), POOLS[0](x.flip(3)))
 
 
 def test_where_others_watch():

@@ -18,15 +18,15 @@ constexpr int POSITIONS = 16;       // of a tile's 4x4 transformed values
 constexpr int WINOGRAD_TILES = 14;  // transformed together, if a row of tiles is not longer
 
 // What a tile's transforms cost, in multiplications of one output vector, as measured against the direct
-// algorithm: `overhead` below. Where the CPU starts one multiplication a cycle instead of two they are worth
-// twice as much.
+// algorithm: `overhead` below. On Zen 4, which starts one multiplication a cycle, they are worth twice as
+// much as on the Xeon. Zen 5 starts two, but in its forwards the transforms cost no more of them.
 inline int64_t winograd_overhead() {
   if (LANES != 16) return 250;
-  return single_wide_fma() ? 150 : 300;
+  return amd_family() >= ZEN4_FAMILY ? 150 : 300;
 }
 inline int64_t winograd_wgrad_overhead() {
   if (LANES != 16) return 300;
-  return single_wide_fma() ? 150 : 600;
+  return amd_family() > ZEN4_FAMILY ? 280 : amd_family() == ZEN4_FAMILY ? 150 : 600;
 }
 
 // Whether to use it. It can where a vector holds channels of one group or of two neighbours, and pays where

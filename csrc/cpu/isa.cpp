@@ -169,12 +169,12 @@ void isa_set(Isa isa) {
   chosen.store(static_cast<int32_t>(isa), std::memory_order_relaxed);
 }
 
-bool single_wide_fma() {
+unsigned amd_family() {
 #if defined(__x86_64__)
-  static const bool single = is_amd() && cpu_family() == 0x19;
-  return single;
+  static const unsigned family = is_amd() ? cpu_family() : 0;
+  return family;
 #else
-  return false;
+  return 0;
 #endif
 }
 

@@ -29,9 +29,10 @@ bool isa_from_name(const char* name, Isa* isa);
 Isa isa_current();
 void isa_set(Isa isa);  // for tests; throws if unsupported
 
-// Whether the CPU starts one 512-bit multiplication a cycle and not two: AMD's family 19h (Zen 4), by CPUID,
-// so that the same CPU always runs the same algorithm.
-bool single_wide_fma();
+// The family of an AMD CPU, 0 of any other, by CPUID: what pays differs from one to the next, and the same
+// CPU always runs the same algorithm.
+unsigned amd_family();
+constexpr unsigned ZEN4_FAMILY = 0x19;  // with 512-bit vectors; Zen 5 is the next
 
 // Whether an algorithm with fewer multiplications than the definition runs where it can.
 enum class Use : int32_t { never, where_it_pays, always };

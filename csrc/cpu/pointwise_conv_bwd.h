@@ -40,7 +40,8 @@ inline void plan_joint(Backward& b) {
     splits = std::min(most, (JOINT_TASKS + p.chunks() - 1) / p.chunks());
     if (splits * p.chunks() >= JOINT_TASKS || fitting <= LEAST_CHUNK) break;
   }
-  p.block = std::max<int64_t>(1, (p.pixels + splits - 1) / splits);
+  const int64_t tiles = (p.pixels + POINT_PIXELS - 1) / POINT_PIXELS;
+  p.block = std::max<int64_t>(1, (tiles + splits - 1) / splits) * POINT_PIXELS;
   b.dw.splits = std::max<int64_t>(1, p.blocks());
 }
 
@@ -70,11 +71,11 @@ void joint_task(const Backward& b, int64_t split, int64_t chunk, Scratch& scratc
 
   const int64_t begin = split * p.block, pixels = p.block_pixels(split);
   if (pixels == 0) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(dw_floats));
-  const EvenCut walk(pixels, BLOCK_TILES * POINT_PIXELS);
+  const BlockWalk walk(pixels);
   for (int64_t i = 0, first = begin; first < begin + pixels; ++i) {
-    const PointCut cut(walk.least + (i < walk.longer));
-    const int64_t after = first + walk.least + (i < walk.longer);
-    const int64_t next = after < begin + pixels ? walk.least + (i + 1 < walk.longer) : 0;
+    const int64_t length = walk.length(i, first - begin), after = first + length;
+    const int64_t next = walk.length(i + 1, after - begin);
+    const PointCut cut(length);
     Ahead ahead(want_dx * cut.count * requests(p.source_channels) * ((vectors + 1) / 2) +
                 want_dw * outer_requests(cut.count, rows, vectors));
     ahead.add(g.dy, after, next, 0, rows, sizeof(T));

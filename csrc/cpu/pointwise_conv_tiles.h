@@ -213,19 +213,26 @@ TileFunction tile_function(int64_t vectors, int64_t pixels) {
   return vectors == 2 ? multiply_tile<2, PIXELS> : multiply_tile<1, PIXELS>;
 }
 
-// How a run of pixels is cut into tiles: the first `longer` of them have least + 1.
+// How a run of pixels is cut into tiles: evenly, and of pairs into even ones but for the last pixel, which a
+// weight gradient would pair with none.
 struct PointCut : EvenCut {
+  int64_t all;
   TileFunction run[2][2] = {};  // [longer][two vectors]
 
-  explicit PointCut(int64_t pixels) : EvenCut(pixels, POINT_PIXELS) {
+  explicit PointCut(int64_t pixels)
+      : EvenCut((pixels + PER_SLOT - 1) / PER_SLOT, POINT_PIXELS / PER_SLOT), all(pixels) {
     for (int64_t more = 0; more < 2; ++more)
       for (int64_t vectors = 1; vectors <= 2; ++vectors)
-        if (least + more > 0 && least + more <= POINT_PIXELS)
-          run[more][vectors - 1] = tile_function(vectors, least + more);
+        if (const int64_t whole = PER_SLOT * (least + more); whole > 0 && whole <= POINT_PIXELS)
+          run[more][vectors - 1] = tile_function(vectors, whole);
   }
-  int64_t pixels(int64_t tile) const { return least + (tile < longer); }
-  int64_t first(int64_t tile) const { return tile * least + std::min(tile, longer); }
-  TileFunction function(int64_t tile, int64_t vectors) const { return run[tile < longer][vectors - 1]; }
+  int64_t whole(int64_t tile) const { return PER_SLOT * (least + (tile < longer)); }
+  int64_t first(int64_t tile) const { return PER_SLOT * (tile * least + std::min(tile, longer)); }
+  int64_t pixels(int64_t tile) const { return std::min(whole(tile), all - first(tile)); }
+  TileFunction function(int64_t tile, int64_t vectors) const {
+    return pixels(tile) == whole(tile) ? run[tile < longer][vectors - 1]
+                                       : tile_function(vectors, pixels(tile));
+  }
 };
 #endif
 

@@ -53,6 +53,19 @@ inline int64_t outer_requests(int64_t tiles, int64_t rows, int64_t vectors) {
   return tiles * ((rows + OUTER_ROWS - 1) / OUTER_ROWS) * EvenCut(vectors, OUTER_VECTORS).count;
 }
 
+// The blocks of a walk over pixels: evenly cut, into whole tiles but for the last.
+struct BlockWalk {
+  int64_t pixels;
+  EvenCut tiles;
+
+  explicit BlockWalk(int64_t all)
+      : pixels(all), tiles((all + POINT_PIXELS - 1) / POINT_PIXELS, BLOCK_TILES) {}
+  // Pixels of block i, the first of which is `first`; none past the last.
+  int64_t length(int64_t i, int64_t first) const {
+    return std::min(pixels - first, (tiles.least + (i < tiles.longer)) * POINT_PIXELS);
+  }
+};
+
 // Pixels of both sides, packed, to the rows and vectors of a chunk of dw.
 inline void add_block(const PointCut& cut, const PackedTiles& dy, const PackedTiles& x, int64_t rows,
                       int64_t vectors, bool fresh, float* dw, Ahead& ahead) {
@@ -119,20 +132,22 @@ void wgrad_task(const Wgrad& p, int64_t task, Scratch& scratch) {
   const PackedTiles dy{carve.take(BLOCK_TILES * dy_floats), dy_floats};
   const PackedTiles x{carve.take(BLOCK_TILES * x_floats), x_floats};
   float* dw = carve.take(blocks * LANES * vectors * LANES);
-  const Share share(p.pixels, split, p.splits);
+  Share share((p.pixels + POINT_PIXELS - 1) / POINT_PIXELS, split, p.splits);  // tiles
+  share.begin *= POINT_PIXELS, share.end = std::min(p.pixels, share.end * POINT_PIXELS);
   if (share.begin == share.end)
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(blocks * LANES * vectors * LANES));
-  const EvenCut walk(share.end - share.begin, BLOCK_TILES * POINT_PIXELS);
+  const BlockWalk walk(share.end - share.begin);
   for (int64_t i = 0, first = share.begin; first < share.end; ++i) {
-    const PointCut cut(walk.least + (i < walk.longer));
+    const int64_t pixels = walk.length(i, first - share.begin), after = first + pixels;
+    const PointCut cut(pixels);
     pack_block(p.dy, cut, first, row, rows, dy, pack_rows<T>);
     pack_block(p.x, cut, first, channel, channels, x, pack_tile<T, Slots::pixels>);
-    first += walk.least + (i < walk.longer);
-    const int64_t next = first < share.end ? walk.least + (i + 1 < walk.longer) : 0;
+    const int64_t next = walk.length(i + 1, after - share.begin);
     Ahead ahead(outer_requests(cut.count, rows, vectors));
-    ahead.add(p.dy, first, next, row, rows, sizeof(T));
-    ahead.add(p.x, first, next, channel, channels, sizeof(T));
+    ahead.add(p.dy, after, next, row, rows, sizeof(T));
+    ahead.add(p.x, after, next, channel, channels, sizeof(T));
     add_block(cut, dy, x, rows, vectors, i == 0, dw, ahead);
+    first = after;
   }
   store_chunk<T>(p, split, row, rows, channel, channels, dw, vectors * LANES);
 }
