@@ -76,7 +76,8 @@ def max_pool(pool, x):
         and watched(pool) is None
     )
     kept = ours and on_tape(x)
-    if not kept and not (ours and x.is_cpu and unwatched(x) and _get_tracing_state() is None):
+    plain = ours and x.is_cpu and unwatched(x) and _get_tracing_state() is None
+    if not (kept or plain):
         return pool(x)
     conf = tuple(_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     sizes = [_pooled(n, *axis, pool.ceil_mode) for n, axis in zip(x.shape[2:], zip(*conf))]

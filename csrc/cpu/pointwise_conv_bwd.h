@@ -40,8 +40,7 @@ inline void plan_joint(Backward& b) {
     splits = std::min(most, (JOINT_TASKS + p.chunks() - 1) / p.chunks());
     if (splits * p.chunks() >= JOINT_TASKS || fitting <= LEAST_CHUNK) break;
   }
-  const int64_t tiles = (p.pixels + POINT_PIXELS - 1) / POINT_PIXELS;
-  p.block = std::max<int64_t>(1, (tiles + splits - 1) / splits) * POINT_PIXELS;
+  p.block = std::max<int64_t>(1, (point_tiles(p.pixels) + splits - 1) / splits) * POINT_PIXELS;
   b.dw.splits = std::max<int64_t>(1, p.blocks());
 }
 

@@ -104,7 +104,7 @@ inline void plan_direct(Pass& p) {
   p.chunk = 2 * even_piece((p.vectors() + 1) / 2, MOST_VECTORS / 2);
   p.depth = even_piece(p.source_channels, DEPTH);
   p.depth = (p.depth + LANES - 1) / LANES * LANES;
-  const int64_t tiles = (p.pixels + POINT_PIXELS - 1) / POINT_PIXELS;
+  const int64_t tiles = point_tiles(p.pixels);
   int64_t most = most_units(p, tiles, LEAST_TILES);
   if (p.source_channels > p.depth) most = std::min(most, RESULT_FLOATS / (p.chunk * LANES * POINT_PIXELS));
   p.block = std::max<int64_t>(1, even_piece(tiles, std::max<int64_t>(1, most))) * POINT_PIXELS;

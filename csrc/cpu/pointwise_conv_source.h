@@ -10,6 +10,9 @@ namespace pointwise {
 
 constexpr int64_t BLOCK_TILES = LANES == 16 ? 8 : 16;  // of a block, which L1 holds for a tile of dw
 
+// Tiles of a run of pixels that are whole but for the last.
+constexpr int64_t point_tiles(int64_t pixels) { return (pixels + POINT_PIXELS - 1) / POINT_PIXELS; }
+
 // The pixels of a tensor, or every step-th of them, numbered in order: where each lies, in elements.
 class PixelGrid {
  public:

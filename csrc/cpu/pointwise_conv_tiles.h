@@ -155,8 +155,7 @@ inline TileFunction tile_function(int64_t vectors, int64_t pixels) {
 struct PointCut {
   int64_t all, count;
 
-  explicit PointCut(int64_t pixels)
-      : all(pixels), count(std::max<int64_t>(1, (pixels + POINT_PIXELS - 1) / POINT_PIXELS)) {}
+  explicit PointCut(int64_t pixels) : all(pixels), count(std::max<int64_t>(1, point_tiles(pixels))) {}
   int64_t first(int64_t tile) const { return tile * POINT_PIXELS; }
   int64_t pixels(int64_t tile) const { return std::min<int64_t>(POINT_PIXELS, all - first(tile)); }
   TileFunction function(int64_t tile, int64_t vectors) const { return tile_function(vectors, pixels(tile)); }

@@ -58,8 +58,7 @@ struct BlockWalk {
   int64_t pixels;
   EvenCut tiles;
 
-  explicit BlockWalk(int64_t all)
-      : pixels(all), tiles((all + POINT_PIXELS - 1) / POINT_PIXELS, BLOCK_TILES) {}
+  explicit BlockWalk(int64_t all) : pixels(all), tiles(point_tiles(all), BLOCK_TILES) {}
   // Pixels of block i, the first of which is `first`; none past the last.
   int64_t length(int64_t i, int64_t first) const {
     return std::min(pixels - first, (tiles.least + (i < tiles.longer)) * POINT_PIXELS);
@@ -132,7 +131,7 @@ void wgrad_task(const Wgrad& p, int64_t task, Scratch& scratch) {
   const PackedTiles dy{carve.take(BLOCK_TILES * dy_floats), dy_floats};
   const PackedTiles x{carve.take(BLOCK_TILES * x_floats), x_floats};
   float* dw = carve.take(blocks * LANES * vectors * LANES);
-  Share share((p.pixels + POINT_PIXELS - 1) / POINT_PIXELS, split, p.splits);  // tiles
+  Share share(point_tiles(p.pixels), split, p.splits);
   share.begin *= POINT_PIXELS, share.end = std::min(p.pixels, share.end * POINT_PIXELS);
   if (share.begin == share.end)
     std::memset(dw, 0, sizeof(float) * static_cast<size_t>(blocks * LANES * vectors * LANES));
