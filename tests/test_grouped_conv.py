@@ -250,6 +250,16 @@ def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, case
     checks.verify_threads(lambda: all_ops(ops, args), threads)
 
 
+@pytest.mark.parametrize("width", [(4, 4, 32), (16, 16, 8)], ids=str)
+@pytest.mark.parametrize(
+    "name, variant", [("grouped_conv_fwd_stats", "act"), ("grouped_conv_bwd_weight", "finish")]
+)
+def test_a_large_batch_which_is_cut_finer(isa, ops, name, variant, width):
+    case = Case(*width, 24 if width[0] == 4 else 8, 56, 56)
+    assert 9 * case.n * case.h * case.w * case.groups * case.cin * case.cout > 2**28
+    VERIFY[name][0](getattr(ops, name), case, torch.float32, "normal", variant)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, dtype):
     """The result for one image is the same bits alone and in a batch."""

@@ -175,6 +175,13 @@ def test_same_bits_for_any_number_of_threads_and_any_run(isa, ops, threads, case
     verify_threads(ops, case, dtype, threads)
 
 
+@pytest.mark.parametrize("name, variant", [("fwd_stats", "act"), ("bwd_weight", "finish")])
+def test_a_large_batch_which_is_cut_finer(isa, ops, name, variant):
+    case = case_of(256, 256, 24, 28, 28)
+    assert case.n * case.h * case.w * case.cin * case.cout > 2**30
+    VERIFY[name][0](as_grouped(ops)[name], case, torch.float32, "normal", variant)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, dtype):
     verify_batch(ops, case_of(300, 40, 3, 15, 13), dtype)

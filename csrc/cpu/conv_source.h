@@ -9,6 +9,14 @@ namespace GCONV_ISA_NS {
 
 constexpr int64_t MOST_VECTORS = 16;  // of a chunk: vectors of output channels that a task computes
 
+// Tasks of a stage of so many multiplications, by shape alone, so that every thread count gives the same
+// bits: `least` keep a few cores busy; larger batches, which run on more, get as many again for every least *
+// each.
+inline int64_t tasks_for(int64_t multiplications, int64_t least, int64_t each) {
+  constexpr int64_t MOST = 256;
+  return least * std::clamp<int64_t>((multiplications + least * each - 1) / (least * each), 1, MOST / least);
+}
+
 enum class Prologue {
   none,
   act,     // relu(a*x + b), coef = [2, C]

@@ -62,6 +62,11 @@ struct Pass {
   bool direct;            // broadcast sources are read where they lie, not packed
 
   int64_t output_channels() const { return groups * output_per_group; }
+  // Multiplications, nine for each pixel of the coarser grid.
+  int64_t work() const {
+    const int64_t pixels = n * std::min(output_h * output_w, source_h * source_w);
+    return 9 * pixels * output_channels() * source_per_group * PER_SLOT;
+  }
   int64_t vectors() const { return (output_channels() + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   // Packed weights of one vector, tiles being whole.
@@ -192,6 +197,7 @@ inline bool uses_tiles(const Pass& p) {
 constexpr int64_t CHUNK_WEIGHT_FLOATS = 32 * 1024;  // packed weights of a chunk: half of a small L2
 constexpr int64_t BAND_FLOATS = 128 * 1024;         // packed rows and results of a band
 constexpr int64_t EXPANDED_FLOATS = 6 * 1024;       // expanded rows of one vector: half of L1
+constexpr int64_t PASS_TASKS = 32, PASS_WORK = int64_t{1} << 23;  // multiplications that are worth a task
 
 // Cuts the work by shape alone, so that every thread count gives the same bits: into chunks of vectors whose
 // packed weights take at most `weight_floats`, but of `least` vectors, and into stripes of rows.
@@ -199,7 +205,8 @@ inline void plan_grid(Pass& p, int64_t weight_floats, int64_t least) {
   const int64_t fitting = weight_floats / p.weight_floats();
   p.chunk = even_piece(p.vectors(), std::max(least, std::min(fitting, SourcePlan::MOST)));
   const int64_t tasks = std::max<int64_t>(p.n * p.chunks(), 1);
-  p.stripes = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, p.output_h / 8));
+  const int64_t wanted = tasks_for(p.work(), PASS_TASKS, PASS_WORK);
+  p.stripes = std::max<int64_t>(1, std::min((wanted + tasks - 1) / tasks, p.output_h / 8));
 }
 
 // A chunk reads and writes whole runs of cache lines, the longer the better, while its weights still fit

@@ -17,7 +17,8 @@ namespace GCONV_ISA_NS {
 constexpr int WGRAD_ROWS = LANES == 16 ? 3 : 1;
 constexpr int64_t BLOCK_FLOATS = 80 * 1024;  // packed rows of one block: a third of a megabyte
 constexpr int64_t BLOCKS_PER_SUM = 32;
-constexpr int64_t WGRAD_TASKS = 16;  // more of them leave more partial results to merge
+constexpr int64_t WGRAD_TASKS = 16;               // more of them leave more partial results to merge
+constexpr int64_t WGRAD_WORK = int64_t{1} << 23;  // multiplications that are worth a task
 
 // How a row is walked. In step with the taps, every column of x is fetched once and meets the neighbouring
 // columns of dy that it reaches; a column whose outer taps all fall into the padding leaves them out.
@@ -43,8 +44,11 @@ struct WgradPass {
   int64_t vectors() const { return (shape.k + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   int64_t vector_floats() const { return source_per_group * 9 * LANES; }
-  // More splits than the pixels are worth would move more partial results than input.
-  int64_t most_splits(int64_t tasks) const {
+  // For so many tasks on a few cores. More splits than the pixels are worth would move more partial results
+  // than input.
+  int64_t most_splits(int64_t least_tasks) const {
+    const int64_t work = 9 * shape.n * shape.oh * shape.ow * shape.k * source_per_group;
+    const int64_t tasks = tasks_for(work, least_tasks, WGRAD_WORK);
     const int64_t inputs = shape.n * (shape.h * shape.w * shape.c + shape.oh * shape.ow * shape.k);
     return std::max<int64_t>(1, std::min(tasks / chunks(), inputs / (2 * vectors() * vector_floats())));
   }

@@ -18,7 +18,7 @@ namespace pointwise {
 
 constexpr int64_t JOINT_CHANNELS = 512;
 constexpr int64_t JOINT_FLOATS = 64 * 1024;  // of a chunk's weights, and of its dw
-constexpr int64_t JOINT_TASKS = 12;
+constexpr int64_t JOINT_TASKS = 16;
 constexpr int64_t LEAST_CHUNK = 4;  // vectors: dy is packed for each chunk anew
 
 struct Backward {
@@ -33,11 +33,12 @@ struct Backward {
 inline void plan_joint(Backward& b) {
   Pass& p = b.dx;
   const int64_t pairs = (p.vectors() + 1) / 2, most = b.dw.most_splits();
+  const int64_t wanted = b.dw.wanted_tasks(JOINT_TASKS);
   int64_t fitting = std::min(MOST_VECTORS, JOINT_FLOATS / (LANES * b.dw.dy.blocks() * LANES));
   int64_t splits;
   for (;; fitting -= 2) {
     p.chunk = 2 * even_piece(pairs, std::max<int64_t>(1, fitting / 2));
-    splits = std::min(most, (JOINT_TASKS + p.chunks() - 1) / p.chunks());
+    splits = std::min(most, (wanted + p.chunks() - 1) / p.chunks());
     if (splits * p.chunks() >= JOINT_TASKS || fitting <= LEAST_CHUNK) break;
   }
   p.block = std::max<int64_t>(1, (point_tiles(p.pixels) + splits - 1) / splits) * POINT_PIXELS;

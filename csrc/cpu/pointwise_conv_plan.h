@@ -11,7 +11,7 @@ namespace pointwise {
 constexpr int64_t DEPTH = 256;  // source channels of a cut: a packed tile fills half of L1
 constexpr int64_t SHARED_WEIGHT_FLOATS = 128 * 1024;  // packed weights that stay in L2 beside pixels
 constexpr int64_t RESULT_FLOATS = 48 * 1024;          // a block's results between two cuts
-constexpr int64_t PASS_TASKS = 32;
+constexpr int64_t PASS_TASKS = 32, PASS_WORK = int64_t{1} << 25;  // multiplications that are worth a task
 constexpr int64_t LEAST_TILES = TILES ? 4 : 8;  // of a block: below, weights are fetched for too few pixels
 
 // By Strassen's algorithm (pointwise_conv_strassen.h).
@@ -46,6 +46,7 @@ struct Pass {
   bool strassen;
   EvenCut runs;  // of an image
 
+  int64_t work() const { return pixels * source_channels * PER_SLOT * output_channels; }
   int64_t vectors() const { return (output_channels + LANES - 1) / LANES; }
   int64_t chunks() const { return (vectors() + chunk - 1) / chunk; }
   int64_t image_pixels() const { return shape.oh * shape.ow; }
@@ -95,7 +96,8 @@ inline bool uses_strassen(Use use, int64_t source_channels, int64_t output_chann
 
 // The most units of a block: so few that there are tasks enough, at least `least` of them.
 inline int64_t most_units(const Pass& p, int64_t units, int64_t least) {
-  const int64_t wanted = (PASS_TASKS + p.chunks() - 1) / p.chunks();
+  const int64_t tasks = tasks_for(p.work(), PASS_TASKS, PASS_WORK);
+  const int64_t wanted = (tasks + p.chunks() - 1) / p.chunks();
   return std::max(least, (units + wanted - 1) / wanted);
 }
 

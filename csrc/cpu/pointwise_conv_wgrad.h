@@ -14,8 +14,9 @@ namespace gconv {
 namespace GCONV_ISA_NS {
 namespace pointwise {
 
-constexpr int64_t WGRAD_TASKS = 16;  // more of them leave more partial results to merge
-constexpr int64_t LEAST_BLOCKS = 4;  // of a split
+constexpr int64_t WGRAD_TASKS = 16;               // more of them leave more partial results to merge
+constexpr int64_t WGRAD_WORK = int64_t{1} << 26;  // multiplications that are worth a task
+constexpr int64_t LEAST_BLOCKS = 4;               // of a split
 
 struct Wgrad {
   DType dtype;
@@ -29,6 +30,9 @@ struct Wgrad {
   int64_t row_chunks() const { return (dy.blocks() + row_chunk - 1) / row_chunk; }
   int64_t vector_chunks() const { return (x.blocks() + vector_chunk - 1) / vector_chunk; }
   int64_t tasks() const { return splits * row_chunks() * vector_chunks(); }
+  int64_t wanted_tasks(int64_t least) const {
+    return tasks_for(pixels * x.channels * dy.channels, least, WGRAD_WORK);
+  }
   int64_t row_floats() const { return x.blocks() * LANES; }
   int64_t split_floats() const { return dy.blocks() * LANES * row_floats(); }
   int64_t partial_floats() const { return splits > 1 ? splits * split_floats() : 0; }
@@ -45,7 +49,7 @@ inline void plan_cuts(Wgrad& p) {
   p.row_chunk = even_piece(p.dy.blocks(), MOST_VECTORS);
   p.vector_chunk = even_piece(p.x.blocks(), MOST_VECTORS);
   const int64_t chunks = p.row_chunks() * p.vector_chunks();
-  p.splits = std::min((WGRAD_TASKS + chunks - 1) / chunks, p.most_splits());
+  p.splits = std::min((p.wanted_tasks(WGRAD_TASKS) + chunks - 1) / chunks, p.most_splits());
 }
 
 // Times that a block of so many tiles asks ahead while it is added to a chunk of dw.
