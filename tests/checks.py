@@ -431,6 +431,14 @@ def verify_threads(run, threads):
             assert_same_bits(got, want[name], f"{name} with {number} threads")
 
 
+def kept_after(ops, run):
+    """Bytes that gconv's memory keeps of what run() allocated: workspace, and results, which are dropped."""
+    ops.empty_cpu_cache()
+    before = ops.cpu_cache_use()[1]
+    run()
+    return ops.cpu_cache_use()[1] - before
+
+
 def verify_stride_0(run, args, activations, how):
     """run(args), a dict of tensors, changes by no bit where activations repeat elements by stride 0."""
     expanded = {n: EXPANDED[how](args[n]) for n in activations}

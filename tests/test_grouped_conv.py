@@ -260,6 +260,17 @@ def test_a_large_batch_which_is_cut_finer(isa, ops, name, variant, width):
     VERIFY[name][0](getattr(ops, name), case, torch.float32, "normal", variant)
 
 
+def test_twice_as_large_a_batch_is_cut_finer(ops):
+    """It leaves more partial results of the weight gradient."""
+
+    def kept(n):
+        x, w = place(torch.randn(n, 128, 28, 28), "channels_last"), torch.randn(128, 16, 3, 3)
+        args = (x, x, w, [1, 1], [1, 1], [1, 1], 8, None, None, None, False, True, False)
+        return checks.kept_after(ops, lambda: ops.grouped_conv_bwd(*args))
+
+    assert kept(64) > 1.5 * kept(32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, dtype):
     """The result for one image is the same bits alone and in a batch."""

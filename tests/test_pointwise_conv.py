@@ -182,6 +182,18 @@ def test_a_large_batch_which_is_cut_finer(isa, ops, name, variant):
     VERIFY[name][0](as_grouped(ops)[name], case, torch.float32, "normal", variant)
 
 
+def test_twice_as_large_a_batch_is_cut_finer(ops):
+    """It leaves more partial results of the weight gradient."""
+
+    def kept(n):
+        x, w = place(torch.randn(n, 256, 28, 28), "channels_last"), torch.randn(256, 256, 1, 1)
+        nothing = (None, None, None, None)
+        args = (x, x, w, [1, 1], *nothing, False, True, False)
+        return checks.kept_after(ops, lambda: ops.pointwise_conv_bwd(*args))
+
+    assert kept(24) > 1.5 * kept(12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
 def test_an_image_does_not_depend_on_its_batch(isa, ops, dtype):
     verify_batch(ops, case_of(300, 40, 3, 15, 13), dtype)

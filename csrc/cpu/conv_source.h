@@ -10,11 +10,11 @@ namespace GCONV_ISA_NS {
 constexpr int64_t MOST_VECTORS = 16;  // of a chunk: vectors of output channels that a task computes
 
 // Tasks of a stage of so many multiplications, by shape alone, so that every thread count gives the same
-// bits: `least` keep a few cores busy; larger batches, which run on more, get as many again for every least *
-// each.
+// bits: `least` keep a few cores busy, and as many more come with every further least * each multiplications,
+// for larger batches run on more cores.
 inline int64_t tasks_for(int64_t multiplications, int64_t least, int64_t each) {
   constexpr int64_t MOST = 256;
-  return least * std::clamp<int64_t>((multiplications + least * each - 1) / (least * each), 1, MOST / least);
+  return least * std::min(EvenCut(multiplications, least * each).count, MOST / least);
 }
 
 enum class Prologue {
