@@ -7,8 +7,8 @@
 //   registers. Each vector of dy is spread over its groups' lanes once per channel and meets the nine vectors
 //   of x around it as they lie: the lanes of dw are the input channels.
 // Bytes moved: x and dy once, and two columns of x twice per strip (from L2, where a block of rows stays); dw
-//   of a chunk and the staged rows of a tile stay in L1. The next tile's rows are fetched while one is
-//   computed, a few lines per row and pair of channels.
+//   of a chunk and the staged rows of a tile stay in L1. The next tile's rows, be they the next strip's or
+//   the next chunk's, are fetched while one is computed, a few lines per row and pair of channels.
 // Accumulation: float32, pixels in a fixed order, in three levels (block of rows, split, splits).
 #pragma once
 #include "grouped_conv_narrow.h"
@@ -21,6 +21,7 @@ constexpr int64_t NARROW_DW_FLOATS = 5 * 1024;  // dw of a chunk: under half of 
 constexpr int64_t NARROW_WGRAD_TASKS = 32;
 constexpr int OUTER_COLUMNS = 7;           // of dy in a strip: wider ones crowd the sets of L1
 constexpr int OUTER_ROWS = PAIRS ? 1 : 2;  // of dy in a tile, at stride 1; more rows of x crowd L1
+static_assert(2 * OUTER_ROWS + reach(Scale::same, OUTER_ROWS) <= FetchAhead::MOST / PER_SLOT);
 
 // The staged rows of dy of a tile, of every vector of a chunk, and those of x around them. Distances in
 // floats.
@@ -135,90 +136,144 @@ struct OuterBuffers {
   }
 };
 
-// dw of some columns of dy, rows of one image, into buffers.dw.
-template <typename T>
-void outer_strip(const NarrowWgrad& p, const RowImages& images, const Share& rows, const Share& columns,
-                 int64_t first_vector, int64_t vectors, const OuterBuffers& buffers) {
-  const GroupedConvShape& s = p.shape;
-  const int64_t stride = s.stride_h, channel = first_vector * LANES, count = columns.end - columns.begin;
-  const RowColumns dy_columns{columns.begin, count, s.ow};
-  const RowColumns x_columns{columns.begin * stride - 1, reach(p.input_scale(), static_cast<int>(count)),
-                             s.w};
-  const Scale scale = p.input_scale();
-  const bool paired = p.source_per_group % OUTER_CHANNELS == 0;
-  const auto function = stride == 1 ? (paired ? outer_step<OUTER_CHANNELS, 1> : outer_step<1, 1>)
-                                    : (paired ? outer_step<OUTER_CHANNELS, 2> : outer_step<1, 2>);
-  const int64_t x_step = buffers.ring * buffers.x_floats;
-  OuterStep step;
-  step.dy = buffers.dy, step.dy_row = buffers.dy_floats, step.dy_step = p.tile_rows() * buffers.dy_floats;
-  step.dw = buffers.dw, step.dw_step = p.vector_floats();
-  step.columns = static_cast<int>(count);
-  step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
-  step.lanes = group_lanes(p.source_per_group, p.source_per_group);
-  const int64_t tiles = (rows.end - rows.begin + p.tile_rows() - 1) / p.tile_rows();
-  const auto tile_rows = [&](int64_t tile) {
-    Share tile_rows(rows.end - rows.begin, tile, tiles);
-    tile_rows.begin += rows.begin, tile_rows.end += rows.begin;
-    return tile_rows;
-  };
-  const auto x_end = [&](const Share& tile) {
-    return std::min(s.h, first_source(scale, tile.end - 1) + reach(scale, 1));
-  };
-  int64_t staged = std::max<int64_t>(0, first_source(scale, rows.begin));  // rows of x before it are
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const Share at = tile_rows(tile);
-    step.rows = static_cast<int>(at.end - at.begin);
-    for (int64_t r = at.begin; r < at.end; ++r)
-      stage_row<T, Slots::pixels>(p.dy, images, r, channel, vectors, dy_columns,
-                                  buffers.dy + (r - at.begin) * step.dy_row, step.dy_step);
-    const int64_t end = x_end(at), first = first_source(scale, at.begin);
-    for (; staged < end; ++staged)
-      stage_row<T, Slots::pixels>(p.x, images, staged, channel, vectors, x_columns,
-                                  buffers.x + staged % buffers.ring * buffers.x_floats, x_step);
-    for (int64_t k = 0; k < reach(scale, step.rows); ++k) {
-      const int64_t r = first + k;
-      const bool inside = r >= 0 && r < s.h;
-      step.x[k] = inside ? buffers.x + r % buffers.ring * buffers.x_floats : buffers.nothing;
-      step.x_step[k] = inside ? x_step : 0;
-    }
-    step.ahead = FetchAhead();
-    if (tile + 1 < tiles) {
-      const Share next = tile_rows(tile + 1);
-      for (int64_t r = next.begin; r < next.end; ++r) step.ahead.add<T>(p.dy, images, r, channel, dy_columns);
-      for (int64_t r = end; r < x_end(next); ++r) step.ahead.add<T>(p.x, images, r, channel, x_columns);
-      step.ahead.split(step.rows * std::max(1, step.channels / OUTER_CHANNELS));
-    }
-    function(step);
-  }
-}
+// A tile: rows and columns of dy, and the rows of x around it that were not staged for the tile above.
+struct OuterTile {
+  RowImages images;
+  Share rows, columns, fresh;
+  int64_t first_vector, vectors;
 
-// The chunks [chunk, chunk_end) of a split, block of rows by block of rows; done() after each.
+  RowColumns dy_columns(const NarrowWgrad& p) const {
+    return {columns.begin, columns.end - columns.begin, p.shape.ow};
+  }
+  RowColumns x_columns(const NarrowWgrad& p) const {
+    const int count = static_cast<int>(columns.end - columns.begin);
+    return {columns.begin * p.shape.stride_w - 1, reach(p.input_scale(), count), p.shape.w};
+  }
+};
+
+// The tiles of the vectors [begin, end) of a split, in the order in which they are computed: down a strip,
+// strip by strip, chunk by chunk, block of rows by block of rows.
+class OuterWalk {
+ public:
+  OuterWalk(const NarrowWgrad& plan, int64_t split, int64_t first_vector, int64_t end_vector)
+      : p(plan),
+        units(image_units(p.shape.n), split / p.stripes, p.images),
+        stripe(p.shape.oh, split % p.stripes, p.stripes),
+        begin(first_vector),
+        end(end_vector),
+        strips((p.shape.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS),
+        unit(units.begin),
+        first(begin) {}
+
+  bool done() const { return unit == units.end; }
+  bool starts_chunk() const { return strip == 0 && tile == 0; }
+  bool ends_chunk() const { return strip + 1 == strips && tile + 1 == tiles(block_rows()); }
+  bool ends_block() const { return ends_chunk() && first + p.chunk >= end; }
+
+  void advance() {
+    if (++tile < tiles(block_rows())) return;
+    tile = 0;
+    if (++strip < strips) return;
+    strip = 0;
+    if ((first += p.chunk) < end) return;
+    first = begin;
+    if (++block < p.blocks) return;
+    block = 0;
+    ++unit;
+  }
+
+  OuterTile at() const {
+    const Share rows = block_rows(), here = tile_rows(rows, tile), columns(p.shape.ow, strip, strips);
+    const int64_t staged = tile > 0 ? x_end(tile_rows(rows, tile - 1))
+                                    : std::max<int64_t>(0, first_source(p.input_scale(), here.begin));
+    Share fresh = here;
+    fresh.begin = staged, fresh.end = std::max(staged, x_end(here));
+    return {images_of(unit, p.shape.n), here, columns, fresh, first, std::min(end - first, p.chunk)};
+  }
+
+ private:
+  static Share shifted(Share share, int64_t by) {
+    share.begin += by, share.end += by;
+    return share;
+  }
+  Share block_rows() const {
+    return shifted(Share(stripe.end - stripe.begin, block, p.blocks), stripe.begin);
+  }
+  int64_t tiles(const Share& rows) const {
+    return (rows.end - rows.begin + p.tile_rows() - 1) / p.tile_rows();
+  }
+  Share tile_rows(const Share& rows, int64_t index) const {
+    return shifted(Share(rows.end - rows.begin, index, tiles(rows)), rows.begin);
+  }
+  int64_t x_end(const Share& rows) const {
+    const Scale scale = p.input_scale();
+    return std::min(p.shape.h, first_source(scale, rows.end - 1) + reach(scale, 1));
+  }
+
+  const NarrowWgrad& p;
+  const Share units, stripe;
+  const int64_t begin, end, strips;
+  int64_t unit, block = 0, first, strip = 0, tile = 0;
+};
+
+// The chunks [chunk, chunk_end) of a split; done() after each block of rows.
 template <typename T, typename Done>
 void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chunk_end, Scratch& scratch,
                 const Done& done) {
   const GroupedConvShape& s = p.shape;
   const OuterBuffers buffers(p, p.chunk, scratch);
+  const Scale scale = p.input_scale();
   const int64_t begin = chunk * p.chunk, end = std::min(p.vectors(), chunk_end * p.chunk);
   float* totals = p.partials + split * p.vectors() * p.vector_floats();
   std::fill(totals + begin * p.vector_floats(), totals + end * p.vector_floats(), 0.f);
-  const Share units(image_units(s.n), split / p.stripes, p.images);
-  const Share stripe(s.oh, split % p.stripes, p.stripes);
-  const int64_t strips = (s.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS;
-  for (int64_t unit = units.begin; unit < units.end; ++unit)
-    for (int64_t block = 0; block < p.blocks; ++block) {
-      Share rows(stripe.end - stripe.begin, block, p.blocks);
-      rows.begin += stripe.begin, rows.end += stripe.begin;
-      for (int64_t first = begin; first < end; first += p.chunk) {
-        const int64_t vectors = std::min(end - first, p.chunk), floats = vectors * p.vector_floats();
-        float* total = totals + first * p.vector_floats();
-        std::fill(buffers.dw, buffers.dw + floats, 0.f);
-        for (int64_t strip = 0; strip < strips; ++strip)
-          outer_strip<T>(p, images_of(unit, s.n), rows, Share(s.ow, strip, strips), first, vectors, buffers);
-        for (int64_t i = 0; i < floats; i += LANES)
-          store(total + i, add(load(total + i), load(buffers.dw + i)));
-      }
-      done();
+  const bool paired = p.source_per_group % OUTER_CHANNELS == 0;
+  const auto function = s.stride_h == 1 ? (paired ? outer_step<OUTER_CHANNELS, 1> : outer_step<1, 1>)
+                                        : (paired ? outer_step<OUTER_CHANNELS, 2> : outer_step<1, 2>);
+  const int64_t x_step = buffers.ring * buffers.x_floats;
+  OuterStep step;
+  step.dy = buffers.dy, step.dy_row = buffers.dy_floats, step.dy_step = p.tile_rows() * buffers.dy_floats;
+  step.dw = buffers.dw, step.dw_step = p.vector_floats();
+  step.channels = static_cast<int>(p.source_per_group);
+  step.lanes = group_lanes(p.source_per_group, p.source_per_group);
+  OuterWalk walk(p, split, begin, end), ahead = walk;
+  for (; !walk.done(); walk.advance()) {
+    const OuterTile tile = walk.at();
+    const int64_t channel = tile.first_vector * LANES, floats = tile.vectors * p.vector_floats();
+    if (walk.starts_chunk()) std::fill(buffers.dw, buffers.dw + floats, 0.f);
+    for (int64_t r = tile.rows.begin; r < tile.rows.end; ++r)
+      stage_row<T, Slots::pixels>(p.dy, tile.images, r, channel, tile.vectors, tile.dy_columns(p),
+                                  buffers.dy + (r - tile.rows.begin) * step.dy_row, step.dy_step);
+    for (int64_t r = tile.fresh.begin; r < tile.fresh.end; ++r)
+      stage_row<T, Slots::pixels>(p.x, tile.images, r, channel, tile.vectors, tile.x_columns(p),
+                                  buffers.x + r % buffers.ring * buffers.x_floats, x_step);
+    step.rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+    step.columns = static_cast<int>(tile.columns.end - tile.columns.begin);
+    step.vectors = static_cast<int>(tile.vectors);
+    for (int64_t k = 0; k < reach(scale, step.rows); ++k) {
+      const int64_t r = first_source(scale, tile.rows.begin) + k;
+      const bool inside = r >= 0 && r < s.h;
+      step.x[k] = inside ? buffers.x + r % buffers.ring * buffers.x_floats : buffers.nothing;
+      step.x_step[k] = inside ? x_step : 0;
     }
+    step.ahead = FetchAhead();
+    ahead.advance();
+    if (!ahead.done()) {
+      const OuterTile next = ahead.at();
+      const int64_t first = next.first_vector * LANES;
+      for (int64_t r = next.rows.begin; r < next.rows.end; ++r)
+        step.ahead.add<T>(p.dy, next.images, r, first, next.dy_columns(p));
+      for (int64_t r = next.fresh.begin; r < next.fresh.end; ++r)
+        step.ahead.add<T>(p.x, next.images, r, first, next.x_columns(p));
+      step.ahead.split(step.rows * std::max(1, step.channels / OUTER_CHANNELS));
+    }
+    function(step);
+    if (walk.ends_chunk()) {
+      float* total = totals + tile.first_vector * p.vector_floats();
+      for (int64_t i = 0; i < floats; i += LANES)
+        store(total + i, add(load(total + i), load(buffers.dw + i)));
+    }
+    if (walk.ends_block()) done();
+  }
 }
 
 // A share of the tasks; after(part, parts) whenever so much of it is done.
