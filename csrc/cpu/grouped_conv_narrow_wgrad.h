@@ -141,6 +141,7 @@ struct OuterTile {
   RowImages images;
   Share rows, columns, fresh;
   int64_t first_vector, vectors;
+  bool starts_chunk, ends_chunk, ends_block;
 
   RowColumns dy_columns(const NarrowWgrad& p) const {
     return {columns.begin, columns.end - columns.begin, p.shape.ow};
@@ -155,65 +156,72 @@ struct OuterTile {
 // strip by strip, chunk by chunk, block of rows by block of rows.
 class OuterWalk {
  public:
-  OuterWalk(const NarrowWgrad& plan, int64_t split, int64_t first_vector, int64_t end_vector)
-      : p(plan),
-        units(image_units(p.shape.n), split / p.stripes, p.images),
-        stripe(p.shape.oh, split % p.stripes, p.stripes),
-        begin(first_vector),
-        end(end_vector),
-        strips((p.shape.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS),
-        unit(units.begin),
-        first(begin) {}
+  OuterWalk(const NarrowWgrad& p, int64_t split, int64_t first_vector, int64_t end_vector)
+      : p_(p),
+        units_(image_units(p.shape.n), split / p.stripes, p.images),
+        stripe_(p.shape.oh, split % p.stripes, p.stripes),
+        begin_(first_vector),
+        end_(end_vector),
+        strips_((p.shape.ow + OUTER_COLUMNS - 1) / OUTER_COLUMNS),
+        unit_(units_.begin),
+        first_(begin_),
+        rows_(stripe_) {
+    start_block();
+  }
 
-  bool done() const { return unit == units.end; }
-  bool starts_chunk() const { return strip == 0 && tile == 0; }
-  bool ends_chunk() const { return strip + 1 == strips && tile + 1 == tiles(block_rows()); }
-  bool ends_block() const { return ends_chunk() && first + p.chunk >= end; }
+  bool done() const { return unit_ == units_.end; }
 
   void advance() {
-    if (++tile < tiles(block_rows())) return;
-    tile = 0;
-    if (++strip < strips) return;
-    strip = 0;
-    if ((first += p.chunk) < end) return;
-    first = begin;
-    if (++block < p.blocks) return;
-    block = 0;
-    ++unit;
+    if (++tile_ < tiles_) return;
+    tile_ = 0;
+    if (++strip_ < strips_) return;
+    strip_ = 0;
+    if ((first_ += p_.chunk) < end_) return;
+    first_ = begin_;
+    if (++block_ == p_.blocks) block_ = 0, ++unit_;
+    start_block();
   }
 
   OuterTile at() const {
-    const Share rows = block_rows(), here = tile_rows(rows, tile), columns(p.shape.ow, strip, strips);
-    const int64_t staged = tile > 0 ? x_end(tile_rows(rows, tile - 1))
-                                    : std::max<int64_t>(0, first_source(p.input_scale(), here.begin));
-    Share fresh = here;
-    fresh.begin = staged, fresh.end = std::max(staged, x_end(here));
-    return {images_of(unit, p.shape.n), here, columns, fresh, first, std::min(end - first, p.chunk)};
+    const Share rows = tile_rows(tile_);
+    const int64_t staged = tile_ > 0 ? x_end(tile_rows(tile_ - 1))
+                                     : std::max<int64_t>(0, first_source(p_.input_scale(), rows.begin));
+    Share fresh = rows;
+    fresh.begin = staged, fresh.end = std::max(staged, x_end(rows));
+    const bool ends_chunk = strip_ + 1 == strips_ && tile_ + 1 == tiles_;
+    return {images_of(unit_, p_.shape.n),
+            rows,
+            Share(p_.shape.ow, strip_, strips_),
+            fresh,
+            first_,
+            std::min(end_ - first_, p_.chunk),
+            strip_ == 0 && tile_ == 0,
+            ends_chunk,
+            ends_chunk && first_ + p_.chunk >= end_};
   }
 
  private:
-  static Share shifted(Share share, int64_t by) {
-    share.begin += by, share.end += by;
-    return share;
+  static Share within(const Share& whole, int64_t index, int64_t count) {
+    Share part(whole.end - whole.begin, index, count);
+    part.begin += whole.begin, part.end += whole.begin;
+    return part;
   }
-  Share block_rows() const {
-    return shifted(Share(stripe.end - stripe.begin, block, p.blocks), stripe.begin);
+  void start_block() {
+    rows_ = within(stripe_, block_, p_.blocks);
+    tiles_ = (rows_.end - rows_.begin + p_.tile_rows() - 1) / p_.tile_rows();
   }
-  int64_t tiles(const Share& rows) const {
-    return (rows.end - rows.begin + p.tile_rows() - 1) / p.tile_rows();
-  }
-  Share tile_rows(const Share& rows, int64_t index) const {
-    return shifted(Share(rows.end - rows.begin, index, tiles(rows)), rows.begin);
-  }
+  Share tile_rows(int64_t index) const { return within(rows_, index, tiles_); }
   int64_t x_end(const Share& rows) const {
-    const Scale scale = p.input_scale();
-    return std::min(p.shape.h, first_source(scale, rows.end - 1) + reach(scale, 1));
+    const Scale scale = p_.input_scale();
+    return std::min(p_.shape.h, first_source(scale, rows.end - 1) + reach(scale, 1));
   }
 
-  const NarrowWgrad& p;
-  const Share units, stripe;
-  const int64_t begin, end, strips;
-  int64_t unit, block = 0, first, strip = 0, tile = 0;
+  const NarrowWgrad& p_;
+  const Share units_, stripe_;
+  const int64_t begin_, end_, strips_;
+  int64_t unit_, block_ = 0, first_, strip_ = 0, tile_ = 0;
+  Share rows_;  // of the block
+  int64_t tiles_ = 0;
 };
 
 // The chunks [chunk, chunk_end) of a split; done() after each block of rows.
@@ -235,11 +243,12 @@ void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chun
   step.dw = buffers.dw, step.dw_step = p.vector_floats();
   step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.source_per_group, p.source_per_group);
-  OuterWalk walk(p, split, begin, end), ahead = walk;
-  for (; !walk.done(); walk.advance()) {
-    const OuterTile tile = walk.at();
+  OuterWalk walk(p, split, begin, end);
+  if (walk.done()) return;
+  bool last = false;
+  for (OuterTile tile = walk.at(), next = tile; !last; tile = next) {
     const int64_t channel = tile.first_vector * LANES, floats = tile.vectors * p.vector_floats();
-    if (walk.starts_chunk()) std::fill(buffers.dw, buffers.dw + floats, 0.f);
+    if (tile.starts_chunk) std::fill(buffers.dw, buffers.dw + floats, 0.f);
     for (int64_t r = tile.rows.begin; r < tile.rows.end; ++r)
       stage_row<T, Slots::pixels>(p.dy, tile.images, r, channel, tile.vectors, tile.dy_columns(p),
                                   buffers.dy + (r - tile.rows.begin) * step.dy_row, step.dy_step);
@@ -256,9 +265,10 @@ void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chun
       step.x_step[k] = inside ? x_step : 0;
     }
     step.ahead = FetchAhead();
-    ahead.advance();
-    if (!ahead.done()) {
-      const OuterTile next = ahead.at();
+    walk.advance();
+    last = walk.done();
+    if (!last) {
+      next = walk.at();
       const int64_t first = next.first_vector * LANES;
       for (int64_t r = next.rows.begin; r < next.rows.end; ++r)
         step.ahead.add<T>(p.dy, next.images, r, first, next.dy_columns(p));
@@ -267,12 +277,12 @@ void outer_task(const NarrowWgrad& p, int64_t split, int64_t chunk, int64_t chun
       step.ahead.split(step.rows * std::max(1, step.channels / OUTER_CHANNELS));
     }
     function(step);
-    if (walk.ends_chunk()) {
+    if (tile.ends_chunk) {
       float* total = totals + tile.first_vector * p.vector_floats();
       for (int64_t i = 0; i < floats; i += LANES)
         store(total + i, add(load(total + i), load(buffers.dw + i)));
     }
-    if (walk.ends_block()) done();
+    if (tile.ends_block) done();
   }
 }
 
