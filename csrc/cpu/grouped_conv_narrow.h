@@ -401,8 +401,8 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
   if (next < end && p.chunks() > 1 && !p.by_chunk()) {
     // Each chunk's pass fetches its share of the next stripe's rows in the order of the tensor, all channels.
     const PassTask after = p.task(next);
-    const Share rows = p.source_rows(after.stripe), part(rows.end - rows.begin, chunk, p.chunks());
-    below.add<T>(p.source, after.image, rows.begin + part.begin, rows.begin + part.end, p.source_w);
+    const Share part = p.source_rows(after.stripe).part(chunk, p.chunks());
+    below.add<T>(p.source, after.image, part.begin, part.end, p.source_w);
     const Share source = p.source_rows(stripe);
     below.spread((source.end - source.begin) * vectors * Strip::count(p, scale) * p.source_per_group);
   }

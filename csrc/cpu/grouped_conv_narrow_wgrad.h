@@ -183,11 +183,11 @@ class OuterWalk {
   }
 
   OuterTile at() const {
-    const Share rows = tile_rows(tile_);
-    const int64_t staged = tile_ > 0 ? x_end(tile_rows(tile_ - 1))
-                                     : std::max<int64_t>(0, first_source(p_.input_scale(), rows.begin));
+    const Share rows = rows_.part(tile_, tiles_);
     Share fresh = rows;
-    fresh.begin = staged, fresh.end = std::max(staged, x_end(rows));
+    fresh.begin = tile_ > 0 ? x_end(rows_.part(tile_ - 1, tiles_))
+                            : std::max<int64_t>(0, first_source(p_.input_scale(), rows.begin));
+    fresh.end = x_end(rows);
     const bool ends_chunk = strip_ + 1 == strips_ && tile_ + 1 == tiles_;
     return {images_of(unit_, p_.shape.n),
             rows,
@@ -201,16 +201,10 @@ class OuterWalk {
   }
 
  private:
-  static Share within(const Share& whole, int64_t index, int64_t count) {
-    Share part(whole.end - whole.begin, index, count);
-    part.begin += whole.begin, part.end += whole.begin;
-    return part;
-  }
   void start_block() {
-    rows_ = within(stripe_, block_, p_.blocks);
+    rows_ = stripe_.part(block_, p_.blocks);
     tiles_ = (rows_.end - rows_.begin + p_.tile_rows() - 1) / p_.tile_rows();
   }
-  Share tile_rows(int64_t index) const { return within(rows_, index, tiles_); }
   int64_t x_end(const Share& rows) const {
     const Scale scale = p_.input_scale();
     return std::min(p_.shape.h, first_source(scale, rows.end - 1) + reach(scale, 1));

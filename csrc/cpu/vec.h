@@ -640,6 +640,12 @@ class Carve {
 struct Share {
   int64_t begin, end;
   Share(int64_t total, int64_t ith, int64_t nth) : begin(total * ith / nth), end(total * (ith + 1) / nth) {}
+  // A share of this one.
+  Share part(int64_t ith, int64_t nth) const {
+    Share share(end - begin, ith, nth);
+    share.begin += begin, share.end += begin;
+    return share;
+  }
 };
 
 // The fewest even pieces of `total` that are at most `most` long: the first `longer` of them have least + 1.
