@@ -6,6 +6,64 @@
 namespace gconv {
 namespace GCONV_ISA_NS {
 
+// Count, mean and M2 of one vector's values. Rows come with their own moments (row_moments), or are summed up
+// about a pivot, the mean of the first of them, which is near enough to the others' for little to cancel;
+// after RUN values the next row gives a new one.
+struct Moments {
+  static constexpr float RUN = 128;
+  float count;
+  Vec mean, m2;
+  float run;  // values about the pivot
+  Vec pivot, sum, squares;
+
+  GCONV_INLINE void reset() {
+    mean = m2 = sum = squares = zero();
+    count = run = 0;
+  }
+  // Chan, Golub & LeVeque's (1979) update.
+  GCONV_INLINE void merge(float n, Vec other_mean, Vec other_m2) {
+    const float total = count + n;
+    const Vec delta = sub(other_mean, mean);
+    mean = fma(delta, set1(n / total), mean);
+    m2 = add(m2, fma(mul(delta, delta), set1(count * (n / total)), other_m2));
+    count = total;
+  }
+  // Before a row of pixels: value(w) is one of them, as stored.
+  template <typename Pixels, typename Value>
+  GCONV_INLINE void begin_row(Pixels pixels, const Value& value) {
+    if (run >= RUN) end_run();
+    if (run > 0) return;
+    Vec total = value(0);
+    for (int64_t w = 1; w < pixels; ++w) total = add(total, value(w));
+    pivot = mul(total, set1(1.0f / static_cast<float>(pixels)));
+  }
+  // After it: the sums of its deviations from the pivot.
+  GCONV_INLINE void end_row(int64_t pixels, Vec row_sum, Vec row_squares) {
+    sum = add(sum, row_sum);
+    squares = add(squares, row_squares);
+    run += static_cast<float>(pixels);
+  }
+  template <typename Pixels, typename Value>
+  GCONV_INLINE void add_row(Pixels pixels, const Value& value) {
+    begin_row(pixels, value);
+    Vec row_sum = zero(), row_squares = zero();
+    for (int64_t w = 0; w < pixels; ++w) {
+      const Vec d = sub(value(w), pivot);
+      row_sum = add(row_sum, d);
+      row_squares = fma(d, d, row_squares);
+    }
+    end_row(pixels, row_sum, row_squares);
+  }
+  // Before the moments are read.
+  void end_run() {
+    if (run == 0) return;
+    const Vec off = mul(sum, set1(1.0f / run));
+    merge(run, add(pivot, off), relu(sub(squares, mul(sum, off))));
+    sum = squares = zero();
+    run = 0;
+  }
+};
+
 // Sum of value(w) over a row of pixels, as four sums side by side: a quarter of the latency, and of the
 // terms.
 template <typename Value>
@@ -49,8 +107,9 @@ struct TaskSums {
     }
   }
   // Into [2][channels]: (mean, M2) of a forward, else the two sums.
-  void store_partials(float* partial, int64_t channels, int64_t first_vector, bool statistics) const {
+  void store_partials(float* partial, int64_t channels, int64_t first_vector, bool statistics) {
     for (int64_t v = 0; v < vectors; ++v) {
+      moments[v].end_run();
       const int64_t channel = (first_vector + v) * LANES;
       const int lanes = static_cast<int>(std::min<int64_t>(LANES, channels - channel));
       store_lanes(partial + channel, statistics ? moments[v].mean : gradients[v][0].total, lanes);

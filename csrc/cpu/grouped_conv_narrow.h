@@ -60,33 +60,6 @@ constexpr int fed(Scale scale, int j, int t) {
   return (j - t) % 2 == 0 ? (j - t) / 2 : -1;
 }
 
-// Sums of a strip about the mean of its first row, which is near enough to the strip's that little cancels.
-struct StripMoments {
-  Vec pivot, sum, squares;
-  // value(p) is pixel p of a row, as stored.
-  template <typename Pixels, typename Value>
-  GCONV_INLINE void add_row(Pixels pixels, bool first, const Value& value) {
-    if (first) {
-      Vec total = value(0);
-      for (int64_t p = 1; p < pixels; ++p) total = add(total, value(p));
-      pivot = mul(total, set1(1.0f / static_cast<float>(pixels)));
-      sum = squares = zero();
-    }
-    Vec row_sum = zero(), row_squares = zero();
-    for (int64_t p = 0; p < pixels; ++p) {
-      const Vec d = sub(value(p), pivot);
-      row_sum = add(row_sum, d);
-      row_squares = fma(d, d, row_squares);
-    }
-    sum = add(sum, row_sum);
-    squares = add(squares, row_squares);
-  }
-  GCONV_INLINE void merge_into(Moments* total, int64_t count) const {
-    const Vec mean = mul(sum, set1(1.0f / static_cast<float>(count)));
-    total->merge(static_cast<float>(count), add(pivot, mean), sub(squares, mul(sum, mean)));
-  }
-};
-
 // A tile of every vector of a chunk; the steps lead from one vector to the next.
 struct StripStep {
   static constexpr int MOST_ROWS = reach(Scale::halve, strip_rows(Scale::halve));
@@ -108,8 +81,7 @@ struct StripStep {
   bool relu, stream;
   bool lines;  // two vectors are a cache line, which leaves as a whole: the first waits for the second in
                // `out`
-  StripMoments* moments;  // null: not wanted
-  bool first;             // the tile is the stripe's first
+  Moments* moments;  // null: not wanted
 };
 
 // What finish_forward does, from the registers.
@@ -126,7 +98,7 @@ GCONV_INLINE void finish_direct(const StripStep& a, int row, int64_t v, Vec (&ac
   }
   Value* out = a.direct + row * a.direct_row + v * LANES;
   if (a.moments != nullptr)
-    a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(), a.first && row == 0,
+    a.moments[v].add_row(std::integral_constant<int64_t, PIXELS>(),
                          [&](int64_t p) GCONV_LAMBDA { return rounded_to(out, acc[p]); });
   if (PAIRS && a.lines && (v % 2 == 1 || v + 1 < a.vectors)) {
     float* kept = a.out + row * a.out_row + v / 2 * 2 * a.out_step;
@@ -313,8 +285,7 @@ void fetch_rows(const Pass& p, int64_t image, int64_t channel, const Strip& stri
 // for.
 template <typename T>
 void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, const Strip* beside,
-                  const StripBuffers& buffers, StripMoments* moments, CompensatedSum (*sums)[2],
-                  LinePrefetch* below) {
+                  const StripBuffers& buffers, TaskSums& sums, LinePrefetch* below) {
   const Scale scale = scale_of(p);
   const int64_t image = tile.image, vectors = tile.vectors, channel = tile.first_vector * LANES;
   const int64_t most = strip_rows(scale);
@@ -337,7 +308,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   step.shift = p.affine == nullptr ? nullptr : p.affine + p.output_channels() + channel;
   step.relu = p.relu, step.stream = p.stream;
   step.lines = p.stream && reinterpret_cast<uintptr_t>(p.output.data) % 64 == 0 && strides % (2 * LANES) == 0;
-  step.moments = p.moments ? moments : nullptr;
+  step.moments = p.moments ? sums.moments : nullptr;
   step.below = below;
   int64_t staged = std::max<int64_t>(0, first_source(scale, rows.begin));  // rows before it are
   for (int64_t o = rows.begin; o < rows.end; o += most) {
@@ -366,21 +337,11 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
                     strip.first * p.output.stride_w + channel;
     else
       step.direct = nullptr;
-    step.first = o == rows.begin;
     functions[count - 1](step);
     for (int64_t r = 0; !direct && r < count; ++r) {
       const RowResult result{step.out + r * step.out_row, step.out_step, image,       o + r,
                              tile.first_vector,           vectors,       strip.first, strip.width};
-      if (p.mask_act != nullptr)
-        finish_input_gradient<T>(p, result, sums);
-      else
-        finish_forward<T>(p, result);
-      for (int64_t v = 0; p.moments && v < vectors; ++v) {
-        const float* row = result.row + v * result.row_floats;
-        const T* storage = nullptr;
-        moments[v].add_row(strip.width, o + r == rows.begin,
-                           [&](int64_t w) { return rounded_to(storage, load(row + w * LANES)); });
-      }
+      finish_row<T>(p, result, sums);
     }
   }
 }
@@ -394,7 +355,6 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
   const int64_t vectors = std::min(p.vectors(), first_vector + p.chunk) - first_vector;
   const NarrowTile tile{image, p.stripe_rows(stripe), first_vector, vectors};
   const StripBuffers buffers(p, vectors, scratch);
-  StripMoments strip_moments[SourcePlan::MOST];
   TaskSums sums(vectors);
   LinePrefetch below;
   const int64_t next = (index / p.chunks() + 1) * p.chunks();
@@ -411,10 +371,8 @@ void narrow_task(const Pass& p, int64_t index, int64_t end, Scratch& scratch) {
                 followed = p.source.prologue == Prologue::finish ? 0 : strips;
   for (int64_t s = 0; s < strips; ++s) {
     const Strip strip(p, scale, s), beside(p, scale, std::min(s + 1, strips - 1));
-    narrow_strip<T>(p, tile, strip, s + 1 < followed ? &beside : nullptr, buffers, strip_moments,
-                    sums.gradients, &below);
-    for (int64_t v = 0; p.moments && v < vectors; ++v)
-      strip_moments[v].merge_into(&sums.moments[v], (tile.rows.end - tile.rows.begin) * strip.width);
+    narrow_strip<T>(p, tile, strip, s + 1 < followed ? &beside : nullptr, buffers, sums, &below);
+    for (int64_t v = 0; p.moments && v < vectors; ++v) sums.moments[v].end_run();
   }
   store_partials(p, sums, image, stripe, first_vector);
 }

@@ -134,8 +134,7 @@ template <typename T>
 void finish_row(const Pass& p, const RowResult& r, TaskSums& sums) {
   p.mask_act != nullptr ? finish_input_gradient<T>(p, r, sums.gradients) : finish_forward<T>(p, r);
   if (!p.moments) return;
-  for (int64_t v = 0; v < r.vectors; ++v)
-    row_moments<T>(r.row + v * r.row_floats, p.output_w, &sums.moments[v]);
+  for (int64_t v = 0; v < r.vectors; ++v) row_moments<T>(r.row + v * r.row_floats, r.width, &sums.moments[v]);
 }
 
 // The packed source rows of a task: rows within reach of the band, at row % ring_rows.
@@ -282,7 +281,7 @@ inline int64_t expanded_run(const Pass& p, const PackedSource& source, int64_t e
   return even_piece(all, std::max<int64_t>(1, fitting) * TILE_SINGLE);
 }
 
-inline void store_partials(const Pass& p, const TaskSums& sums, int64_t image, int64_t stripe,
+inline void store_partials(const Pass& p, TaskSums& sums, int64_t image, int64_t stripe,
                            int64_t first_vector) {
   if (!p.moments && p.mask_act == nullptr) return;
   const int64_t channels = p.output_channels();

@@ -19,6 +19,15 @@ struct TileResult {
   }
 };
 
+// Past the caches or into them.
+template <bool STREAM, typename T>
+GCONV_INLINE void leave(T* at, Vec y, int lanes) {
+  if constexpr (STREAM)
+    stream_as(at, y);
+  else
+    store_lanes(at, y, lanes);
+}
+
 // Writes one vector of a tile, or two neighbours: their 16-bit values are one cache line, which has to leave
 // as one where it goes past the caches.
 template <typename T, int VECTORS, bool AFFINE, bool RESIDUAL>
@@ -26,27 +35,57 @@ void store_results(const Pass& p, const TileResult& r, const float* values, int6
                    int lanes) {
   T* out = static_cast<T*>(p.output.data) + channel;
   const T* residual = RESIDUAL ? static_cast<const T*>(p.residual.data) + channel : nullptr;
+  if (VECTORS == 2) lanes = LANES;  // two are whole, and the compiler drops what a tail needs
   Vec scale[VECTORS], shift[VECTORS];
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     scale[v] = AFFINE ? load_lanes(p.affine + channel + v * LANES, lanes) : zero();
     shift[v] = AFFINE ? load_lanes(p.affine + p.output_channels + channel + v * LANES, lanes) : zero();
   }
-  const bool last_relu = p.relu, stream = p.stream && lanes == LANES;
-  for (int64_t i = 0; i < r.pixels; ++i) {
-    GCONV_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      Vec y = load(values + v * step + i * LANES);
-      if constexpr (AFFINE) y = fma(scale[v], y, shift[v]);
-      if constexpr (RESIDUAL) y = add(y, load_lanes(residual + r.residual_at[i] + v * LANES, lanes));
-      if (last_relu) y = relu(y);
-      T* at = out + r.output_at[i] + v * LANES;
-      if (stream)
-        stream_as(at, y);
-      else
-        store_lanes(at, y, lanes);
+  const bool last_relu = p.relu;
+  const auto write = [&](auto stream) GCONV_LAMBDA {
+    for (int64_t i = 0; i < r.pixels; ++i) {
+      GCONV_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        Vec y = load(values + v * step + i * LANES);
+        if constexpr (AFFINE) y = fma(scale[v], y, shift[v]);
+        if constexpr (RESIDUAL) y = add(y, load_lanes(residual + r.residual_at[i] + v * LANES, lanes));
+        if (last_relu) y = relu(y);
+        leave<decltype(stream)::value>(out + r.output_at[i] + v * LANES, y, lanes);
+      }
     }
+  };
+  p.stream&& lanes == LANES ? write(std::true_type()) : write(std::false_type());
+}
+
+// Results as they are, and their moments.
+template <typename T, int VECTORS>
+void store_counted(const Pass& p, const TileResult& r, const float* values, int64_t step, int64_t channel,
+                   int lanes, Moments* moments) {
+  T* out = static_cast<T*>(p.output.data) + channel;
+  if (VECTORS == 2) lanes = LANES;
+  const auto result = [&](int v, int64_t i) GCONV_LAMBDA { return load(values + v * step + i * LANES); };
+  Vec pivot[VECTORS], sum[VECTORS], squares[VECTORS];
+  GCONV_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    moments[v].begin_row(r.pixels, [&](int64_t i) GCONV_LAMBDA { return rounded_to(out, result(v, i)); });
+    pivot[v] = moments[v].pivot;
+    sum[v] = squares[v] = zero();
   }
+  const auto write = [&](auto stream) GCONV_LAMBDA {
+    for (int64_t i = 0; i < r.pixels; ++i) {
+      GCONV_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec y = result(v, i), d = sub(rounded_to(out, y), pivot[v]);
+        leave<decltype(stream)::value>(out + r.output_at[i] + v * LANES, y, lanes);
+        sum[v] = add(sum[v], d);
+        squares[v] = fma(d, d, squares[v]);
+      }
+    }
+  };
+  p.stream&& lanes == LANES ? write(std::true_type()) : write(std::false_type());
+  GCONV_UNROLL
+  for (int v = 0; v < VECTORS; ++v) moments[v].end_row(r.pixels, sum[v], squares[v]);
 }
 
 // g = dx where the prologue's ReLU passed, stored, or a*g added to the output; and the sums of g and g*xhat,
@@ -56,33 +95,35 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
                   int lanes, CompensatedSum (*sums)[2]) {
   T* out = static_cast<T*>(p.output.data) + channel;
   const T* x = static_cast<const T*>(p.mask_x.data) + channel;
+  if (VECTORS == 2) lanes = LANES;
   Vec act[VECTORS][4], sum[VECTORS], deviations[VECTORS];  // act: a, b, mean, rstd
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
-    for (int64_t i = 0; i < 4; ++i)
+    GCONV_UNROLL
+    for (int i = 0; i < 4; ++i)
       act[v][i] = load_lanes(p.mask_act + i * p.output_channels + channel + v * LANES, lanes);
     sum[v] = deviations[v] = zero();
   }
-  const bool stream = p.stream && lanes == LANES;
-  for (int64_t i = 0; i < r.pixels; ++i) {
-    GCONV_UNROLL
-    for (int v = 0; v < VECTORS; ++v) {
-      const Vec a = act[v][0], raw = load_lanes(x + r.mask_at[i] + v * LANES, lanes);
-      Vec g = relu_mask(load(values + v * step + i * LANES), fma(a, raw, act[v][1]));
-      T* at = out + r.output_at[i] + v * LANES;
-      if constexpr (ADD) {
-        store_lanes(at, fma(a, g, load_lanes(at, lanes)), lanes);
-      } else {
-        g = rounded_to(x, g);
-        if (stream)
-          stream_as(at, g);
-        else
-          store_lanes(at, g, lanes);
+  const auto pixels = [&](auto stream) GCONV_LAMBDA {
+    for (int64_t i = 0; i < r.pixels; ++i) {
+      GCONV_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec raw = load_lanes(x + r.mask_at[i] + v * LANES, lanes);
+        Vec g = relu_mask(load(values + v * step + i * LANES), fma(act[v][0], raw, act[v][1]));
+        T* at = out + r.output_at[i] + v * LANES;
+        if constexpr (ADD) {
+          store_lanes(at, fma(act[v][0], g, load_lanes(at, lanes)), lanes);
+        } else {
+          leave<decltype(stream)::value>(at, g, lanes);
+          g = rounded_to(x, g);
+        }
+        sum[v] = add(sum[v], g);
+        deviations[v] = fma(g, sub(raw, act[v][2]), deviations[v]);
       }
-      sum[v] = add(sum[v], g);
-      deviations[v] = fma(g, sub(raw, act[v][2]), deviations[v]);
     }
-  }
+  };
+  !ADD&& p.stream&& lanes == LANES ? pixels(std::true_type()) : pixels(std::false_type());
+  GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     sums[v][0].add(sum[v]);
     sums[v][1].add(mul(deviations[v], act[v][3]));
@@ -123,10 +164,11 @@ void fill_gaps(const Pass& p, int64_t first, int64_t pixels, int64_t first_vecto
 // One vector of a task, or two, `step` floats apart; `channel` is the first of the first.
 template <typename T, int VECTORS>
 void store_some(const Pass& p, const TileResult& r, const float* values, int64_t step, int64_t channel,
-                int lanes, CompensatedSum (*sums)[2]) {
+                int lanes, TaskSums& sums, int64_t v) {
+  if (p.moments) return store_counted<T, VECTORS>(p, r, values, step, channel, lanes, &sums.moments[v]);
   if (p.mask_act != nullptr)
-    return p.add ? store_masked<T, VECTORS, true>(p, r, values, step, channel, lanes, sums)
-                 : store_masked<T, VECTORS, false>(p, r, values, step, channel, lanes, sums);
+    return p.add ? store_masked<T, VECTORS, true>(p, r, values, step, channel, lanes, &sums.gradients[v])
+                 : store_masked<T, VECTORS, false>(p, r, values, step, channel, lanes, &sums.gradients[v]);
   const bool residual = p.residual.data != nullptr;
   if (p.affine != nullptr)
     residual ? store_results<T, VECTORS, true, true>(p, r, values, step, channel, lanes)
@@ -144,13 +186,11 @@ void store_vectors(const Pass& p, const TileResult& r, const float* values, int6
     const int64_t channel = (first_vector + v) * LANES;
     const bool two = v + 1 < end && channel + 2 * LANES <= p.output_channels;
     if (two)
-      store_some<T, 2>(p, r, values, step, channel, LANES, &sums.gradients[v]);
+      store_some<T, 2>(p, r, values, step, channel, LANES, sums, v);
     else
       store_some<T, 1>(p, r, values, step, channel,
-                       static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel)),
-                       &sums.gradients[v]);
-    for (const int64_t next = v + 1 + two; v < next; ++v, values += step)
-      if (p.moments) row_moments<T>(values, r.pixels, &sums.moments[v]);
+                       static_cast<int>(std::min<int64_t>(LANES, p.output_channels - channel)), sums, v);
+    v += 1 + two, values += (1 + two) * step;
   }
 }
 
@@ -172,7 +212,7 @@ GCONV_INLINE void fetch_epilogue(const Pass& p, const TileResult& r, int64_t vec
   if (p.add) fetch(p.output, r.output_at);
 }
 
-inline void store_sums(const Pass& p, int64_t block, int64_t first_vector, const TaskSums& sums) {
+inline void store_sums(const Pass& p, int64_t block, int64_t first_vector, TaskSums& sums) {
   if (p.moments || p.mask_act != nullptr)
     sums.store_partials(p.partials + block * 2 * p.output_channels, p.output_channels, first_vector,
                         p.moments);

@@ -53,13 +53,14 @@ struct PointSource : RowSource {
   int64_t blocks() const { return (channels + LANES - 1) / LANES; }
 };
 
-// Requests for pixels that will be packed next, spread over `calls` calls from between multiplications: a
-// core waits for few lines at a time, and all at once would hold up what it multiplies.
+// Requests for pixels that will be packed next, spread over the later of `calls` calls from between
+// multiplications: a core waits for few lines at a time, and all at once would hold up what it multiplies;
+// what came early would have left L2 again, what came last would not be there yet.
 class Ahead {
  public:
   static constexpr int64_t MOST = BLOCK_TILES * POINT_PIXELS;  // pixels
 
-  explicit Ahead(int64_t calls) : calls_(calls) {}
+  explicit Ahead(int64_t calls) : calls_(calls), wait_(calls) {}
 
   // `count` pixels of a source of at most two, from `first` on: channels [channel, channel + channels) of
   // values of so many bytes. Places are kept in bytes: between multiplications each instruction counts.
@@ -72,6 +73,7 @@ class Ahead {
     s.pixel_end = channels * bytes;
     s.left = count * ((s.pixel_end + LINE - 1) / LINE);
     s.step = (s.left + calls_ - 1) / calls_;
+    if (s.step > 0) wait_ = std::min(wait_, calls_ - calls_ / 8 - (s.left + s.step - 1) / s.step);
     source.x_at.offsets(first, count, s.x_at);
     for (int64_t i = 0; i < count; ++i) s.x_at[i] *= bytes;
     if (s.y == nullptr) return;
@@ -80,6 +82,7 @@ class Ahead {
   }
 
   GCONV_INLINE void fetch() {
+    if (--wait_ >= 0) return;
     for (Stream& s : streams_) {
       for (int64_t i = std::min(s.step, s.left); i > 0; --i, --s.left) {
         __builtin_prefetch(s.x + s.x_at[s.pixel] + s.byte, 0, 2);
@@ -100,7 +103,7 @@ class Ahead {
     int64_t pixel = 0, byte = 0, pixel_end = 0;
     int64_t x_at[MOST], y_at[MOST];
   };
-  int64_t calls_, added_ = 0;
+  int64_t calls_, wait_, added_ = 0;
   Stream streams_[2];
 };
 

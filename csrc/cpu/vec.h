@@ -565,23 +565,6 @@ inline bool streams(const Nhwc& out, int64_t pixels, int64_t channels) {
          reinterpret_cast<uintptr_t>(out.data) % VECTOR == 0 && strides % LANES == 0;
 }
 
-// Running (count, mean, M2) of each lane; merge is Chan, Golub & LeVeque's (1979) update.
-struct Moments {
-  float count;
-  Vec mean, m2;
-  GCONV_INLINE void reset() {
-    count = 0;
-    mean = m2 = zero();
-  }
-  GCONV_INLINE void merge(float n, Vec other_mean, Vec other_m2) {
-    const float total = count + n;
-    const Vec delta = sub(other_mean, mean);
-    mean = fma(delta, set1(n / total), mean);
-    m2 = add(m2, fma(mul(delta, delta), set1(count * (n / total)), other_m2));
-    count = total;
-  }
-};
-
 // A float32 sum of each lane that carries what rounding drops (Kahan 1965).
 struct CompensatedSum {
   Vec total, lost;
