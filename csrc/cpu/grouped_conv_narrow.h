@@ -6,8 +6,9 @@
 // Grid: image x stripe of output rows x chunk of consecutive vectors (LANES channels).
 // Tile: strip_rows() rows of a strip of up to strip_pixels() output columns, walked down. Their sums stay in
 //   registers over all channels and taps and leave from there. The source rows around them are staged in L1
-//   (prologue, storage type and borders are dealt with there); each of their vectors is spread over its
-//   groups' lanes once per channel, one shuffle or broadcast for up to nine multiplications.
+//   (prologue, storage type and borders are dealt with there) or, where there is nothing to deal with, read
+//   where they lie; each of their vectors is spread over its groups' lanes once per channel, one shuffle or
+//   broadcast for up to nine multiplications.
 // Bytes moved: source and output once, two columns of each strip twice (from L2); weights and staged rows
 //   stay in L1. The rows of the next tile are fetched while one is computed, the next stripe while all chunks
 //   pass over one.
@@ -60,12 +61,16 @@ constexpr int fed(Scale scale, int j, int t) {
   return (j - t) % 2 == 0 ? (j - t) / 2 : -1;
 }
 
+// How a strip's vectors meet their source: staged rows, each lane its group's channel by a shuffle; the same
+// where a vector is one group, by a broadcast; or a shuffle of the tensor's rows where they lie.
+enum class Source { staged, one_group, in_place };
+
 // A tile of every vector of a chunk; the steps lead from one vector to the next.
 struct StripStep {
   static constexpr int MOST_ROWS = reach(Scale::halve, strip_rows(Scale::halve));
-  const float* source[MOST_ROWS];  // staged rows around the tile, [column][SOURCE_LANES]; null: outside
-  int64_t source_step;
-  const float* weight;  // packed
+  const float* source[MOST_ROWS];    // rows around the tile, staged as [column][SOURCE_LANES]; null: outside
+  int64_t source_step, column_step;  // the latter of rows in place
+  const float* weight;               // packed
   int64_t weight_step;
   int vectors;
   int channels;  // of a group, in slots
@@ -118,9 +123,10 @@ GCONV_INLINE void finish_direct(const StripStep& a, int row, int64_t v, Vec (&ac
   }
 }
 
-template <Scale SCALE, int ROWS, int PIXELS, bool BROADCAST>
+template <Scale SCALE, int ROWS, int PIXELS, Source SOURCE>
 void strip_step(const StripStep& a) {
   constexpr int AROUND = reach(SCALE, ROWS), COLUMNS = reach(SCALE, PIXELS);
+  const int64_t column_step = SOURCE == Source::in_place ? a.column_step : SOURCE_LANES;
   LinePrefetch below = *a.below;
   for (int64_t v = 0; v < a.vectors; ++v) {
     below.renew();
@@ -133,7 +139,7 @@ void strip_step(const StripStep& a) {
     const float* weight = a.weight + v * a.weight_step;
     Index lanes = a.lanes;
     for (int c = 0; c < a.channels; ++c, lanes = index_add(lanes, 1), weight += WEIGHTS_PER_CHANNEL) {
-      a.ahead.fetch(v, c);
+      a.ahead.fetch<SOURCE == Source::in_place>(v, c);
       Vec w[3][3];
       GCONV_UNROLL
       for (int i = 0; i < 3; ++i) {
@@ -147,8 +153,8 @@ void strip_step(const StripStep& a) {
         below.step();
         GCONV_UNROLL
         for (int j = 0; j < COLUMNS; ++j) {
-          const float* column = source + j * SOURCE_LANES;
-          const Vec x = BROADCAST ? set1(column[c]) : permute(load_half(column), lanes);
+          const float* column = source + j * column_step;
+          const Vec x = SOURCE == Source::one_group ? set1(column[c]) : permute(load_half(column), lanes);
           GCONV_UNROLL
           for (int i = 0; i < 3; ++i) {
             const int r = fed(SCALE, k, i);
@@ -178,28 +184,36 @@ void strip_step(const StripStep& a) {
 
 using StripFunction = void (*)(const StripStep&);
 
-template <Scale SCALE, bool BROADCAST, int ROWS = strip_rows(SCALE),
-          int PIXELS = strip_pixels(SCALE, BROADCAST)>
+template <Scale SCALE, Source SOURCE, int ROWS = strip_rows(SCALE),
+          int PIXELS = strip_pixels(SCALE, SOURCE == Source::one_group)>
 StripFunction strip_function(int rows, int pixels) {
   if (rows < ROWS) {
-    if constexpr (ROWS > 1) return strip_function<SCALE, BROADCAST, ROWS - 1, PIXELS>(rows, pixels);
+    if constexpr (ROWS > 1) return strip_function<SCALE, SOURCE, ROWS - 1, PIXELS>(rows, pixels);
   }
   constexpr int STEP = SCALE == Scale::twice ? 2 : 1;
   if (pixels < PIXELS) {
-    if constexpr (PIXELS > STEP) return strip_function<SCALE, BROADCAST, ROWS, PIXELS - STEP>(rows, pixels);
+    if constexpr (PIXELS > STEP) return strip_function<SCALE, SOURCE, ROWS, PIXELS - STEP>(rows, pixels);
   }
-  return strip_step<SCALE, ROWS, PIXELS, BROADCAST>;
+  return strip_step<SCALE, ROWS, PIXELS, SOURCE>;
 }
 
-template <bool BROADCAST>
+template <Source SOURCE>
 StripFunction strip_function(Scale scale, int rows, int pixels) {
-  switch (scale) {
-    case Scale::same:
-      return strip_function<Scale::same, BROADCAST>(rows, pixels);
-    case Scale::halve:
-      return strip_function<Scale::halve, BROADCAST>(rows, pixels);
+  if (scale == Scale::same) return strip_function<Scale::same, SOURCE>(rows, pixels);
+  if constexpr (SOURCE != Source::in_place)
+    return scale == Scale::halve ? strip_function<Scale::halve, SOURCE>(rows, pixels)
+                                 : strip_function<Scale::twice, SOURCE>(rows, pixels);
+  return nullptr;
+}
+
+inline StripFunction strip_function(Source source, Scale scale, int rows, int pixels) {
+  switch (source) {
+    case Source::staged:
+      return strip_function<Source::staged>(scale, rows, pixels);
+    case Source::one_group:
+      return strip_function<Source::one_group>(scale, rows, pixels);
     default:
-      return strip_function<Scale::twice, BROADCAST>(rows, pixels);
+      return strip_function<Source::in_place>(scale, rows, pixels);
   }
 }
 
@@ -281,6 +295,19 @@ void fetch_rows(const Pass& p, int64_t image, int64_t channel, const Strip& stri
     ahead->add<T>(p.source, {image, false}, r, channel, strip.source);
 }
 
+// Whether the strip's rows are read where they lie: as they are, every column of the image, and pixels so
+// near to each other that all that a vector's tile reads fits its sets of L1.
+template <typename T>
+bool reads_in_place(const Pass& p, const NarrowTile& tile, const Strip& strip) {
+  constexpr int64_t MOST_BYTES = 1024;  // 40 lines in 4 of 64 sets
+  const RowSource& s = p.source;
+  return std::is_same_v<T, Value> && !broadcasts(p) && scale_of(p) == Scale::same &&
+         s.prologue == Prologue::none && strip.source.first >= 0 &&
+         strip.source.first + strip.source.count <= p.source_w &&
+         (tile.first_vector + tile.vectors) * LANES <= s.channels && s.x.stride_w % PER_SLOT == 0 &&
+         s.x.stride_w * static_cast<int64_t>(sizeof(T)) <= MOST_BYTES;
+}
+
 // The rows of a strip, top to bottom; last, those of `beside`, the strip after it if there is one, are asked
 // for.
 template <typename T>
@@ -291,14 +318,17 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   const int64_t most = strip_rows(scale);
   const Share& rows = tile.rows;
   const int pixels = static_cast<int>(strip.pixels);
-  const auto function = broadcasts(p) ? strip_function<true> : strip_function<false>;
-  const StripFunction functions[3] = {function(scale, 1, pixels), function(scale, 2, pixels),
-                                      function(scale, 3, pixels)};
+  const bool in_place = reads_in_place<T>(p, tile, strip);
+  const Source from = in_place ? Source::in_place : broadcasts(p) ? Source::one_group : Source::staged;
+  const StripFunction functions[3] = {strip_function(from, scale, 1, pixels),
+                                      strip_function(from, scale, 2, pixels),
+                                      strip_function(from, scale, 3, pixels)};
   const int64_t strides = p.output.stride_n | p.output.stride_h | p.output.stride_w | channel;
   const bool direct = std::is_same_v<T, Value> && p.residual.data == nullptr && p.mask_act == nullptr &&
                       strip.width == strip.pixels && channel + vectors * LANES <= p.output_channels();
   StripStep step;
-  step.source_step = buffers.ring * buffers.staged_floats;
+  step.source_step = in_place ? SOURCE_LANES : buffers.ring * buffers.staged_floats;
+  step.column_step = p.source.x.stride_w / PER_SLOT;
   step.weight = p.weights_of(tile.first_vector), step.weight_step = p.source_per_group * WEIGHTS_PER_CHANNEL;
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.output_per_group, p.source_per_group);
@@ -315,14 +345,19 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
     const int count = static_cast<int>(std::min(most, rows.end - o));
     const int64_t first = first_source(scale, o), around = reach(scale, count);
     const int64_t end = std::min(p.source_h, first + around);
-    for (; staged < end; ++staged)
+    for (; !in_place && staged < end; ++staged)
       stage_row<T, Slots::channels>(p.source, {image, false}, staged, channel, vectors, strip.source,
                                     buffers.staged + staged % buffers.ring * buffers.staged_floats,
                                     step.source_step);
     for (int64_t k = 0; k < around; ++k) {
       const int64_t r = first + k;
-      step.source[k] =
-          r >= 0 && r < end ? buffers.staged + r % buffers.ring * buffers.staged_floats : nullptr;
+      if (r < 0 || r >= end)
+        step.source[k] = nullptr;
+      else if (in_place)
+        step.source[k] = reinterpret_cast<const float*>(row_pointer<T>(p.source.x, image, r, channel) +
+                                                        strip.source.first * p.source.x.stride_w);
+      else
+        step.source[k] = buffers.staged + r % buffers.ring * buffers.staged_floats;
     }
     step.ahead = FetchAhead();
     if (o + count < rows.end)

@@ -378,15 +378,17 @@ struct FetchAhead {
       for (int j = 0; j < columns[i]; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 2);
     }
   }
-  // The same in parts, where a vector has more lines than the core has buffers for them.
+  // The same in parts, where a vector has more lines than the core has buffers for them; into L1 what is read
+  // where it lies.
   void split(int parts) {
     for (int i = 0; i < rows; ++i) part_columns[i] = (columns[i] + parts - 1) / parts;
   }
+  template <bool INTO_L1 = false>
   GCONV_INLINE void fetch(int64_t v, int part) const {
     for (int i = 0; i < rows; ++i) {
       const int begin = part_columns[i] * part, end = std::min(columns[i], begin + part_columns[i]);
       const char* line = at[i] + v * vector + begin * pixel[i];
-      for (int j = begin; j < end; ++j, line += pixel[i]) __builtin_prefetch(line, 0, 2);
+      for (int j = begin; j < end; ++j, line += pixel[i]) __builtin_prefetch(line, 0, INTO_L1 ? 3 : 2);
     }
   }
 };
