@@ -70,6 +70,7 @@ struct StripStep {
   static constexpr int MOST_ROWS = reach(Scale::halve, strip_rows(Scale::halve));
   const float* source[MOST_ROWS];    // rows around the tile, staged as [column][SOURCE_LANES]; null: outside
   int64_t source_step, column_step;  // the latter of rows in place
+  bool left, right;                  // of rows in place: the first or the last column is outside
   const float* weight;               // packed
   int64_t weight_step;
   int vectors;
@@ -153,6 +154,7 @@ void strip_step(const StripStep& a) {
         below.step();
         GCONV_UNROLL
         for (int j = 0; j < COLUMNS; ++j) {
+          if (SOURCE == Source::in_place && ((j == 0 && a.left) || (j == COLUMNS - 1 && a.right))) continue;
           const float* column = source + j * column_step;
           const Vec x = SOURCE == Source::one_group ? set1(column[c]) : permute(load_half(column), lanes);
           GCONV_UNROLL
@@ -295,17 +297,18 @@ void fetch_rows(const Pass& p, int64_t image, int64_t channel, const Strip& stri
     ahead->add<T>(p.source, {image, false}, r, channel, strip.source);
 }
 
-// Whether the strip's rows are read where they lie: as they are, every column of the image, and pixels so
-// near to each other that all that a vector's tile reads fits its sets of L1.
+// Whether rows are read where they lie: as they are, and pixels so near to each other that the lines that a
+// vector's tile reads fit the few sets of L1 that they fall into.
 template <typename T>
-bool reads_in_place(const Pass& p, const NarrowTile& tile, const Strip& strip) {
-  constexpr int64_t MOST_BYTES = 1024;  // 40 lines in 4 of 64 sets
+bool reads_in_place(const Pass& p, const NarrowTile& tile) {
+  constexpr int64_t LINES =
+      reach(Scale::same, strip_rows(Scale::same)) * reach(Scale::same, strip_pixels(Scale::same, false));
+  constexpr int64_t WAY_BYTES = 4096, OTHERS = 2;  // ways for weights and results
   const RowSource& s = p.source;
   return std::is_same_v<T, Value> && !broadcasts(p) && scale_of(p) == Scale::same &&
-         s.prologue == Prologue::none && strip.source.first >= 0 &&
-         strip.source.first + strip.source.count <= p.source_w &&
-         (tile.first_vector + tile.vectors) * LANES <= s.channels && s.x.stride_w % PER_SLOT == 0 &&
-         s.x.stride_w * static_cast<int64_t>(sizeof(T)) <= MOST_BYTES;
+         s.prologue == Prologue::none && (tile.first_vector + tile.vectors) * LANES <= s.channels &&
+         s.x.stride_w % PER_SLOT == 0 &&
+         LINES * s.x.stride_w * static_cast<int64_t>(sizeof(T)) <= (l1_ways() - OTHERS) * WAY_BYTES;
 }
 
 // The rows of a strip, top to bottom; last, those of `beside`, the strip after it if there is one, are asked
@@ -318,7 +321,7 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   const int64_t most = strip_rows(scale);
   const Share& rows = tile.rows;
   const int pixels = static_cast<int>(strip.pixels);
-  const bool in_place = reads_in_place<T>(p, tile, strip);
+  const bool in_place = reads_in_place<T>(p, tile);
   const Source from = in_place ? Source::in_place : broadcasts(p) ? Source::one_group : Source::staged;
   const StripFunction functions[3] = {strip_function(from, scale, 1, pixels),
                                       strip_function(from, scale, 2, pixels),
@@ -329,6 +332,8 @@ void narrow_strip(const Pass& p, const NarrowTile& tile, const Strip& strip, con
   StripStep step;
   step.source_step = in_place ? SOURCE_LANES : buffers.ring * buffers.staged_floats;
   step.column_step = p.source.x.stride_w / PER_SLOT;
+  step.left = strip.source.first < 0;
+  step.right = strip.source.first + strip.source.count > p.source_w;
   step.weight = p.weights_of(tile.first_vector), step.weight_step = p.source_per_group * WEIGHTS_PER_CHANNEL;
   step.vectors = static_cast<int>(vectors), step.channels = static_cast<int>(p.source_per_group);
   step.lanes = group_lanes(p.output_per_group, p.source_per_group);

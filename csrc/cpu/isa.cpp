@@ -5,8 +5,8 @@
 #endif
 #if defined(GCONV_AMX)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -167,6 +167,14 @@ void isa_set(Isa isa) {
   if (!isa_supported(isa))
     throw std::runtime_error(std::string("set_cpu_isa: this CPU cannot run ") + isa_name(isa));
   chosen.store(static_cast<int32_t>(isa), std::memory_order_relaxed);
+}
+
+int64_t l1_ways() {
+#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+  static const int64_t ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+  if (ways > 0) return ways;
+#endif
+  return 8;
 }
 
 unsigned amd_family() {

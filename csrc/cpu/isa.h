@@ -34,6 +34,9 @@ void isa_set(Isa isa);  // for tests; throws if unsupported
 unsigned amd_family();
 constexpr unsigned ZEN4_FAMILY = 0x19;  // with 512-bit vectors; Zen 5 is the next
 
+// Lines of a set of the L1 data cache: 8 where the system does not say.
+int64_t l1_ways();
+
 // Whether an algorithm with fewer multiplications than the definition runs where it can.
 enum class Use : int32_t { never, where_it_pays, always };
 
