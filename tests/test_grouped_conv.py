@@ -502,6 +502,24 @@ def test_does_not_write_to_its_inputs(isa, ops, width):
         assert_same_bits(args[name], copy, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=checks.dtype_name)
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_pixels_near_and_far_give_the_same_bits(isa, ops, width, dtype):
+    """Narrow groups read rows where they lie where pixels are near to each other, and copies of others."""
+    gen = checks.generator("near and far", width, str(dtype))
+    w = torch.randn(64, width, 3, 3, generator=gen).to(dtype)
+    for columns in (1, 2, 6, 13, 19):
+        near = place(torch.randn(2, 64, 5, columns, generator=gen).to(dtype), "channels_last")
+        far = place(near.new_full((2, 2048, 5, columns), math.nan), "channels_last")[:, 64:128]
+        far.copy_(near)
+        assert near.stride(3) == 64 and far.stride(3) == 2048
+        one, other = (
+            ops.grouped_conv_fwd_stats(x, w, (1, 1), (1, 1), (1, 1), 64 // width, None) for x in (near, far)
+        )
+        for a, b, name in zip(one, other, ("y", "mean", "var"), strict=True):
+            assert_same_bits(a, b, f"{columns} columns: {name}")
+
+
 @pytest.mark.parametrize("width", [4, 8, 24])
 def test_adjoint_identities(isa, ops, width):
     """<conv(x, w), dy> = <x, dx> = <w, dw>: forward and both gradients describe one bilinear map, exactly on
