@@ -61,11 +61,9 @@ void stats_block(const Rows<T>& x, const float* pivot, int64_t begin, int64_t en
     const Vec block_mean = add(load_lanes(centre + c, lanes), shift);
     const Vec block_m2 = sub(load_lanes(square + c, lanes), mul(mul(shift, shift), set1(count)));
     Vec slab_mean = block_mean, slab_m2 = block_m2;
-    if (before > 0) {  // Chan, Golub & LeVeque's (1979) update
-      const float rows = static_cast<float>(before), share = count / (rows + count);
-      const Vec old_mean = load_lanes(mean + c, lanes), delta = sub(block_mean, old_mean);
-      slab_mean = fma(delta, set1(share), old_mean);
-      slab_m2 = add(load_lanes(m2 + c, lanes), fma(mul(delta, delta), set1(rows * share), block_m2));
+    if (before > 0) {
+      slab_mean = load_lanes(mean + c, lanes), slab_m2 = load_lanes(m2 + c, lanes);
+      chan_update(static_cast<float>(before), slab_mean, slab_m2, count, block_mean, block_m2);
     }
     store_lanes(mean + c, slab_mean, lanes);
     store_lanes(m2 + c, slab_m2, lanes);

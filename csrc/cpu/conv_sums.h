@@ -20,13 +20,9 @@ struct Moments {
     mean = m2 = sum = squares = zero();
     count = run = 0;
   }
-  // Chan, Golub & LeVeque's (1979) update.
   GCONV_INLINE void merge(float n, Vec other_mean, Vec other_m2) {
-    const float total = count + n;
-    const Vec delta = sub(other_mean, mean);
-    mean = fma(delta, set1(n / total), mean);
-    m2 = add(m2, fma(mul(delta, delta), set1(count * (n / total)), other_m2));
-    count = total;
+    chan_update(count, mean, m2, n, other_mean, other_m2);
+    count += n;
   }
   // Before a row of pixels: value(w) is one of them, as stored.
   template <typename Pixels, typename Value>

@@ -42,7 +42,7 @@ void store_results(const Pass& p, const TileResult& r, const float* values, int6
     scale[v] = AFFINE ? load_lanes(p.affine + channel + v * LANES, lanes) : zero();
     shift[v] = AFFINE ? load_lanes(p.affine + p.output_channels + channel + v * LANES, lanes) : zero();
   }
-  const bool last_relu = p.relu;
+  const bool last_relu = p.relu, past_caches = p.stream && lanes == LANES;
   const auto write = [&](auto stream) GCONV_LAMBDA {
     for (int64_t i = 0; i < r.pixels; ++i) {
       GCONV_UNROLL
@@ -55,7 +55,7 @@ void store_results(const Pass& p, const TileResult& r, const float* values, int6
       }
     }
   };
-  p.stream&& lanes == LANES ? write(std::true_type()) : write(std::false_type());
+  past_caches ? write(std::true_type()) : write(std::false_type());
 }
 
 // Results as they are, and their moments.
@@ -64,6 +64,7 @@ void store_counted(const Pass& p, const TileResult& r, const float* values, int6
                    int lanes, Moments* moments) {
   T* out = static_cast<T*>(p.output.data) + channel;
   if (VECTORS == 2) lanes = LANES;
+  const bool past_caches = p.stream && lanes == LANES;
   const auto result = [&](int v, int64_t i) GCONV_LAMBDA { return load(values + v * step + i * LANES); };
   Vec pivot[VECTORS], sum[VECTORS], squares[VECTORS];
   GCONV_UNROLL
@@ -83,7 +84,7 @@ void store_counted(const Pass& p, const TileResult& r, const float* values, int6
       }
     }
   };
-  p.stream&& lanes == LANES ? write(std::true_type()) : write(std::false_type());
+  past_caches ? write(std::true_type()) : write(std::false_type());
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) moments[v].end_row(r.pixels, sum[v], squares[v]);
 }
@@ -96,6 +97,7 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
   T* out = static_cast<T*>(p.output.data) + channel;
   const T* x = static_cast<const T*>(p.mask_x.data) + channel;
   if (VECTORS == 2) lanes = LANES;
+  const bool past_caches = !ADD && p.stream && lanes == LANES;
   Vec act[VECTORS][4], sum[VECTORS], deviations[VECTORS];  // act: a, b, mean, rstd
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
@@ -122,7 +124,7 @@ void store_masked(const Pass& p, const TileResult& r, const float* values, int64
       }
     }
   };
-  !ADD&& p.stream&& lanes == LANES ? pixels(std::true_type()) : pixels(std::false_type());
+  past_caches ? pixels(std::true_type()) : pixels(std::false_type());
   GCONV_UNROLL
   for (int v = 0; v < VECTORS; ++v) {
     sums[v][0].add(sum[v]);

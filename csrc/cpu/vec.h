@@ -565,6 +565,14 @@ inline bool streams(const Nhwc& out, int64_t pixels, int64_t channels) {
          reinterpret_cast<uintptr_t>(out.data) % VECTOR == 0 && strides % LANES == 0;
 }
 
+// (mean, M2) of `count` values and those of n others to those of all: Chan, Golub & LeVeque's (1979) update.
+GCONV_INLINE void chan_update(float count, Vec& mean, Vec& m2, float n, Vec other_mean, Vec other_m2) {
+  const float share = n / (count + n);
+  const Vec delta = sub(other_mean, mean);
+  mean = fma(delta, set1(share), mean);
+  m2 = add(m2, fma(mul(delta, delta), set1(count * share), other_m2));
+}
+
 // A float32 sum of each lane that carries what rounding drops (Kahan 1965).
 struct CompensatedSum {
   Vec total, lost;
