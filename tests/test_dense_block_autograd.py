@@ -395,8 +395,8 @@ class Net(nn.Module):
 @pytest.mark.parametrize("memory", ["shared", "ultra"])
 def test_training_on_images_follows_stock(ops, memory):
     """From the same weights on the same digits: losses and weights as far from float64's as stock's own, the
-    weights in most of five draws: a value next to 0 may fall on the other side of a ReLU, in stock as here, and
-    what follows such a step says nothing about rounding."""
+    weights in most of five draws: a value next to 0 may fall on the other side of a ReLU, in stock as here,
+    and what follows such a step says nothing about rounding."""
     load_digits = pytest.importorskip(
         "sklearn.datasets", reason="the digits come with scikit-learn"
     ).load_digits
